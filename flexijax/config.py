@@ -1,0 +1,88 @@
+"""How the cache behaves, as one validated value."""
+
+from dataclasses import dataclass
+
+MODES = ("flexi", "quest", "full")
+DTYPES = ("float32", "bfloat16", "float16")
+SUMMARY_DTYPES = (*DTYPES, "int8")
+IMPLEMENTATIONS = ("xla", "pallas", "triton")
+TRANSFERS = ("zero_copy", "staged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How keys and values are kept, chosen and moved.
+
+    mode: "flexi" keeps unstable heads on the device and the others' unchosen pages on the host;
+        "quest" keeps every page on the device and chooses at every step; "full" attends to all.
+    page_size: tokens in a page, a power of two.
+    budget_tokens: tokens a head attends to beside the newest ones; a multiple of `page_size`.
+    rerank_interval: decode steps between two rerankings of the stable heads.
+    dtype: of the keys and values; None is the model's own.
+    summary_dtype: of the page summaries; None is `dtype`, "int8" is 8 bit with a scale.
+    implementation: of the kernels; None lets each kernel choose what suits the device.
+    transfer: how pages cross between device and host; None lets the device choose.
+
+    Raises ValueError, naming the field and its value, when a value could not work.
+    """
+
+    mode: str = "flexi"
+    page_size: int = 16
+    budget_tokens: int = 1024
+    rerank_interval: int = 16
+    dtype: str | None = None
+    summary_dtype: str | None = None
+    implementation: str | None = None
+    transfer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r} must be one of {_listed(MODES)}")
+        for name in ("page_size", "budget_tokens", "rerank_interval"):
+            _require_positive_int(name, getattr(self, name))
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size={self.page_size} must be a power of two, such as 16")
+        if self.budget_tokens % self.page_size:
+            below = self.budget_tokens // self.page_size * self.page_size
+            raise ValueError(
+                f"budget_tokens={self.budget_tokens} must be a multiple of "
+                f"page_size={self.page_size}, such as {below or self.page_size} "
+                f"or {below + self.page_size}"
+            )
+        if self.budget_pages < 2:
+            raise ValueError(
+                f"budget_tokens={self.budget_tokens} must be at least 2 pages, "
+                f"{2 * self.page_size} tokens: the first and the newest page are always attended"
+            )
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("summary_dtype", SUMMARY_DTYPES),
+            ("implementation", IMPLEMENTATIONS),
+            ("transfer", TRANSFERS),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"{name}={value!r} must be None or one of {_listed(choices)}")
+
+    @property
+    def budget_pages(self) -> int:
+        """Pages a head attends to beside the tail."""
+        return self.budget_tokens // self.page_size
+
+    @property
+    def tail_pages(self) -> int:
+        """The most pages that can begin between two reranks.
+
+        The page being filled at a rerank is the newest, always chosen, so it is in the budget.
+        """
+        return -(-self.rerank_interval // self.page_size)
+
+
+def _listed(choices: tuple[str, ...]) -> str:
+    return ", ".join(repr(choice) for choice in choices)
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    # bool is an int to Python and never what the caller meant here.
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name}={value!r} must be a positive integer")

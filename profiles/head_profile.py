@@ -1,0 +1,133 @@
+"""Which KV heads of one model are unstable, how that was measured, and JSON in and out."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FORMAT = "flexijax-head-profile-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadProfile:
+    """The unstable KV heads of one model at one budget; every other KV head is stable.
+
+    model: name of the model, as on its hub page.
+    num_layers, num_kv_heads: L and K of that model.
+    unstable: (layer, KV head) pairs, sorted, each at most once.
+    page_size: tokens in a page; budget_pages: pages chosen per head, when it was measured.
+    source: who measured, with what, on which text.
+    fingerprint: of the model's configuration; None when the source does not tell it.
+    rco: float[L][K], mean random-corrected overlap of each head; None when not published.
+        A head of which nothing could be measured holds None.
+    measured: how, as plain JSON values (task, documents, steps, window, ...).
+
+    Raises ValueError, naming the field, when the values contradict each other.
+    """
+
+    model: str
+    num_layers: int
+    num_kv_heads: int
+    unstable: tuple[tuple[int, int], ...]
+    page_size: int
+    budget_pages: int
+    source: str
+    fingerprint: str | None = None
+    rco: tuple[tuple[float | None, ...], ...] | None = None
+    measured: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads", "page_size", "budget_pages"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        if not self.model or not self.source:
+            raise ValueError(f"model={self.model!r} and source={self.source!r} must not be empty")
+        pairs = tuple(sorted((int(layer), int(head)) for layer, head in self.unstable))
+        for layer, head in pairs:
+            if not (0 <= layer < self.num_layers and 0 <= head < self.num_kv_heads):
+                raise ValueError(
+                    f"unstable holds [{layer}, {head}], outside of {self.num_layers} layers "
+                    f"and {self.num_kv_heads} KV heads"
+                )
+        if len(set(pairs)) != len(pairs):
+            raise ValueError("unstable names a head twice")
+        # Frozen values are hashable and compare equal after a round trip only with one spelling.
+        object.__setattr__(self, "unstable", pairs)
+        if self.rco is not None:
+            object.__setattr__(self, "rco", _checked_rco(self))
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.num_layers, self.num_kv_heads, self.unstable))
+
+    def unstable_heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads of a layer that keep all pages on the device, ascending."""
+        return tuple(head for at, head in self.unstable if at == self._checked_layer(layer))
+
+    def stable_heads(self, layer: int) -> tuple[int, ...]:
+        """KV heads of a layer whose pages live on the host, ascending."""
+        unstable = set(self.unstable_heads(layer))
+        return tuple(head for head in range(self.num_kv_heads) if head not in unstable)
+
+    def check(
+        self, *, num_layers: int, num_kv_heads: int, fingerprint: str | None = None
+    ) -> None:
+        """Raises ValueError that lists what differs, unless the profile fits such a model.
+
+        A fingerprint is compared only where both sides know one.
+        """
+        differs = [
+            f"{name} is {mine} in the profile and {theirs} in the model"
+            for name, mine, theirs in (
+                ("num_layers", self.num_layers, num_layers),
+                ("num_kv_heads", self.num_kv_heads, num_kv_heads),
+                ("fingerprint", self.fingerprint or fingerprint, fingerprint or self.fingerprint),
+            )
+            if mine != theirs
+        ]
+        if differs:
+            raise ValueError(f"the profile of {self.model!r} does not fit: {'; '.join(differs)}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the profile as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The profile as JSON text, one line for each field."""
+        fields = {"format": FORMAT, **asdict(self)}
+        lines = (f'  "{name}": {json.dumps(value)}' for name, value in fields.items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    @staticmethod
+    def load(path: str | Path) -> "HeadProfile":
+        """Reads what `save` wrote; raises ValueError naming the file when it is anything else."""
+        try:
+            return HeadProfile.from_json(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not a head profile: {error}") from error
+
+    @staticmethod
+    def from_json(text: str) -> "HeadProfile":
+        """The profile in JSON text; raises ValueError or TypeError when it holds none."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+            raise ValueError(f'"format" must be {FORMAT!r}')
+        return HeadProfile(**fields)
+
+    def _checked_layer(self, layer: int) -> int:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer={layer} must be in 0..{self.num_layers - 1}")
+        return layer
+
+
+def _checked_rco(profile: HeadProfile) -> tuple[tuple[float | None, ...], ...]:
+    rows = tuple(tuple(row) for row in profile.rco or ())
+    if len(rows) != profile.num_layers or any(len(row) != profile.num_kv_heads for row in rows):
+        raise ValueError(
+            f"rco must hold {profile.num_layers} rows of {profile.num_kv_heads} numbers"
+        )
+    known = [value for row in rows for value in row if value is not None]
+    if any(not math.isfinite(value) or value > 1 + 1e-6 for value in known):
+        raise ValueError("rco must hold finite numbers of at most 1")
+    return rows
