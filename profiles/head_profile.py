@@ -63,16 +63,16 @@ class HeadProfile:
 
     def unstable_heads(self, layer: int) -> tuple[int, ...]:
         """KV heads of a layer that keep all pages on the device, ascending."""
-        return tuple(head for at, head in self.unstable if at == self._checked_layer(layer))
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer={layer} must be in 0..{self.num_layers - 1}")
+        return tuple(head for at, head in self.unstable if at == layer)
 
     def stable_heads(self, layer: int) -> tuple[int, ...]:
         """KV heads of a layer whose pages live on the host, ascending."""
         unstable = set(self.unstable_heads(layer))
         return tuple(head for head in range(self.num_kv_heads) if head not in unstable)
 
-    def check(
-        self, *, num_layers: int, num_kv_heads: int, fingerprint: str | None = None
-    ) -> None:
+    def check(self, *, num_layers: int, num_kv_heads: int, fingerprint: str | None = None) -> None:
         """Raises ValueError that lists what differs, unless the profile fits such a model.
 
         A fingerprint is compared only where both sides know one.
@@ -114,11 +114,6 @@ class HeadProfile:
         if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
             raise ValueError(f'"format" must be {FORMAT!r}')
         return HeadProfile(**fields)
-
-    def _checked_layer(self, layer: int) -> int:
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer={layer} must be in 0..{self.num_layers - 1}")
-        return layer
 
 
 def _checked_rco(profile: HeadProfile) -> tuple[tuple[float | None, ...], ...]:

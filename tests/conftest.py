@@ -1,0 +1,36 @@
+"""Settings that hold for every test, and the few fixtures that several files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Nothing here may reach for a network: a model hub that answers would hide a missing file.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def strict_dtypes():
+    """A silent promotion to float32 doubles the memory of what it touches, so it is an error."""
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def leval_dir() -> Path:
+    """The folder of L-Eval task files, which are not shipped with the project."""
+    named = os.environ.get("FLEXIJAX_LEVAL")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data" / "leval"
+    if not any(folder.glob("*.jsonl")):
+        pytest.skip(f"no L-Eval *.jsonl files in {folder}; name their folder in FLEXIJAX_LEVAL")
+    return folder

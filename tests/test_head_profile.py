@@ -1,0 +1,148 @@
+"""Head profiles: their rules, their JSON, and finding the one that fits a model."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from flexijax import profiles
+from flexijax.profiles.head_profile import HeadProfile
+
+PUBLISHED = {
+    "meta-llama/Llama-3.1-8B-Instruct": (32, 64),
+    "mistralai/Mistral-7B-Instruct-v0.2": (32, 64),
+    "mistralai/Mistral-Small-24B-Instruct-2501": (40, 80),
+    "Qwen/Qwen2.5-32B-Instruct": (64, 128),
+}
+
+
+@pytest.fixture
+def profile() -> HeadProfile:
+    return HeadProfile(
+        model="us/Toy",
+        num_layers=3,
+        num_kv_heads=2,
+        unstable=((2, 1), (0, 0), (0, 1)),
+        page_size=16,
+        budget_pages=8,
+        source="by hand",
+        rco=((0.1, 0.2), (0.9, None), (0.8, -0.25)),
+        measured={"steps": 16, "documents": ["a", "b"]},
+    )
+
+
+def test_heads_of_a_layer(profile):
+    assert [profile.unstable_heads(layer) for layer in range(3)] == [(0, 1), (), (1,)]
+    assert [profile.stable_heads(layer) for layer in range(3)] == [(), (0, 1), (0,)]
+    for layer in (-1, 3):
+        with pytest.raises(ValueError, match=f"layer={layer} must be in 0..2"):
+            profile.stable_heads(layer)
+
+
+def test_json_round_trip(profile, tmp_path):
+    path = tmp_path / "toy.json"
+    profile.save(path)
+    again = HeadProfile.load(path)
+    assert again == profile and hash(again) == hash(profile)
+    assert profiles.load(path) == profile
+    assert json.loads(path.read_text())["unstable"] == [[0, 0], [0, 1], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": "other"}', '{"format": "flexijax-head-profile-1", "model": "m"}'],
+)
+def test_other_files_are_refused_by_name(text, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.json is not a head profile"):
+        HeadProfile.load(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"unstable": ((3, 0),)}, r"\[3, 0\], outside of 3 layers"),
+        ({"unstable": ((0, 2),)}, r"\[0, 2\], outside of 3 layers and 2 KV heads"),
+        ({"unstable": ((0, 1), (0, 1))}, "twice"),
+        ({"page_size": 0}, "page_size=0 must be a positive integer"),
+        ({"budget_pages": -1}, "budget_pages=-1 must be a positive integer"),
+        ({"source": ""}, "source='' must not be empty"),
+        ({"rco": ((0.1, 0.2),)}, "3 rows of 2"),
+        ({"rco": ((0.1, float("nan")), (0.0, 0.0), (0.0, 0.0))}, "finite"),
+        ({"rco": ((0.1, 1.5), (0.0, 0.0), (0.0, 0.0))}, "at most 1"),
+    ],
+)
+def test_contradictions_are_refused(profile, values, words):
+    with pytest.raises(ValueError, match=words):
+        replace(profile, **values)
+
+
+def test_check_lists_what_differs(profile):
+    profile.check(num_layers=3, num_kv_heads=2, fingerprint="any: the profile names none")
+    with pytest.raises(ValueError) as caught:
+        replace(profile, fingerprint="aa").check(num_layers=4, num_kv_heads=8, fingerprint="bb")
+    for words in ("us/Toy", "num_layers is 3 in", "4 in", "num_kv_heads is 2", "is aa", "bb in"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("budget_pages", [64, 128])
+def test_published_lists_are_shipped(model, budget_pages):
+    """A quarter of all KV heads, as published; both tasks name their source."""
+    layers, unstable = PUBLISHED[model]
+    found = profiles.find(model, budget_pages)
+    assert found is not None
+    assert (found.model, found.budget_pages, found.page_size) == (model, budget_pages, 16)
+    assert (found.num_layers, found.num_kv_heads) == (layers, 8)
+    assert len(found.unstable) == unstable == layers * 8 // 4
+    assert "NazmulTakbir/FlexiCache-vLLM-extension" in found.source
+    stem = model.split("/")[1].lower()
+    shipped = {profiles.load(f"{stem}.{task}.{budget_pages}").measured["task"] for task in TASKS}
+    assert shipped == set(TASKS)
+
+
+TASKS = ("gov_report", "paper_assistant")
+
+
+def test_every_shipped_profile_loads():
+    assert len(profiles.names()) >= 16
+    for name in profiles.names():
+        profile = profiles.load(name)
+        assert HeadProfile.from_json(profile.to_json()) == profile
+
+
+@pytest.mark.parametrize(
+    ("budget_pages", "nearest"), [(1, 64), (64, 64), (90, 64), (91, 128), (4096, 128)]
+)
+def test_nearest_budget_by_ratio(budget_pages, nearest):
+    found = profiles.find("Meta-Llama-3.1-8B-Instruct", budget_pages)
+    assert found is not None and found.budget_pages == nearest
+
+
+def test_find_by_fingerprint_before_name(profile, monkeypatch):
+    shipped = {
+        "a": replace(profile, fingerprint="right", model="other/Name"),
+        "b": replace(profile, fingerprint="wrong"),
+        "c": profile,
+    }
+    monkeypatch.setattr("flexijax.profiles.lookup.names", lambda: tuple(shipped))
+    monkeypatch.setattr("flexijax.profiles.lookup._shipped", shipped.__getitem__)
+    model = SimpleNamespace(name="us/Toy", fingerprint="right")
+    assert profiles.find(model, 8) is shipped["a"]
+    assert profiles.find(replace_name(model, "unheard"), 8) is shipped["a"]
+    model.fingerprint = "of no profile"
+    assert profiles.find(model, 8) is shipped["c"]
+    assert profiles.find(replace_name(model, "unheard"), 8) is None
+
+
+def replace_name(model: SimpleNamespace, name: str) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(model), "name": name})
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ValueError, match=r"profile='llama'.*llama-3\.1-8b-instruct"):
+        profiles.load("llama")
+    with pytest.raises(ValueError, match="budget_pages=0"):
+        profiles.find("llama", 0)

