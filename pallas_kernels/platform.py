@@ -1,0 +1,67 @@
+"""What depends on the jax version or on the device; nothing else in the package asks for either."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import compute_on as _compute_on_module
+from jax.experimental.pallas import triton
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+JAX_VERSION = tuple(int(part) for part in re.findall(r"\d+", jax.__version__)[:3])
+
+pltriton = triton
+
+# Part of jit's cache key: a function traced for the CPU is traced again when it is compiled for a
+# GPU that this machine does not have.
+_target = jax.make_user_context("")
+
+# jax 0.10 calls it compute_on2 beside an older context manager; later versions only compute_on.
+_compute_on = getattr(_compute_on_module, "compute_on2", _compute_on_module.compute_on)
+
+
+@contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Makes every choice of this file for `platform` ("cpu" or "gpu") inside a with block."""
+    if platform not in ("cpu", "gpu"):
+        raise ValueError(f"platform must be 'cpu' or 'gpu', got {platform!r}")
+    with _target(platform):
+        yield
+
+
+def is_gpu() -> bool:
+    """Whether programs are compiled for an NVIDIA GPU: this machine's, or the named target's."""
+    return (_target.value or jax.default_backend()) in ("gpu", "cuda")
+
+
+def default_implementation() -> str:
+    """The kernels that `implementation=None` means here: "pallas" on a GPU, "xla" elsewhere."""
+    return "pallas" if is_gpu() else "xla"
+
+
+def default_transfer() -> str:
+    """How pages move between the tiers unless told: "zero_copy" on a GPU, "staged" elsewhere."""
+    return "zero_copy" if is_gpu() else "staged"
+
+
+def sharding(memory_kind: str = "device") -> NamedSharding:
+    """A replicated sharding over the first device in `memory_kind` ("device", "pinned_host").
+
+    A NamedSharding, since abstract values keep their memory space only with one.
+    """
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    return NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
+
+
+def run_on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` run by the CPU on arrays in host memory, its results in host memory too.
+
+    Every array argument must already be in host memory (`jax.device_put(x, jax.memory.Space.Host)`
+    inside jit).
+    """
+    return _compute_on(
+        function, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host
+    )

@@ -1,0 +1,272 @@
+"""Flash decoding over chosen pages: through block ids (unstable heads) or in slots (stable heads).
+
+One program attends one KV head of one request over a stretch of its pages, `block_tokens` tokens
+at a time with a running softmax; the G query heads are the rows of the matrix products, padded to
+the 16 rows of a tensor core. A head's pages are split over several programs, so that a batch of
+one fills the GPU, and a second small kernel merges the parts by their log-sum-exp.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.platform import pltriton
+
+# Programs that keep an H100 or A100 busy: four on each of their 132 or 108 multiprocessors.
+_PROGRAMS = 512
+_MAX_SPLITS = 64
+_ROWS = 16
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How the pages of one head are divided among programs.
+
+    block_tokens: tokens of one step of the running softmax, a power of two, at least 16 and the
+    page size; steps: such blocks of one program; splits: programs of one head.
+    """
+
+    block_tokens: int
+    steps: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 16 or self.block_tokens & (self.block_tokens - 1):
+            raise ValueError(f"{self.block_tokens=} must be a power of two, at least 16")
+
+    @classmethod
+    def choose(cls, *, heads: int, tokens: int, page: int, row_bytes: int) -> "TuningConfig":
+        """For `heads` = B * K independent heads of `tokens` slots of `row_bytes` bytes of keys."""
+        widest = 64 if row_bytes <= 256 else 32
+        block = max(page, 16)
+        while block < widest and heads * pl.cdiv(tokens, 2 * block) >= _PROGRAMS // 2:
+            block *= 2
+        blocks = pl.cdiv(tokens, block)
+        splits = min(blocks, _MAX_SPLITS, pl.cdiv(_PROGRAMS, heads))
+        steps = pl.cdiv(blocks, splits)
+        warps = 4 if block >= 64 else 2
+        return cls(block, steps, pl.cdiv(blocks, steps), warps, 3 if steps > 1 else 1)
+
+
+def paged_decode(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    block_ids: jax.Array,
+    token_counts: jax.Array,
+    *,
+    scale: float,
+    config: TuningConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of q [B, K, G, H] over pages [blocks, K, page, H]; see `dispatch.paged_decode`.
+
+    block_ids and token_counts int32[B, K, n] -> out [B, K, G, H], lse float32[B, K, G].
+    """
+    blocks, heads, page, width = k_pages.shape
+    # A page's place in rows of H: the pool is one matrix [blocks * K * page, H].
+    first = (block_ids * heads + jnp.arange(heads, dtype=jnp.int32)[None, :, None]) * page
+    counts = jnp.where(block_ids < 0, 0, token_counts)
+    rows = (blocks * heads * page, width)
+    return _decode(
+        q, k_pages.reshape(rows), v_pages.reshape(rows), first, counts, page, scale, config
+    )
+
+
+def slot_decode(
+    q: jax.Array,
+    k_slots: jax.Array,
+    v_slots: jax.Array,
+    token_counts: jax.Array,
+    *,
+    scale: float,
+    config: TuningConfig | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of q [B, K, G, H] over slots [B, K, S, page, H]; see `dispatch.slot_decode`.
+
+    token_counts int32[B, K, S] -> out [B, K, G, H], lse float32[B, K, G].
+    """
+    rows = (math.prod(k_slots.shape[:4]), k_slots.shape[4])
+    page = k_slots.shape[3]
+    return _decode(
+        q, k_slots.reshape(rows), v_slots.reshape(rows), None, token_counts, page, scale, config
+    )
+
+
+def _decode(
+    q: jax.Array,
+    k_rows: jax.Array,
+    v_rows: jax.Array,
+    first: jax.Array | None,
+    counts: jax.Array,
+    page: int,
+    scale: float,
+    config: TuningConfig | None,
+) -> tuple[jax.Array, jax.Array]:
+    """first int32[B, K, n]: the row where each page starts; None where pages lie one by one."""
+    batch, heads, group, width = q.shape
+    pages = counts.shape[2]
+    config = config or TuningConfig.choose(
+        heads=batch * heads,
+        tokens=pages * page,
+        page=page,
+        row_bytes=width * k_rows.dtype.itemsize,
+    )
+    parts = (config.splits, batch, heads, group)
+    alone = config.splits == 1
+
+    def kernel(*refs):
+        q_ref, k_ref, v_ref, *first_ref, counts_ref, out_ref, lse_ref = refs
+        _attend(
+            q_ref,
+            k_ref,
+            v_ref,
+            first_ref[0] if first_ref else None,
+            counts_ref,
+            out_ref,
+            lse_ref,
+            page=page,
+            scale=scale * _LOG2_E,
+            config=config,
+        )
+
+    out, lse = pl.pallas_call(
+        kernel,
+        name="flexijax_decode_slots" if first is None else "flexijax_decode_pages",
+        grid=(config.splits, heads, batch),
+        out_shape=[
+            jax.ShapeDtypeStruct((*parts, width), q.dtype if alone else jnp.float32),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+        ],
+        compiler_params=pltriton.CompilerParams(
+            num_warps=config.num_warps, num_stages=config.num_stages
+        ),
+        interpret=not platform.is_gpu(),
+    )(q, k_rows, v_rows, *([] if first is None else [first]), counts)
+    if alone:
+        return out[0], lse[0]
+    return merge_splits(out, lse, dtype=q.dtype)
+
+
+def _attend(
+    q_ref,  # [B, K, G, H]
+    k_ref,  # [rows, H]
+    v_ref,  # [rows, H]
+    first_ref,  # int32[B, K, n] or None
+    counts_ref,  # int32[B, K, n]
+    out_ref,  # [splits, B, K, G, H]
+    lse_ref,  # float32[splits, B, K, G]
+    *,
+    page: int,
+    scale: float,
+    config: TuningConfig,
+) -> None:
+    split, head, request = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    _, num_heads, group, width = q_ref.shape
+    pages = counts_ref.shape[2]
+    block, padded = config.block_tokens, pl.next_power_of_2(width)
+    rows = max(_ROWS, pl.next_power_of_2(group))
+    block_pages = block // page
+
+    row, column = jnp.arange(rows), jnp.arange(padded)
+    token = jnp.arange(block)
+    page_of, place = token // page, token % page
+    in_width = (column < width)[None, :]
+    in_group = (row < group)[:, None] & in_width
+    q = pltriton.load(
+        q_ref.at[request, head, row[:, None], column[None, :]], mask=in_group, other=0.0
+    ).astype(k_ref.dtype)
+    # Without this, float32 would be rounded to ten bits of mantissa on its way into tensor cores.
+    precision = lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
+
+    def step(i, carry):
+        peak, total, out = carry
+        index = (split * config.steps + i) * block_pages + page_of  # [block]
+        listed = index < pages
+        count = pltriton.load(counts_ref.at[request, head, index], mask=listed, other=0)
+        if first_ref is None:
+            start = ((request * num_heads + head) * pages + index) * page
+        else:
+            start = pltriton.load(first_ref.at[request, head, index], mask=listed, other=0)
+        source = (start + place)[:, None]
+        valid = place < count
+        # What is not valid is not read: it may hold anything, and 0 * NaN is NaN.
+        mask = valid[:, None] & in_width
+        k = pltriton.load(k_ref.at[source, column[None, :]], mask=mask, other=0.0)
+        v = pltriton.load(v_ref.at[source, column[None, :]], mask=mask, other=0.0)
+        logits = scale * _dot(q, k, (1, 1), precision)
+        logits = jnp.where(valid[None, :], logits, -jnp.inf)
+        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+        safe = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+        shrink = jnp.exp2(peak - safe)
+        weights = jnp.exp2(logits - safe[:, None])
+        total = total * shrink + jnp.sum(weights, axis=1)
+        out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v, (1, 0), precision)
+        return new_peak, total, out
+
+    carry = (
+        jnp.full((rows,), -jnp.inf, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, padded), jnp.float32),
+    )
+    peak, total, out = lax.fori_loop(0, config.steps, step, carry)
+    out = out / jnp.where(total == 0.0, 1.0, total)[:, None]
+    lse = jnp.where(total == 0.0, -jnp.inf, (peak + jnp.log2(total)) / _LOG2_E)
+    pltriton.store(
+        out_ref.at[split, request, head, row[:, None], column[None, :]],
+        out.astype(out_ref.dtype),
+        mask=in_group,
+    )
+    pltriton.store(lse_ref.at[split, request, head, row], lse, mask=row < group)
+
+
+def _dot(a, b, contract, precision):
+    axes = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+
+
+def merge_splits(
+    outs: jax.Array, lses: jax.Array, *, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """`partials.merge` as one kernel: outs float32[splits, B, K, G, H], lses [splits, B, K, G]."""
+    splits, batch, heads, group, width = outs.shape
+    parts, padded = pl.next_power_of_2(splits), pl.next_power_of_2(width)
+
+    def kernel(outs_ref, lses_ref, out_ref, lse_ref):
+        row, head, request = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        part, column = jnp.arange(parts), jnp.arange(padded)
+        lse = pltriton.load(
+            lses_ref.at[part, request, head, row], mask=part < splits, other=-jnp.inf
+        )
+        peak = jnp.max(lse)
+        safe = jnp.where(peak == -jnp.inf, 0.0, peak)
+        weights = jnp.exp(lse - safe)
+        total = jnp.sum(weights)
+        inside = (part < splits)[:, None] & (column < width)[None, :]
+        values = pltriton.load(
+            outs_ref.at[part[:, None], request, head, row, column[None, :]], mask=inside, other=0.0
+        )
+        out = jnp.sum(values * weights[:, None], axis=0) / jnp.where(total == 0.0, 1.0, total)
+        pltriton.store(
+            out_ref.at[request, head, row, column], out.astype(out_ref.dtype), mask=column < width
+        )
+        lse_ref[request, head, row] = jnp.where(total == 0.0, -jnp.inf, safe + jnp.log(total))
+
+    return pl.pallas_call(
+        kernel,
+        name="flexijax_merge_splits",
+        grid=(group, heads, batch),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, group, width), dtype),
+            jax.ShapeDtypeStruct((batch, heads, group), jnp.float32),
+        ],
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=not platform.is_gpu(),
+    )(outs, lses)
