@@ -1,8 +1,7 @@
 """Head profiles: their rules, their JSON, and finding the one that fits a model."""
 
 import json
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -15,6 +14,12 @@ PUBLISHED = {
     "mistralai/Mistral-Small-24B-Instruct-2501": (40, 80),
     "Qwen/Qwen2.5-32B-Instruct": (64, 128),
 }
+
+
+@dataclass
+class Model:
+    name: str
+    fingerprint: str
 
 
 @pytest.fixture
@@ -129,16 +134,10 @@ def test_find_by_fingerprint_before_name(profile, monkeypatch):
     }
     monkeypatch.setattr("flexijax.profiles.lookup.names", lambda: tuple(shipped))
     monkeypatch.setattr("flexijax.profiles.lookup._shipped", shipped.__getitem__)
-    model = SimpleNamespace(name="us/Toy", fingerprint="right")
-    assert profiles.find(model, 8) is shipped["a"]
-    assert profiles.find(replace_name(model, "unheard"), 8) is shipped["a"]
-    model.fingerprint = "of no profile"
-    assert profiles.find(model, 8) is shipped["c"]
-    assert profiles.find(replace_name(model, "unheard"), 8) is None
-
-
-def replace_name(model: SimpleNamespace, name: str) -> SimpleNamespace:
-    return SimpleNamespace(**{**vars(model), "name": name})
+    assert profiles.find(Model("us/Toy", "right"), 8) is shipped["a"]
+    assert profiles.find(Model("unheard", "right"), 8) is shipped["a"]
+    assert profiles.find(Model("us/Toy", "of no profile"), 8) is shipped["c"]
+    assert profiles.find(Model("unheard", "of no profile"), 8) is None
 
 
 def test_unknown_names_say_what_there_is():
