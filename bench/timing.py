@@ -96,7 +96,9 @@ def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
     """The rows as aligned text, numbers with three significant places."""
     cells = [list(columns)] + [[_shown(row.get(name)) for name in columns] for row in rows]
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
-    lines = ("  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in cells)
+    lines = (
+        "  ".join(text.rjust(w) for text, w in zip(line, widths, strict=True)) for line in cells
+    )
     return "\n".join(lines)
 
 
