@@ -44,6 +44,8 @@ FLOORS = {
         models/weights.py
         models/gguf.py
         models/tokenizer.py
+        models/gguf_tokenizer.py
+        models/huggingface.py
         models/language_model.py
         models/checkpoint.py
         models/dense.py

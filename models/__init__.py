@@ -1,0 +1,1 @@
+"""Decoder models, their weights and their tokenizers."""

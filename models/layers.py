@@ -1,0 +1,97 @@
+"""The parts of a decoder layer: RMS norm, rotary embedding, linear maps.
+
+Weights are stored the way the fastest program reads them; `Linear` holds the reason and the ratios.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flexijax.models.config import ModelConfig, RopeScaling
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+    """Divides the last axis of x by its root mean square, computed in float32, times scale.
+
+    x [..., D], scale [D] -> [..., D] in x's dtype.
+    """
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+    return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """The angle in radians that each pair of channels turns per position: float32[head_dim / 2].
+
+    theta ** (-2i / head_dim) (RoFormer, Su et al. 2021), stretched as `RopeScaling` says.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequency = (1.0 / np.float32(theta) ** exponent).astype(np.float32)
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / np.float32(scaling.factor)
+    low, high, original = (
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_position,
+    )
+    assert low is not None and high is not None and original is not None
+    turns = original * frequency / (2 * np.pi)  # in the original context
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (frequency * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every position's angles, shared by all layers.
+
+    positions int32[B, T] -> two float32[B, T, 1, H / 2].
+    """
+    frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns channel i against channel i + H/2 by the position's angle (the Hugging Face pairing).
+
+    x [B, T, heads, H], cos and sin float32[B, T, 1, H / 2] -> [B, T, heads, H] in x's dtype.
+    """
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), accumulated in float32, result in x's dtype."""
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype, rngs: nnx.Rngs) -> None:
+        kernel = jax.random.normal(rngs.params(), (in_size, out_size), jnp.float32)
+        self.kernel = nnx.Param((kernel * in_size**-0.5).astype(dtype))
+        if bias:
+            # Small and random rather than zero, so that a test notices a bias left out.
+            noise = jax.random.normal(rngs.params(), (out_size,), jnp.float32)
+            self.bias = nnx.Param((noise * 0.02).astype(dtype))
+        self.use_bias = bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, in] -> [B, T, out]."""
+        y = jnp.einsum("BTI,IO->BTO", x, self.kernel[...], preferred_element_type=jnp.float32)
+        if self.use_bias:
+            y = y + self.bias[...].astype(jnp.float32)[None, None, :]
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its scale."""
+
+    def __init__(self, size: int, *, eps: float, dtype) -> None:
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., size] -> [..., size]."""
+        return rms_norm(x, self.scale[...], eps=self.eps)

