@@ -16,9 +16,7 @@ from flexijax.models.layers import Linear, RMSNorm, rope_tables, rotate
 
 Params: TypeAlias = Any
 # attend(layer, q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], state) -> (out [B, T, N, H], state)
-Attend: TypeAlias = Callable[
-    [int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
-]
+Attend: TypeAlias = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class DecoderLike(Protocol):

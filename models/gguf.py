@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import gguf
 import numpy as np
 
 from flexijax.models.config import ModelConfig, RopeScaling
+from flexijax.models.gguf_header import read_header
 from flexijax.models.layers import rope_frequencies
 from flexijax.models.weights import LoadError, NameTable
 
@@ -44,19 +47,18 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._data = np.memmap(path, dtype=np.uint8, mode="r")
         try:
-            reader = gguf.GGUFReader(path)
-            self.metadata: dict[str, Any] = {k: f.contents() for k, f in reader.fields.items()}
-            tensors = reader.tensors
-        except OSError:
-            raise
-        except Exception as error:  # the reader raises whatever its indexing meets
-            cause = f"{type(error).__name__}: {error}"
-            raise LoadError(str(path), [f"truncated or not a GGUF file ({cause})"]) from error
-        self._tensors = {t.name: t for t in tensors}
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            t.name: tuple(int(n) for n in reversed(t.shape)) for t in tensors
-        }
+            self.metadata, self._tensors = read_header(self._data)
+        except ValueError as error:
+            raise LoadError(str(path), [f"truncated or not a GGUF file: {error}"]) from error
+        size = len(self._data)
+        short = {n: t.stop - size for n, t in self._tensors.items() if t.stop > size}
+        if short:
+            raise LoadError(
+                str(path), [f"{n}: the file ends {k} bytes early" for n, k in short.items()]
+            )
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     @property
     def table(self) -> NameTable:
@@ -67,11 +69,15 @@ class GgufFile:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows start to stop of a tensor, dequantised to float32 unless stored as a float."""
         tensor = self._tensors[name]
+        block, size = gguf.GGML_QUANT_SIZES[tensor.kind]
+        row = math.prod(tensor.shape[1:]) // block * size if tensor.shape[1:] else size // block
+        packed = self._data[tensor.start + start * row : tensor.start + stop * row]
         try:
-            return gguf.dequantize(tensor.data[start:stop], tensor.tensor_type)
+            values = gguf.dequantize(packed.reshape(stop - start, -1), tensor.kind)
         except NotImplementedError as error:
-            kind = tensor.tensor_type.name
+            kind = tensor.kind.name
             raise ValueError(f"type {kind} cannot be dequantised by this gguf package") from error
+        return values.reshape(stop - start, *tensor.shape[1:])
 
     def config(self, *, max_context: int | None) -> ModelConfig:
         """The model's configuration; LoadError lists what is missing or not supported."""
@@ -137,8 +143,6 @@ class GgufFile:
         The file holds frequency divisors only; their largest is the factor, and the other three
         constants are the same in every Llama 3.1, 3.2 and 3.3.
         """
-        import dataclasses
-
         divisors = self.rows(_ROPE_TENSOR, 0, self.shapes[_ROPE_TENSOR][0]).astype(np.float32)
         if np.allclose(divisors, 1.0):
             return config

@@ -91,9 +91,7 @@ def _byte_level_bpe(meta: Mapping[str, Any], tokens: list[str]) -> tokenizers.To
         left, _, right = merge.partition(" ")
         merges.append((left, right))
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    model = models.BPE(
-        vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS_FIRST
-    )
+    model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS_FIRST)
     backend = tokenizers.Tokenizer(model)
     split = _SPLITS[pre]
     if split is not None:

@@ -98,14 +98,10 @@ def _from_gguf(path: Path, max_context: int | None, options: dict[str, Any]) -> 
     except ValueError as error:
         raise LoadError(str(path), [str(error)]) from error
     params = assemble(config, file.table, file, description=str(path), **options)
-    return from_config(
-        config, params, name=path.stem, dtype=options["dtype"], tokenizer=words
-    )
+    return from_config(config, params, name=path.stem, dtype=options["dtype"], tokenizer=words)
 
 
-def _from_directory(
-    path: Path, max_context: int | None, options: dict[str, Any]
-) -> LanguageModel:
+def _from_directory(path: Path, max_context: int | None, options: dict[str, Any]) -> LanguageModel:
     problems = []
     config = words = None
     try:
@@ -123,6 +119,4 @@ def _from_directory(
         raise LoadError(str(path), problems)
     source = huggingface.Safetensors(path)
     params = assemble(config, huggingface.TABLE, source, description=str(path), **options)
-    return from_config(
-        config, params, name=path.name, dtype=options["dtype"], tokenizer=words
-    )
+    return from_config(config, params, name=path.name, dtype=options["dtype"], tokenizer=words)

@@ -196,9 +196,7 @@ def assemble(
     return params
 
 
-def _fill(
-    leaf: np.ndarray, source: TensorSource, name: str, part: Part, interleaved: bool
-) -> None:
+def _fill(leaf: np.ndarray, source: TensorSource, name: str, part: Part, interleaved: bool) -> None:
     """Copies one source tensor into its place in leaf, block by block."""
     count = part.shape[0]
     channel = np.arange(count)

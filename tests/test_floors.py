@@ -20,6 +20,7 @@ FLOORS = {
         pallas_kernels/platform.py
         pallas_kernels/reference.py
         pallas_kernels/xla.py
+        pallas_kernels/partials.py
         pallas_kernels/summaries.py
         pallas_kernels/page_scores.py
         pallas_kernels/sparse_decode.py
@@ -42,6 +43,7 @@ FLOORS = {
         models/decoder.py
         models/presets.py
         models/weights.py
+        models/gguf_header.py
         models/gguf.py
         models/tokenizer.py
         models/gguf_tokenizer.py
@@ -65,6 +67,7 @@ FLOORS = {
         profiles/plots.py
     """,
     "5 face": """
+        flexijax/terminal.py
         flexijax/cli_generate.py
         flexijax/cli.py
         flexijax/demo.py
