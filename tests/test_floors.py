@@ -44,6 +44,7 @@ FLOORS = {
         models/presets.py
         models/weights.py
         models/gguf_header.py
+        models/gguf_header.py
         models/gguf.py
         models/tokenizer.py
         models/gguf_tokenizer.py
@@ -63,6 +64,7 @@ FLOORS = {
         flexijax/compile_report.py
         profiles/documents.py
         profiles/stability.py
+        profiles/recorder.py
         profiles/measure.py
         profiles/plots.py
     """,

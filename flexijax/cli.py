@@ -1,0 +1,53 @@
+"""The command line: one parser, and a module for each subcommand."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from flexijax import cli_generate
+from flexijax.terminal import one_line, use_compilation_cache
+
+# A subcommand is a module with NAME, HELP, add_arguments(parser) and run(args) -> exit code.
+SUBCOMMANDS = (cli_generate,)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage, which buries what is wrong."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand."""
+    root = _Parser(prog="flexijax", description="Long-context generation in JAX.")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in SUBCOMMANDS:
+        command = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP)
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write the results")
+        command.add_argument("--quiet", action="store_true", help="no progress and no table")
+        command.add_argument("--debug", action="store_true", help="show where an error came from")
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, or 2 after bad input and one line on stderr."""
+    args = parser().parse_args(argv)
+    use_compilation_cache()
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; without this Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"flexijax {args.command}: error: {one_line(error)}", file=sys.stderr)
+        return 2

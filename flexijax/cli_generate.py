@@ -1,0 +1,203 @@
+"""`flexijax generate`: streams a continuation, then says what it took."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from flexijax.config import DTYPES, IMPLEMENTATIONS, MODES, SUMMARY_DTYPES, TRANSFERS, CacheConfig
+from flexijax.generate import generate
+from flexijax.models.language_model import LanguageModel
+from flexijax.models.load import load
+from flexijax.profiles import lookup
+from flexijax.results import Generation
+from flexijax.sampling import Sampling
+from flexijax.terminal import (
+    Progress,
+    check_writable,
+    environment,
+    megabytes,
+    table,
+    write_json,
+)
+
+NAME = "generate"
+HELP = "continue a prompt with a model, through the cache of your choice"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--model", required=True, help="smollm2, a Hugging Face folder or hub id, or a .gguf file"
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text; - is standard input")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="apply the model's chat template (default: only with --system)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+
+    cache, default = parser.add_argument_group("cache"), CacheConfig()
+    cache.add_argument("--mode", choices=MODES, default=default.mode)
+    cache.add_argument("--budget-tokens", type=int, default=default.budget_tokens, metavar="N")
+    cache.add_argument("--page-size", type=int, default=default.page_size, metavar="N")
+    cache.add_argument("--rerank-interval", type=int, default=default.rerank_interval, metavar="N")
+    cache.add_argument("--cache-dtype", choices=DTYPES)
+    cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES)
+    cache.add_argument("--implementation", choices=IMPLEMENTATIONS)
+    cache.add_argument("--transfer", choices=TRANSFERS)
+    cache.add_argument("--profile", help="unstable heads: a shipped profile's name or a JSON file")
+    cache.add_argument(
+        "--compare-full", action="store_true", help="run mode full as well and compare"
+    )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sampling.add_argument("--top-k", type=int)
+    sampling.add_argument("--top-p", type=float)
+    sampling.add_argument("--min-p", type=float)
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="repeatable")
+    sampling.add_argument("--logprobs", action="store_true", help="into the JSON file")
+    sampling.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carries the command out; bad input raises ValueError or OSError before the model loads."""
+    cache = CacheConfig(
+        mode=args.mode,
+        page_size=args.page_size,
+        budget_tokens=args.budget_tokens,
+        rerank_interval=args.rerank_interval,
+        dtype=args.cache_dtype,
+        summary_dtype=args.summary_dtype,
+        implementation=args.implementation,
+        transfer=args.transfer,
+    )
+    sampling = Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        stop=tuple(args.stop),
+        logprobs=args.logprobs,
+        seed=args.seed,
+    )
+    if args.max_new_tokens <= 0:
+        raise ValueError(f"--max-new-tokens={args.max_new_tokens} must be at least 1")
+    if args.chat is False and args.system is not None:
+        raise ValueError("--system needs the chat template: leave --no-chat out")
+    if args.json is not None:
+        check_writable(args.json)
+    prompt = _prompt(args)
+    profile = None if args.profile is None else lookup.load(args.profile)
+
+    progress = Progress(quiet=args.quiet)
+    loading = f"loading {args.model}"
+    progress(loading, 0, 100)
+    lm = load(
+        args.model,
+        dtype=args.dtype,
+        progress=lambda share: progress(loading, min(int(100 * share), 99), 100),
+    )
+    progress(loading, 100, 100)
+    if args.chat or args.system is not None:
+        prompt = chat_prompt(lm, prompt, system=args.system)
+
+    def answer(config: CacheConfig, stream: Callable[[int, str], None] | None) -> Generation:
+        progress.quiet = args.quiet
+        made = generate(
+            lm,
+            [prompt],
+            max_new_tokens=args.max_new_tokens,
+            cache=config,
+            profile=profile,
+            sampling=sampling,
+            stream=stream,
+            progress=progress,
+            seed=args.seed,
+        )
+        progress.close()
+        return made[0]
+
+    def show(_: int, piece: str) -> None:
+        # From here on the text itself is the progress; a bar would break into it.
+        progress.close()
+        progress.quiet = True
+        print(piece, end="", flush=True)
+
+    results = {args.mode: answer(cache, show)}
+    print(flush=True)
+    if args.compare_full and args.mode != "full":
+        results["full"] = answer(replace(cache, mode="full"), None)
+    if not args.quiet:
+        print("\n" + table(report(results)))
+    if args.json is not None:
+        content = {
+            "model": lm.name,
+            "fingerprint": lm.fingerprint,
+            "cache": cache,
+            "sampling": sampling,
+            "environment": environment(),
+            **vars(results.pop(args.mode)),
+            **results,
+        }
+        write_json(args.json, content)
+    return 0
+
+
+def chat_prompt(lm: LanguageModel, text: str, *, system: str | None) -> str:
+    """The text of a chat in which the user says `text`, up to where the answer begins."""
+    if lm.tokenizer is None:
+        raise ValueError(f"--chat: the model {lm.name!r} comes without a tokenizer")
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return lm.tokenizer.chat([*first, {"role": "user", "content": text}])
+
+
+def report(results: dict[str, Generation]) -> list[list[str]]:
+    """The closing table: a column for each mode, and what they agree on where there are two."""
+    columns = [(mode, made, made.metrics) for mode, made in results.items()]
+    rows = [
+        ["", *(f"mode {mode}" for mode, *_ in columns)],
+        ["prompt tokens", *(f"{m.prompt_tokens:,}" for *_, m in columns)],
+        ["new tokens", *(f"{m.new_tokens:,}" for *_, m in columns)],
+        ["finished by", *(made.finish_reason for _, made, _ in columns)],
+        ["time to first token", *(f"{m.ttft_s:.2f} s" for *_, m in columns)],
+        ["time per token", *(f"{m.tpot_ms:.1f} ms" for *_, m in columns)],
+        ["compiling", *(f"{m.compile_s:.1f} s" for *_, m in columns)],
+        ["KV on the device", *(megabytes(m.device_kv_bytes) for *_, m in columns)],
+        ["  of it summaries", *(megabytes(m.summary_bytes) for *_, m in columns)],
+        ["KV on the host", *(megabytes(m.host_kv_bytes) for *_, m in columns)],
+        ["full KV would take", *(megabytes(m.full_kv_bytes) for *_, m in columns)],
+        ["moved to the device", *(megabytes(m.promoted_bytes) for *_, m in columns)],
+        ["moved to the host", *(megabytes(m.offloaded_bytes) for *_, m in columns)],
+    ]
+    if len(columns) == 2:
+        (_, one, _), (_, other, _) = columns
+        same = [a == b for a, b in zip(one.token_ids, other.token_ids, strict=False)]
+        prefix = next((at for at, equal in enumerate(same) if not equal), len(same))
+        rows.append(["tokens that agree", f"{sum(same)} of {len(same)}", ""])
+        rows.append(["equal from the start", f"{prefix}", ""])
+    return rows
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        name, text = "--prompt", args.prompt
+    elif args.prompt_file == "-":
+        name, text = "standard input", sys.stdin.read()
+    else:
+        name = args.prompt_file
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} must be UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{name} holds no text: a prompt needs at least one word")
+    return text

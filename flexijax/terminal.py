@@ -1,0 +1,135 @@
+"""What the subcommands share: progress on stderr, tables, errors of one line, JSON files."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar for the current stage on a terminal, a line a stage anywhere else.
+
+    Called as `progress(stage, done, total)`; a new stage ends the one before. `close` ends the
+    last. Silent while `quiet`.
+    """
+
+    def __init__(self, *, quiet: bool = False, out: TextIO | None = None) -> None:
+        self._out = out or sys.stderr
+        self.quiet = quiet
+        self._bar: tqdm | None = None
+        self._stage: str | None = None
+        self._started = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.quiet:
+            return
+        if stage != self._stage:
+            self.close()
+            self._stage, self._started = stage, time.perf_counter()
+            if self._out.isatty():
+                self._bar = tqdm(total=total, desc=stage, leave=False, file=self._out)
+            else:
+                print(f"{stage} ...", file=self._out, flush=True)
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the current stage with the time it took."""
+        if self._stage is None:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        took = time.perf_counter() - self._started
+        print(f"{self._stage}: {took:.1f} s", file=self._out, flush=True)
+        self._bar, self._stage = None, None
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text with aligned columns: the first to the left, the others to the right.
+
+    In: [["", "flexi"], ["time", "8 ms"]]   Out: "      flexi\\ntime   8 ms"
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def megabytes(count: int) -> str:
+    """12345678 -> "12.3 MB", in powers of ten."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError now for a file that could not be written at the end of a long run."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no such folder, or no right to write")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes content as standard JSON: dataclasses as objects, NaN and infinities as null."""
+    path.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """The versions and the device that a result was made with."""
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cpu_count": os.cpu_count(),
+        "machine": platform.machine(),
+    }
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, so that only the first one waits for the compiler.
+
+    In FLEXIJAX_CACHE_DIR, empty for off; else in the user's cache folder. A folder that jax was
+    already told of by its own JAX_COMPILATION_CACHE_DIR stays.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("FLEXIJAX_CACHE_DIR", str(Path(home) / "flexijax" / "compiled"))
+    if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

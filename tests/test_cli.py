@@ -1,0 +1,281 @@
+"""The command line: what it passes on, what it prints, and how it ends when the input is bad."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexijax import cli, cli_generate
+from flexijax.config import CacheConfig
+from flexijax.sampling import Sampling
+from flexijax.terminal import Progress, megabytes, table, write_json
+
+METRICS = {
+    "prompt_tokens": 4812,
+    "new_tokens": 3,
+    "ttft_s": 6.214,
+    "tpot_ms": 48.26,
+    "prefill_s": 5.9,
+    "decode_s": 0.1,
+    "compile_s": 3.1,
+    "device_kv_bytes": 52_100_000,
+    "host_kv_bytes": 41_000_000,
+    "full_kv_bytes": 174_200_000,
+    "summary_bytes": 3_200_000,
+    "promoted_pages": 7,
+    "promoted_bytes": 114_688,
+    "offloaded_bytes": 4096,
+    "reranks": 2,
+    "mean_overlap": float("nan"),
+}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float
+    tpot_ms: float
+    prefill_s: float
+    decode_s: float
+    compile_s: float
+    device_kv_bytes: int
+    host_kv_bytes: int
+    full_kv_bytes: int
+    summary_bytes: int
+    promoted_pages: int
+    promoted_bytes: int
+    offloaded_bytes: int
+    reranks: int
+    mean_overlap: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    token_ids: list[int]
+    logprobs: list[float] | None
+    finish_reason: str
+    metrics: Metrics
+
+
+@dataclass
+class Model:
+    """Stands in for a loaded model and records what it was asked."""
+
+    name: str = "toy"
+    fingerprint: str = "f00d"
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def tokenizer(self) -> "Model":
+        return self
+
+    def chat(self, messages: list[dict]) -> str:
+        return "|".join(f"{message['role']}:{message['content']}" for message in messages)
+
+    def generate(self, lm, prompts, *, stream, progress, **rest):
+        self.calls.append({"prompts": prompts, **rest})
+        progress("prefill", 0, 10)
+        progress("prefill", 10, 10)
+        if stream is not None:
+            for piece in ("Hel", "lo", ""):
+                stream(0, piece)
+        full = rest["cache"].mode == "full"
+        return [Answer("Hello", [5, 6, 9 if full else 7], None, "length", Metrics(**METRICS))]
+
+
+@pytest.fixture
+def model(monkeypatch) -> Model:
+    model = Model()
+    monkeypatch.setenv("FLEXIJAX_CACHE_DIR", "")
+    monkeypatch.setattr(cli_generate, "load", lambda source, *, dtype, progress: model)
+    monkeypatch.setattr(cli_generate, "generate", model.generate)
+    return model
+
+
+def run(*options: str) -> int:
+    return cli.main(["generate", "--model", "toy", *options])
+
+
+def test_text_streams_and_the_table_follows(model, capsys):
+    assert run("--prompt", "Hi", "--max-new-tokens", "3") == 0
+    out, err = capsys.readouterr()
+    text, rows = out.split("\n\n")
+    assert text == "Hello"
+    for words in ("4,812", "6.21 s", "48.3 ms", "52.1 MB", "41.0 MB", "174.2 MB", "3.2 MB"):
+        assert words in rows
+    assert "loading toy" in err and "prefill" in err
+    assert model.calls[0]["prompts"] == ["Hi"]
+    assert model.calls[0]["cache"] == CacheConfig()
+    assert model.calls[0]["sampling"] == Sampling(seed=0)
+
+
+def test_every_option_arrives(model, tmp_path):
+    file = tmp_path / "out.json"
+    options = (
+        "--prompt Hi --mode quest --budget-tokens 256 --page-size 32 --rerank-interval 8 "
+        "--cache-dtype bfloat16 --summary-dtype int8 --implementation xla --transfer staged "
+        "--profile llama-3.1-8b-instruct.gov_report.64 --temperature 0.5 --top-k 4 --top-p 0.9 "
+        f"--min-p 0.1 --stop A --stop B --logprobs --seed 7 --json {file} --quiet"
+    )
+    assert run(*options.split()) == 0
+    call = model.calls[0]
+    cache = CacheConfig(
+        mode="quest",
+        page_size=32,
+        budget_tokens=256,
+        rerank_interval=8,
+        dtype="bfloat16",
+        summary_dtype="int8",
+        implementation="xla",
+        transfer="staged",
+    )
+    asked = Sampling(
+        temperature=0.5, top_k=4, top_p=0.9, min_p=0.1, stop=("A", "B"), logprobs=True, seed=7
+    )
+    assert (call["cache"], call["sampling"], call["seed"]) == (cache, asked, 7)
+    assert call["profile"].model == "meta-llama/Llama-3.1-8B-Instruct"
+    written = json.loads(file.read_text())
+    assert (written["text"], written["token_ids"]) == ("Hello", [5, 6, 7])
+    assert written["metrics"] == {**METRICS, "mean_overlap": None}
+    assert written["cache"]["page_size"] == 32 and written["environment"]["jax"]
+
+
+def test_comparison_with_full(model, capsys, tmp_path):
+    file = tmp_path / "out.json"
+    assert run("--prompt", "Hi", "--compare-full", "--json", str(file)) == 0
+    rows = capsys.readouterr().out
+    assert "mode flexi" in rows and "mode full" in rows
+    assert "2 of 3" in rows
+    assert [call["cache"].mode for call in model.calls] == ["flexi", "full"]
+    written = json.loads(file.read_text())
+    assert (written["token_ids"], written["full"]["token_ids"]) == ([5, 6, 7], [5, 6, 9])
+
+
+def test_prompts_from_files_and_standard_input(model, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "prompt.txt"
+    file.write_text("von der Datei: äöü", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from outside"))
+    assert run("--prompt-file", str(file), "--quiet") == run("--prompt-file", "-", "--quiet") == 0
+    assert [call["prompts"][0] for call in model.calls] == ["von der Datei: äöü", "from outside"]
+    out, err = capsys.readouterr()
+    assert (out, err) == ("Hello\nHello\n", "")
+
+
+def test_chat(model):
+    run("--prompt", "Hi", "--chat")
+    run("--prompt", "Hi", "--system", "Be kind.")
+    run("--prompt", "Hi", "--no-chat")
+    asked = [call["prompts"][0] for call in model.calls]
+    assert asked == ["user:Hi", "system:Be kind.|user:Hi", "Hi"]
+
+
+BAD = {
+    "--temperature nan": "temperature=nan",
+    "--temperature -1": "temperature=-1.0",
+    "--top-p 0": "top_p=0.0",
+    "--top-k 0": "top_k=0",
+    "--budget-tokens 1000": "budget_tokens=1000",
+    "--page-size -16": "page_size=-16",
+    "--rerank-interval 0": "rerank_interval=0",
+    "--mode flexy": "flexy",
+    "--max-new-tokens 0": "--max-new-tokens=0",
+    "--max-new-tokens many": "many",
+    "--profile unheard": "unheard",
+    "--seed -1": "seed=-1",
+    "--no-chat --system S": "--system",
+    "--json /nowhere/at/all.json": "/nowhere/at/all.json",
+    "--unheard": "--unheard",
+}
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_input_is_one_line_and_code_2_before_anything_loads(
+    options, model, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli_generate, "load", None)
+    try:
+        code = run("--prompt", "Hi", *options.split())
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert BAD[options] in err and "error: " in err
+
+
+@pytest.mark.parametrize("prompt", [("--prompt", ""), ("--prompt", " \n"), ()])
+def test_empty_prompts(prompt, model, capsys):
+    try:
+        code = run(*prompt)
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_unreadable_prompt_files(model, tmp_path, capsys):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "missing", tmp_path, binary):
+        assert run("--prompt-file", str(path)) == 2
+        err = capsys.readouterr().err
+        assert str(path) in err and err.count("\n") == 1
+
+
+def test_errors_of_the_library_are_one_line_unless_debugged(model, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise ValueError("prompt of 9000 tokens:\n  the model takes 8192")
+
+    monkeypatch.setattr(cli_generate, "generate", refuse)
+    assert run("--prompt", "Hi", "--quiet") == 2
+    expected = "flexijax generate: error: prompt of 9000 tokens: the model takes 8192\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(ValueError, match="9000"):
+        run("--prompt", "Hi", "--quiet", "--debug")
+
+
+def test_interrupt_ends_quietly(model, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_generate, "generate", interrupt)
+    assert run("--prompt", "Hi", "--quiet") == 130
+
+
+def test_as_a_program(repository):
+    """A real process: no traceback, code 2, and the message names the missing file."""
+    command = [sys.executable, "-m", "flexijax", "generate", "--model", "nowhere.gguf"]
+    done = subprocess.run(
+        [*command, "--prompt", "Hi", "--quiet"], capture_output=True, text=True, cwd=repository
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert "nowhere.gguf" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_table_aligns():
+    assert table([["", "flexi"], ["time", "8 ms"]]) == "      flexi\ntime   8 ms"
+    assert megabytes(12_345_678) == "12.3 MB"
+
+
+def test_progress_writes_a_line_when_a_stage_begins_and_ends():
+    out = io.StringIO()
+    progress = Progress(out=out)
+    for done in range(3):
+        progress("prefill", done, 2)
+    progress("decode", 0, 9)
+    progress.close()
+    words = [line.split(" ")[0] for line in out.getvalue().splitlines()]
+    assert words == ["prefill", "prefill:", "decode", "decode:"]
+
+
+def test_json_is_standard(tmp_path):
+    path = Path(tmp_path / "x.json")
+    write_json(path, {"a": float("inf"), "b": (1, {2}), "c": CacheConfig(), "d": path})
+    read = json.loads(path.read_text())
+    assert read["a"] is None and read["b"] == [1, [2]] and read["c"]["mode"] == "flexi"
