@@ -64,7 +64,7 @@ def page_scores(
                     values.astype(dtype),
                     chosen.astype(dtype),
                     (((1,), (1,)), ((), ())),
-                    precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+                    precision=platform.float32_precision() if dtype == jnp.float32 else None,
                     preferred_element_type=jnp.float32,
                 )
                 if exponents_ref is not None:

@@ -28,8 +28,8 @@ _LOG2_E = math.log2(math.e)
 class TuningConfig:
     """How the pages of one head are divided among programs.
 
-    block_tokens: tokens of one step of the running softmax, a power of two, at least 16 and the
-    page size; steps: such blocks of one program; splits: programs of one head.
+    block_tokens: tokens of one step of the running softmax, a power of two, at least 16; steps:
+    such blocks of one program; splits: programs of one head.
     """
 
     block_tokens: int
@@ -43,16 +43,16 @@ class TuningConfig:
             raise ValueError(f"{self.block_tokens=} must be a power of two, at least 16")
 
     @classmethod
-    def choose(cls, *, heads: int, tokens: int, page: int, row_bytes: int) -> "TuningConfig":
+    def choose(cls, *, heads: int, tokens: int, row_bytes: int) -> "TuningConfig":
         """For `heads` = B * K independent heads of `tokens` slots of `row_bytes` bytes of keys."""
-        widest = 64 if row_bytes <= 256 else 32
-        block = max(page, 16)
+        widest = max(16, min(64, 16384 // row_bytes))
+        block = 16
         while block < widest and heads * pl.cdiv(tokens, 2 * block) >= _PROGRAMS // 2:
             block *= 2
         blocks = pl.cdiv(tokens, block)
         splits = min(blocks, _MAX_SPLITS, pl.cdiv(_PROGRAMS, heads))
         steps = pl.cdiv(blocks, splits)
-        warps = 4 if block >= 64 else 2
+        warps = 2 if block * row_bytes <= 4096 else 4 if row_bytes <= 256 else 8
         return cls(block, steps, pl.cdiv(blocks, steps), warps, 3 if steps > 1 else 1)
 
 
@@ -71,12 +71,9 @@ def paged_decode(
     block_ids and token_counts int32[B, K, n] -> out [B, K, G, H], lse float32[B, K, G].
     """
     blocks, heads, page, width = k_pages.shape
-    # A page's place in rows of H: the pool is one matrix [blocks * K * page, H].
-    first = (block_ids * heads + jnp.arange(heads, dtype=jnp.int32)[None, :, None]) * page
-    counts = jnp.where(block_ids < 0, 0, token_counts)
     rows = (blocks * heads * page, width)
     return _decode(
-        q, k_pages.reshape(rows), v_pages.reshape(rows), first, counts, page, scale, config
+        q, k_pages.reshape(rows), v_pages.reshape(rows), block_ids, token_counts, page, scale, config
     )
 
 
@@ -104,31 +101,30 @@ def _decode(
     q: jax.Array,
     k_rows: jax.Array,
     v_rows: jax.Array,
-    first: jax.Array | None,
+    block_ids: jax.Array | None,
     counts: jax.Array,
     page: int,
     scale: float,
     config: TuningConfig | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """first int32[B, K, n]: the row where each page starts; None where pages lie one by one."""
+    """Over rows [pages * page, H]; block_ids is None where a head's pages lie one after another."""
     batch, heads, group, width = q.shape
     pages = counts.shape[2]
     config = config or TuningConfig.choose(
         heads=batch * heads,
         tokens=pages * page,
-        page=page,
         row_bytes=width * k_rows.dtype.itemsize,
     )
     parts = (config.splits, batch, heads, group)
     alone = config.splits == 1
 
     def kernel(*refs):
-        q_ref, k_ref, v_ref, *first_ref, counts_ref, out_ref, lse_ref = refs
+        q_ref, k_ref, v_ref, *ids_ref, counts_ref, out_ref, lse_ref = refs
         _attend(
             q_ref,
             k_ref,
             v_ref,
-            first_ref[0] if first_ref else None,
+            ids_ref[0] if ids_ref else None,
             counts_ref,
             out_ref,
             lse_ref,
@@ -139,7 +135,7 @@ def _decode(
 
     out, lse = pl.pallas_call(
         kernel,
-        name="flexijax_decode_slots" if first is None else "flexijax_decode_pages",
+        name="flexijax_decode_slots" if block_ids is None else "flexijax_decode_pages",
         grid=(config.splits, heads, batch),
         out_shape=[
             jax.ShapeDtypeStruct((*parts, width), q.dtype if alone else jnp.float32),
@@ -149,7 +145,7 @@ def _decode(
             num_warps=config.num_warps, num_stages=config.num_stages
         ),
         interpret=not platform.is_gpu(),
-    )(q, k_rows, v_rows, *([] if first is None else [first]), counts)
+    )(q, k_rows, v_rows, *([] if block_ids is None else [block_ids]), counts)
     if alone:
         return out[0], lse[0]
     return merge_splits(out, lse, dtype=q.dtype)
@@ -159,7 +155,7 @@ def _attend(
     q_ref,  # [B, K, G, H]
     k_ref,  # [rows, H]
     v_ref,  # [rows, H]
-    first_ref,  # int32[B, K, n] or None
+    ids_ref,  # int32[B, K, n] or None
     counts_ref,  # int32[B, K, n]
     out_ref,  # [splits, B, K, G, H]
     lse_ref,  # float32[splits, B, K, G]
@@ -173,30 +169,30 @@ def _attend(
     pages = counts_ref.shape[2]
     block, padded = config.block_tokens, pl.next_power_of_2(width)
     rows = max(_ROWS, pl.next_power_of_2(group))
-    block_pages = block // page
 
     row, column = jnp.arange(rows), jnp.arange(padded)
-    token = jnp.arange(block)
-    page_of, place = token // page, token % page
     in_width = (column < width)[None, :]
     in_group = (row < group)[:, None] & in_width
     q = pltriton.load(
         q_ref.at[request, head, row[:, None], column[None, :]], mask=in_group, other=0.0
     ).astype(k_ref.dtype)
     # Without this, float32 would be rounded to ten bits of mantissa on its way into tensor cores.
-    precision = lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
+    precision = platform.float32_precision() if k_ref.dtype == jnp.float32 else None
 
     def step(i, carry):
         peak, total, out = carry
-        index = (split * config.steps + i) * block_pages + page_of  # [block]
+        token = (split * config.steps + i) * block + jnp.arange(block)
+        index, place = token // page, token % page  # [block]
         listed = index < pages
         count = pltriton.load(counts_ref.at[request, head, index], mask=listed, other=0)
-        if first_ref is None:
-            start = ((request * num_heads + head) * pages + index) * page
-        else:
-            start = pltriton.load(first_ref.at[request, head, index], mask=listed, other=0)
-        source = (start + place)[:, None]
         valid = place < count
+        if ids_ref is None:
+            stored = (request * num_heads + head) * pages + index
+        else:
+            block_id = pltriton.load(ids_ref.at[request, head, index], mask=listed, other=0)
+            stored = block_id * num_heads + head
+            valid &= block_id >= 0
+        source = (stored * page + place)[:, None]
         # What is not valid is not read: it may hold anything, and 0 * NaN is NaN.
         mask = valid[:, None] & in_width
         k = pltriton.load(k_ref.at[source, column[None, :]], mask=mask, other=0.0)
