@@ -1,0 +1,36 @@
+# Two commands: `make demo` and `make test`. Another Python: `make demo PYTHON=/path/to/python3.12`.
+PYTHON ?= $(shell .ci/find-python 11 14)
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/demo.stamp
+	$(RUN) -m flexijax.demo
+
+test: $(VENV)/test.stamp
+	$(RUN) -m pytest
+
+lint: $(VENV)/test.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+format: $(VENV)/test.stamp
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+$(RUN):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(RUN)
+	$(RUN) -m pip install --quiet --editable ".[demo,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
