@@ -24,8 +24,8 @@ def promote(
 
         @pl.when(block >= 0)
         def _():
-            _copy(host_k_ref.at[block, head], k_ref.at[request, head, slot])
-            _copy(host_v_ref.at[block, head], v_ref.at[request, head, slot])
+            _copy(host_k_ref, (block, head), k_ref, (request, head, slot))
+            _copy(host_v_ref, (block, head), v_ref, (request, head, slot))
 
     flat = (batch, heads, slots, page * width)
     new_k, new_v = pl.pallas_call(
@@ -49,28 +49,35 @@ def offload(
     store_slot: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """host[store_block[b, e], h] = slots[b, h, store_slot[b, h, e]]; see `dispatch.offload`."""
+    arguments = (store_block, store_slot)
+    return _offload(host_k, slots_k, *arguments), _offload(host_v, slots_v, *arguments)
+
+
+def _offload(
+    host: jax.Array, slots: jax.Array, store_block: jax.Array, store_slot: jax.Array
+) -> jax.Array:
+    # One output a kernel: XLA's host offloading pass aborts on a tuple in host memory.
     batch, heads, entries = store_slot.shape
 
-    def kernel(_k, _v, slots_k_ref, slots_v_ref, block_ref, slot_ref, k_ref, v_ref):
+    def kernel(_, slots_ref, block_ref, slot_ref, host_ref):
         entry, head, request = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         block, slot = block_ref[request, entry], slot_ref[request, head, entry]
 
         @pl.when((block >= 0) & (slot >= 0))
         def _():
-            _copy(slots_k_ref.at[request, head, slot], k_ref.at[block, head])
-            _copy(slots_v_ref.at[request, head, slot], v_ref.at[block, head])
+            _copy(slots_ref, (request, head, slot), host_ref, (block, head))
 
-    pool_k, pool_v = _rows(host_k), _rows(host_v)
-    new_k, new_v = pl.pallas_call(
+    pool = _rows(host)
+    new = pl.pallas_call(
         kernel,
         name="flexijax_offload",
         grid=(entries, heads, batch),
-        out_shape=[jax.ShapeDtypeStruct(pool_k.shape, pool_k.dtype)] * 2,
-        input_output_aliases={0: 0, 1: 1},
+        out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
+        input_output_aliases={0: 0},
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=not platform.is_gpu(),
-    )(pool_k, pool_v, _rows(slots_k), _rows(slots_v), store_block, store_slot)
-    return new_k.reshape(host_k.shape), new_v.reshape(host_v.shape)
+    )(pool, _rows(slots), store_block, store_slot)
+    return new.reshape(host.shape)
 
 
 def _rows(pages: jax.Array) -> jax.Array:
@@ -78,14 +85,10 @@ def _rows(pages: jax.Array) -> jax.Array:
     return pages.reshape(*pages.shape[:-2], -1)
 
 
-def _copy(source, target) -> None:
-    """One row to another, in loads of 128 bits: widths such as 16 * 80 are covered with a mask."""
-    (size,) = source.shape
-    padded = pl.next_power_of_2(size)
-    place = jnp.arange(padded)
-    if padded == size:
-        target[...] = source[...]
-    else:
-        inside = place < size
-        values = pltriton.load(source.at[place], mask=inside, other=0)
-        pltriton.store(target.at[place], values, mask=inside)
+def _copy(source_ref, source: tuple, target_ref, target: tuple) -> None:
+    """One page to another place, 128 bits at a time; a mask covers sizes such as 16 * 80."""
+    size = source_ref.shape[-1]
+    place = jnp.arange(pl.next_power_of_2(size))
+    mask = None if place.size == size else place < size
+    values = pltriton.load(source_ref.at[(*source, place)], mask=mask)
+    pltriton.store(target_ref.at[(*target, place)], values, mask=mask)
