@@ -1,4 +1,8 @@
 """Long-context generation in JAX with FlexiCache, a two-tier, stability-aware sparse KV cache."""
 
+from flexijax import profiles as profiles
 from flexijax.config import CacheConfig as CacheConfig
+from flexijax.models.language_model import LanguageModel as LanguageModel
+from flexijax.models.load import load as load
 from flexijax.profiles.head_profile import HeadProfile as HeadProfile
+from flexijax.sampling import Sampling as Sampling
