@@ -46,7 +46,7 @@ def read_header(data: np.ndarray) -> tuple[dict[str, Any], dict[str, TensorEntry
 
     ValueError says what is wrong with the file, at which byte.
     """
-    reader = _Reader(memoryview(data))
+    reader = _Reader(data.data)
     if reader.take(4) != b"GGUF":
         raise ValueError("does not begin with 'GGUF'")
     version = reader.scalar("I")

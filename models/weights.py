@@ -118,7 +118,7 @@ def plan(config: ModelConfig, table: NameTable, source: TensorSource) -> tuple[P
     shape must be the config's.
     """
     ends, layer = end_parts(config), layer_parts(config)
-    wanted = {(None, part): spec for part, spec in ends.items()}
+    wanted: dict[tuple[int | None, str], Part] = {(None, k): spec for k, spec in ends.items()}
     for index in range(config.num_layers):
         wanted |= {(index, part): spec for part, spec in layer.items()}
     found: dict[tuple[int | None, str], str] = {}
