@@ -1,0 +1,313 @@
+"""Measures on real text which KV heads of a model are unstable, and makes the profile of it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from flexijax.models.language_model import LanguageModel
+from flexijax.profiles import stability
+from flexijax.profiles.documents import Document, Tokenizer, prompt_ids
+from flexijax.profiles.head_profile import HeadProfile
+from flexijax.profiles.recorder import SCORES, Recording, record
+
+LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to measure.
+
+    page_size: tokens in a page. budgets: pages a head chooses, ascending, several at once. window:
+    steps over which a head is called stable or not. fraction: share of all heads to call unstable.
+    steps: decode steps a document, a multiple of 16. max_tokens: longest prompt. score: "minmax" or
+    "mass", see `recorder.record`. Raises ValueError naming the field.
+    """
+
+    page_size: int = 16
+    budgets: tuple[int, ...] = (64,)
+    window: int = 16
+    fraction: float = 0.25
+    steps: int = 64
+    max_tokens: int = 5000
+    score: str = "minmax"
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "window", "steps", "max_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets={self.budgets} must be ascending numbers of pages")
+        if self.budgets[0] < 2:
+            raise ValueError(f"budgets={self.budgets} must each be at least 2 pages")
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction={self.fraction} must be between 0 and 1")
+        if not 2 <= self.window <= self.steps:
+            raise ValueError(f"window={self.window} must be 2 .. steps={self.steps}")
+        if self.steps % 16:
+            raise ValueError(f"steps={self.steps} must be a multiple of 16")
+        if self.score not in SCORES:
+            raise ValueError(f"score={self.score!r} must be one of {', '.join(map(repr, SCORES))}")
+        if self.max_tokens <= self.budgets[0] * self.page_size:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} must be more than the budget of {self.budgets[0]} "
+                f"pages of {self.page_size} tokens, else there is nothing to choose"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What is kept of one document at one budget; NaN where nothing was defined.
+
+    instability: float[windows, L, K]. curve: mean RCO at offset 1, 2, ... from a window's first
+    step, float[window - 1, L, K]. lags: mean RCO at each of `LAGS`, float[lags, L, K]. mass: mean
+    share of the attention in the chosen pages, float[L, K]. undefined: pairs of steps left out.
+    """
+
+    instability: np.ndarray
+    curve: np.ndarray
+    lags: np.ndarray
+    mass: np.ndarray
+    undefined: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentRecord:
+    """The statistics of one document at every budget.
+
+    tokens: of its prompt; pages: mean pages of the context over the steps.
+    """
+
+    task: str
+    index: int
+    tokens: int
+    pages: float
+    at_budget: Mapping[int, Statistics]
+
+
+def statistics(recording: Recording, settings: Settings) -> dict[int, Statistics]:
+    """Reduces one recording to the statistics at every budget of the settings."""
+    pages = jnp.asarray(recording.pages)
+    num_pages = int(recording.page_ids.max()) + 1
+    # Rounded up so that documents of about one length share a compilation.
+    num_pages = -(-num_pages // 64) * 64
+    lags = tuple(lag for lag in LAGS if lag < settings.steps)
+    found = {}
+    for at, budget in enumerate(settings.budgets):
+        ids = jnp.asarray(recording.page_ids[..., :budget])
+        overlaps = stability.overlap_counts(ids, num_pages=num_pages)
+        rco = stability.random_corrected(overlaps, pages, budget=budget)
+        curves = stability.window_curves(rco, window=settings.window)
+        found[budget] = Statistics(
+            instability=np.asarray(stability.instability(curves)),
+            curve=np.asarray(stability.offset_means(curves)),
+            lags=np.asarray(stability.lag_means(rco, lags=lags)),
+            mass=recording.mass[..., at].mean(axis=0),
+            undefined=stability.undefined_pairs(recording.pages, budget=budget),
+        )
+    return found
+
+
+def measure_documents(
+    lm: LanguageModel,
+    documents: Sequence[Document],
+    settings: Settings,
+    *,
+    records: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[DocumentRecord]:
+    """Records every document and keeps its statistics; memory does not grow with their number.
+
+    records: a file to which each finished document is added as a JSON line; documents that it
+    already holds, of the same model, text and settings, are not measured again. progress: called
+    with (documents done, of how many, what is at hand). Raises ValueError when the model has no
+    tokenizer.
+    """
+    tokenizer = _tokenizer(lm)
+    known: dict[str, DocumentRecord] = {}
+    if records is not None and records.exists():
+        known = _from_lines(records.read_text(encoding="utf-8").splitlines())
+    result = []
+    for done, document in enumerate(documents):
+        key = _key(lm, document, settings)
+        if progress is not None:
+            progress(done, len(documents), f"{document.task}[{document.index}]")
+        if key not in known:
+            tokens = prompt_ids(document, tokenizer, max_tokens=settings.max_tokens)
+            line = _to_line(key, measure_prompt(lm, tokens, settings, document=document))
+            if records is not None:
+                _append_line(records, line)
+            # The result is always what the file says, so that resuming changes no digit.
+            known |= _from_lines([line])
+        result.append(known[key])
+    if progress is not None:
+        progress(len(documents), len(documents), "done")
+    return result
+
+
+def measure_prompt(
+    lm: LanguageModel, tokens: list[int], settings: Settings, *, document: Document | None = None
+) -> DocumentRecord:
+    """Records one prompt of token ids; document only names it in the result."""
+    recording = record(
+        lm,
+        tokens,
+        steps=settings.steps,
+        page_size=settings.page_size,
+        budgets=settings.budgets,
+        capacity=max(len(tokens), min(settings.max_tokens, lm.max_context - settings.steps))
+        + settings.steps,
+        score=settings.score,
+    )
+    return DocumentRecord(
+        task=document.task if document is not None else "prompt",
+        index=document.index if document is not None else 0,
+        tokens=len(tokens),
+        pages=float(recording.pages.mean()),
+        at_budget=statistics(recording, settings),
+    )
+
+
+def unstable_count(lm: LanguageModel, settings: Settings) -> int:
+    """How many heads are called unstable: the fraction of all, rounded down, at least one."""
+    heads = lm.attention.num_layers * lm.attention.num_kv_heads
+    return max(1, int(heads * settings.fraction))
+
+
+def make_profile(
+    lm: LanguageModel, records: Sequence[DocumentRecord], settings: Settings, *, budget: int
+) -> HeadProfile:
+    """The profile of the records at one budget: a consensus in which every task weighs the same."""
+    tasks: dict[str, list[DocumentRecord]] = {}
+    for entry in records:
+        tasks.setdefault(entry.task, []).append(entry)
+    count = unstable_count(lm, settings)
+    windows = {
+        task: [entry.at_budget[budget].instability for entry in entries]
+        for task, entries in tasks.items()
+    }
+    places = {task: stability.consensus(found) for task, found in windows.items()}
+    lists = {task: stability.least_stable(found, count) for task, found in places.items()}
+    matrix = stability.cross_overlap(lists)
+    pairs = [matrix[a][b] for a in matrix for b in matrix if a < b]
+    recall = stability.split_half_recall(windows, count=count)
+    rco = np.mean([_nanmean([1 - w for w in found]) for found in windows.values()], axis=0)
+    names = ", ".join(f"{task} ({len(entries)})" for task, entries in tasks.items())
+    measured = {
+        **asdict(settings),
+        "documents": {task: len(entries) for task, entries in tasks.items()},
+        "prompt_tokens": {task: [entry.tokens for entry in found] for task, found in tasks.items()},
+        "undefined_pairs": sum(entry.at_budget[budget].undefined for entry in records),
+        "unstable_by_task": lists,
+        "cross_task_overlap": _rounded(matrix),
+        "mean_cross_task_overlap": _rounded(float(np.mean(pairs)) if pairs else None),
+        "least_cross_task_overlap": _rounded(min(pairs, default=None)),
+        "split_half_recall": _rounded(recall),
+        "mean_attention_mass": _rounded(
+            float(np.mean([entry.at_budget[budget].mass.mean() for entry in records]))
+        ),
+    }
+    return HeadProfile(
+        model=lm.name,
+        num_layers=lm.attention.num_layers,
+        num_kv_heads=lm.attention.num_kv_heads,
+        unstable=stability.least_stable(np.mean(list(places.values()), axis=0), count),
+        page_size=settings.page_size,
+        budget_pages=budget,
+        source=f"measured by flexijax profile on {names}, documents each",
+        fingerprint=lm.fingerprint,
+        rco=_rounded(rco),
+        measured=measured,
+    )
+
+
+def profile_prompt(
+    lm: LanguageModel, tokens: list[int], *, page_size: int, budget_pages: int, steps: int = 64
+) -> HeadProfile:
+    """A profile from nothing but one prompt, for a model that nobody has profiled.
+
+    tokens: the prompt's ids, more than `budget_pages` pages of them, with room for `steps` more
+    in the model's context. Raises ValueError when they are too few to say anything.
+    """
+    if len(tokens) <= page_size * budget_pages:
+        raise ValueError(
+            f"a prompt of {len(tokens)} tokens says nothing about the choice of {budget_pages} "
+            f"pages of {page_size} tokens; it must be longer than {page_size * budget_pages}"
+        )
+    settings = Settings(
+        page_size=page_size, budgets=(budget_pages,), steps=steps, max_tokens=len(tokens)
+    )
+    entry = measure_prompt(lm, tokens, settings)
+    return make_profile(lm, [entry], settings, budget=budget_pages)
+
+
+def _tokenizer(lm: LanguageModel) -> Tokenizer:
+    if lm.tokenizer is None:
+        raise ValueError(f"{lm.name} has no tokenizer, so it cannot read documents")
+    return lm.tokenizer
+
+
+def _nanmean(windows: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean over the documents' windows that are defined: float[L, K]."""
+    stacked = np.concatenate(windows)
+    return stacked[np.isfinite(stacked).all(axis=(1, 2))].mean(axis=0)
+
+
+def _key(lm: LanguageModel, document: Document, settings: Settings) -> str:
+    parts = [lm.fingerprint, lm.name, document.task, document.text, document.instruction]
+    text = json.dumps([*parts, asdict(settings)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _to_line(key: str, entry: DocumentRecord) -> str:
+    fields = asdict(entry)
+    fields["at_budget"] = {
+        str(budget): {name: _rounded(value) for name, value in asdict(found).items()}
+        for budget, found in entry.at_budget.items()
+    }
+    return json.dumps({"key": key, **fields})
+
+
+def _from_lines(lines: Iterable[str]) -> dict[str, DocumentRecord]:
+    """Finished documents by key; a line that an interrupt cut short is passed over."""
+    records = {}
+    for line in lines:
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        key = fields.pop("key")
+        at_budget = {
+            int(budget): Statistics(
+                undefined=found.pop("undefined"),
+                # None becomes NaN.
+                **{name: np.array(value, np.float64) for name, value in found.items()},
+            )
+            for budget, found in fields.pop("at_budget").items()
+        }
+        records[key] = DocumentRecord(at_budget=at_budget, **fields)
+    return records
+
+
+def _append_line(path: Path, line: str) -> None:
+    # A new line first, in case an interrupt left the last one unfinished.
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+
+
+def _rounded(value):
+    """Plain JSON values with four decimals: arrays as nested tuples, NaN as None."""
+    if isinstance(value, np.ndarray):
+        return _rounded(value.tolist())
+    if isinstance(value, list | tuple):
+        return tuple(_rounded(item) for item in value)
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, float):
+        return round(value, 4) if np.isfinite(value) else None
+    return value
