@@ -21,7 +21,9 @@ pltriton = triton
 _target = jax.make_user_context("")
 
 # jax 0.10 calls it compute_on2 beside an older context manager; later versions only compute_on.
-_compute_on: Callable[..., Any] = getattr(_compute_on_module, "compute_on2", _compute_on_module.compute_on)
+_compute_on: Callable[..., Any] = getattr(
+    _compute_on_module, "compute_on2", _compute_on_module.compute_on
+)
 
 
 @contextmanager

@@ -73,7 +73,14 @@ def paged_decode(
     blocks, heads, page, width = k_pages.shape
     rows = (blocks * heads * page, width)
     return _decode(
-        q, k_pages.reshape(rows), v_pages.reshape(rows), block_ids, token_counts, page, scale, config
+        q,
+        k_pages.reshape(rows),
+        v_pages.reshape(rows),
+        block_ids,
+        token_counts,
+        page,
+        scale,
+        config,
     )
 
 
@@ -115,6 +122,9 @@ def _decode(
         tokens=pages * page,
         row_bytes=width * k_rows.dtype.itemsize,
     )
+    covered = config.block_tokens * config.steps * config.splits
+    if covered < pages * page:
+        raise ValueError(f"{config} covers {covered} tokens, fewer than the {pages * page} listed")
     parts = (config.splits, batch, heads, group)
     alone = config.splits == 1
 

@@ -1,0 +1,114 @@
+"""Summaries, and pages moving between the tiers, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexijax.pallas_kernels import dispatch, reference, summaries
+from tests.kernel_cases import numpy_dtype
+
+
+def pages(rng, *shape, dtype="float32"):
+    return rng.normal(size=shape).astype(numpy_dtype(dtype))
+
+
+def equal(actual, expected) -> bool:
+    """The same bits, NaN included."""
+    return all(
+        np.asarray(a).tobytes() == np.asarray(e).tobytes()
+        for a, e in zip(actual, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("page", "width"), [(16, 16), (16, 80), (32, 24)])
+def test_moves_equal_their_plan(dtype, page, width):
+    rng = np.random.default_rng(0)
+    slots = [pages(rng, 2, 3, 4, page, width, dtype=dtype) for _ in "kv"]
+    host = [pages(rng, 9, 3, page, width, dtype=dtype) for _ in "kv"]
+    host[0][5] = np.nan
+    load = rng.integers(-4, 9, size=(2, 3, 4)).astype(np.int32)
+    store_block = np.array([[2, -1, 5], [8, 0, -1]], np.int32)
+    store_slot = rng.integers(-1, 4, size=(2, 3, 3)).astype(np.int32)
+    promoted = jax.jit(dispatch.promote)(*map(jnp.asarray, (*slots, *host, load)))
+    assert equal(promoted, reference.promote(*slots, *host, load))
+    assert not equal(promoted, slots)
+    stored = jax.jit(dispatch.offload)(*map(jnp.asarray, (*host, *slots, store_block, store_slot)))
+    assert equal(stored, reference.offload(*host, *slots, store_block, store_slot))
+    assert not equal(stored, host)
+
+
+def test_an_empty_plan_moves_nothing():
+    rng = np.random.default_rng(0)
+    slots = [pages(rng, 1, 2, 3, 16, 16) for _ in "kv"]
+    host = [np.full((4, 2, 16, 16), np.nan, np.float32) for _ in "kv"]
+    none = np.full((1, 2, 3), -1, np.int32)
+    assert equal(dispatch.promote(*map(jnp.asarray, (*slots, *host, none))), slots)
+    kept = dispatch.offload(*map(jnp.asarray, (*host, *slots, none[:, 0], none)))
+    assert equal(kept, host)
+
+
+def test_bad_moves_are_named():
+    slots, host = jnp.zeros((1, 2, 3, 16, 8)), jnp.zeros((4, 2, 16, 8))
+    load = jnp.zeros((1, 2, 3), jnp.int32)
+    with pytest.raises(ValueError, match="transfer must be 'zero_copy' here, got 'staged'"):
+        dispatch.promote(slots, slots, host, host, load, transfer="staged")
+    with pytest.raises(ValueError, match=r"H is 8 as in slots_k"):
+        dispatch.promote(slots, slots, host[..., :4], host, load)
+    with pytest.raises(ValueError, match="one dtype"):
+        dispatch.promote(slots, slots, host.astype(jnp.float16), host, load)
+    with pytest.raises(ValueError, match="S is 3 as in slots_k"):
+        dispatch.promote(slots, slots, host, host, load[..., :2])
+    with pytest.raises(ValueError, match="store_slot must be int32"):
+        dispatch.offload(host, host, slots, slots, load[:, 0], load.astype(jnp.int8))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_summaries_equal_the_oracle(dtype):
+    rng = np.random.default_rng(0)
+    keys = pages(rng, 5, 2, 16, 80, dtype=dtype)
+    counts = np.array([[16, 1], [0, 7], [15, 16], [2, 0], [16, 16]], np.int32)
+    keys[np.arange(16) >= counts[..., None]] = np.nan
+    found = jax.jit(summaries.summarize)(jnp.asarray(keys), jnp.asarray(counts))
+    expected = reference.summarize(keys, counts)
+    np.testing.assert_array_equal(np.asarray(found).astype(np.float64), expected)
+    small = jax.jit(summaries.quantize)(found)
+    values, exponents = reference.quantize(expected, group=16)
+    np.testing.assert_array_equal(small.values, values)
+    np.testing.assert_array_equal(small.exponents, exponents)
+    np.testing.assert_array_equal(
+        summaries.dequantize(small), reference.dequantize(values, exponents)
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 127.0, 128.0, 1e30])
+def test_eight_bits_round_outward(scale):
+    rng = np.random.default_rng(0)
+    low_high = np.sort(rng.normal(size=(50, 2, 32)) * scale, axis=1).astype(np.float32)
+    low_high[0] = 0
+    found = np.asarray(summaries.dequantize(summaries.quantize(jnp.asarray(low_high))))
+    assert (found[:, 0] <= low_high[:, 0]).all() and (found[:, 1] >= low_high[:, 1]).all()
+    step = np.abs(low_high).max(axis=-1, keepdims=True) / 63.5
+    assert (np.abs(found - low_high) <= step).all()
+
+
+def test_update_token_by_token():
+    """16 bits: the same as at once. 8 bits: outside of it by less than two steps of the end."""
+    rng = np.random.default_rng(0)
+    keys = (rng.normal(size=(3, 16, 32)) * np.exp(0.3 * np.arange(16))[:, None]).astype(np.float32)
+    exact = jnp.full((3, 2, 32), jnp.nan)
+    small = summaries.QuantizedSummaries(
+        jnp.full((3, 2, 32), 77, jnp.int8), jnp.full((3, 2, 1), 255, jnp.uint8)
+    )
+    update = jax.jit(summaries.update)
+    for t in range(16):
+        first = jnp.full(3, t == 0)
+        exact = update(exact, jnp.asarray(keys[:, t]), first)
+        small = update(small, jnp.asarray(keys[:, t]), first)
+    once = reference.summarize(keys, np.full(3, 16))
+    np.testing.assert_array_equal(exact, once)
+    found = reference.dequantize(small.values, small.exponents)
+    step = 2.0 ** (np.asarray(small.exponents, np.float64) - 127)
+    assert (found[:, 0] <= once[:, 0]).all() and (found[:, 1] >= once[:, 1]).all()
+    assert (np.abs(found - once) < 2 * step).all()
