@@ -1,0 +1,368 @@
+"""The profiler against a NumPy oracle on a tiny model, and on a model with planted heads."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from flexijax.models.config import AttentionShape, ModelConfig
+from flexijax.models.decoder import Decoder
+from flexijax.models.dense import dense_attend
+from flexijax.models.language_model import LanguageModel, from_config
+from flexijax.models.tokenizer import Tokenizer
+from flexijax.profiles import measure
+from flexijax.profiles.documents import Document, prompt_ids, read_documents
+from flexijax.profiles.head_profile import HeadProfile
+from flexijax.profiles.measure import Settings
+from flexijax.profiles.recorder import record
+
+PAGE, STEPS, BUDGETS = 4, 16, (3, 6)
+WORDS = [f"w{at}" for at in range(60)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlantedDecoder:
+    """One fixed query for stable heads and another at every position for the unstable ones.
+
+    params: keys float32[positions, K, H]; queries float32[positions, L, K, H], used as they are.
+    """
+
+    num_layers: int
+
+    def hidden(self, params, tokens, positions, attend, state):
+        """Calls the plug with the planted arrays; what it attends to changes nothing."""
+        k = params["keys"][positions]
+        x = jnp.zeros((*tokens.shape, 1))
+        for layer in range(self.num_layers):
+            _, state = attend(layer, params["queries"][positions, layer], k, k, state)
+        return x, state
+
+    def logits(self, params, x):
+        """The same score for every token."""
+        return jnp.zeros((*x.shape[:-1], len(WORDS)))
+
+
+def words_tokenizer():
+    vocabulary = {word: at for at, word in enumerate(WORDS)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(
+        backend=backend,
+        bos_token=None,
+        eos_token=None,
+        add_bos=False,
+        stop_ids=frozenset({5}),
+        chat_template="w1 {{ messages[0].content }} w2",
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = ModelConfig(
+        family="llama",
+        vocab_size=len(WORDS),
+        hidden_size=24,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_context=600,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        rms_norm_eps=1e-5,
+        tie_embeddings=True,
+        qkv_bias=False,
+        qk_norm=False,
+    )
+    params = Decoder(config).init(jax.random.key(0), dtype=jnp.float32)
+    return from_config(config, params, name="tiny", dtype=jnp.float32, tokenizer=words_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def planted():
+    layers, heads, width, positions = 3, 4, 8, 700
+    unstable = ((0, 2), (1, 0), (2, 1))
+    rng = np.random.default_rng(0)
+    fixed = np.broadcast_to(rng.normal(size=(1, layers, heads, width)), (positions,) + (3, 4, 8))
+    queries = fixed.copy()
+    for layer, head in unstable:
+        queries[:, layer, head] = rng.normal(size=(positions, width))
+    params = {
+        "keys": jnp.asarray(rng.normal(size=(positions, heads, width)), jnp.float32),
+        "queries": jnp.asarray(queries, jnp.float32),
+    }
+    lm = LanguageModel(
+        name="planted",
+        decoder=PlantedDecoder(layers),
+        params=params,
+        attention=AttentionShape(layers, heads, heads, width, width**-0.5),
+        vocab_size=len(WORDS),
+        max_context=positions,
+        dtype=jnp.float32,
+        tokenizer=words_tokenizer(),
+        fingerprint="planted",
+    )
+    return lm, unstable
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    # Longer than one block of the prefill and ending inside of a page.
+    return [int(token) for token in np.random.default_rng(1).integers(6, 60, size=529)]
+
+
+@pytest.fixture(scope="module")
+def oracle(tiny, prompt):
+    """Tokens, page choices and mass of the tiny model, one dense pass per step."""
+    shape = tiny.attention
+    dense = dense_attend(shape)
+
+    @jax.jit
+    def run(tokens):
+        def attend(layer, q, k, v, seen):
+            out, _ = dense(layer, q, k, v, None)
+            return out, (*seen, (q[0], k[0]))
+
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        x, seen = tiny.decoder.hidden(tiny.params, tokens, positions, attend, ())
+        return tiny.decoder.logits(tiny.params, x[0]), seen
+
+    tokens = list(prompt)
+    room = len(prompt) + STEPS + 1
+    for at in range(len(prompt), room):
+        padded = jnp.asarray([tokens + [0] * (room - len(tokens))], jnp.int32)
+        logits, seen = run(padded)
+        best = np.array(logits[at - 1])
+        best[5] = -np.inf
+        tokens.append(int(best.argmax()))
+    choices = {"minmax": [], "mass": []}
+    masses = {"minmax": [], "mass": []}
+    for step in range(STEPS):
+        now = len(prompt) + step
+        scored = [choose(np.asarray(q), np.asarray(k), now, shape) for q, k in seen]
+        for kind in choices:
+            choices[kind].append([layer[kind][0] for layer in scored])
+            masses[kind].append([layer[kind][1] for layer in scored])
+    return tokens[len(prompt) :], choices, masses
+
+
+def choose(q, k, now, shape):
+    """By kind of score: (pages of each head best first, mass at each budget), q and k [T, ., H]."""
+    grouped = q[now].reshape(shape.num_kv_heads, -1, q.shape[-1]).astype(np.float64)
+    pages = now // PAGE + 1
+    result = {"minmax": ([], []), "mass": ([], [])}
+    for head in range(shape.num_kv_heads):
+        keys = k[: now + 1, head].astype(np.float64)
+        logits = grouped[head] @ keys.T * shape.scale
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        weights = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
+        parts = [slice(at * PAGE, (at + 1) * PAGE) for at in range(pages)]
+        mass = np.array([weights[part].sum() for part in parts])
+        bound = [
+            np.maximum(grouped[head] * keys[part].min(0), grouped[head] * keys[part].max(0))
+            .sum(axis=1)
+            .max()
+            for part in parts
+        ]
+        for kind, score in (("minmax", np.array(bound)), ("mass", mass.copy())):
+            score[[0, -1]] = np.inf
+            best = np.argsort(-score, kind="stable")[: BUDGETS[-1]]
+            result[kind][0].append(best)
+            result[kind][1].append([mass[best[:budget]].sum() for budget in BUDGETS])
+    return result
+
+
+@pytest.mark.parametrize("score", ["minmax", "mass"])
+def test_recording_equals_the_oracle(tiny, prompt, oracle, score):
+    said, choices, masses = oracle
+    sizes = {"steps": STEPS, "page_size": PAGE, "budgets": BUDGETS, "capacity": 560}
+    seen = record(tiny, prompt, score=score, **sizes)
+    assert seen.tokens.tolist() == said
+    assert seen.pages.tolist() == [(529 + step) // PAGE + 1 for step in range(STEPS)]
+    np.testing.assert_array_equal(seen.page_ids, np.array(choices[score]))
+    np.testing.assert_allclose(seen.mass, np.array(masses[score]), atol=1e-5)
+    assert seen.mass.min() > 1e-3  # zeros would not pass
+
+
+def test_more_steps_change_nothing_before_them(tiny, prompt):
+    sizes = {"page_size": PAGE, "budgets": BUDGETS, "capacity": 570}
+    short = record(tiny, prompt, steps=16, **sizes)
+    long = record(tiny, prompt, steps=32, **sizes)
+    np.testing.assert_array_equal(long.page_ids[:16], short.page_ids)
+    np.testing.assert_array_equal(long.mass[:16], short.mass)
+
+
+def test_planted_heads_are_classified_without_error(planted):
+    lm, unstable = planted
+    settings = Settings(page_size=4, budgets=(8, 16), steps=32, max_tokens=300)
+    documents = [text_document(task, seed) for task in "ab" for seed in range(2)]
+    records = measure.measure_documents(lm, documents, settings)
+    for budget in settings.budgets:
+        profile = measure.make_profile(lm, records, settings, budget=budget)
+        assert profile.unstable == unstable
+        assert profile.budget_pages == budget
+        assert profile.measured["mean_cross_task_overlap"] == 1.0
+        assert profile.measured["split_half_recall"] == 1.0
+        assert profile.rco is not None
+        rco = np.array(profile.rco, np.float64)
+        mask = np.zeros(rco.shape, bool)
+        mask[tuple(zip(*unstable, strict=True))] = True
+        assert rco[mask].max() < 0.3 < 0.8 < rco[~mask].min()
+        assert HeadProfile.from_json(profile.to_json()).unstable == unstable
+
+
+def test_order_of_documents_and_tasks_does_not_matter(planted):
+    lm, _ = planted
+    settings = Settings(page_size=4, budgets=(8,), steps=32, max_tokens=300)
+    documents = [text_document(task, seed) for task in "ab" for seed in range(2)]
+    records = measure.measure_documents(lm, documents, settings)
+    profiles = [
+        measure.make_profile(lm, order, settings, budget=8) for order in (records, records[::-1])
+    ]
+    assert profiles[0].unstable == profiles[1].unstable
+    np.testing.assert_allclose(
+        np.array(profiles[0].rco, float), np.array(profiles[1].rco, float), atol=1e-4
+    )
+
+
+def test_an_interrupted_measurement_goes_on(planted, tmp_path, monkeypatch):
+    lm, _ = planted
+    settings = Settings(page_size=4, budgets=(8,), steps=32, max_tokens=300)
+    documents = [text_document("a", seed) for seed in range(3)]
+    whole = measure.measure_documents(lm, documents, settings)
+    path = tmp_path / "records.jsonl"
+    measure.measure_documents(lm, documents[:2], settings, records=path)
+    path.write_text(path.read_text()[:-200])  # as if cut off while writing the second
+    calls = []
+    really = measure.measure_prompt
+
+    def counted(*args, **named):
+        calls.append(named["document"].index)
+        return really(*args, **named)
+
+    monkeypatch.setattr(measure, "measure_prompt", counted)
+    resumed = measure.measure_documents(lm, documents, settings, records=path)
+    assert calls == [1, 2]
+    first, again = (measure.make_profile(lm, r, settings, budget=8) for r in (whole, resumed))
+    assert first == again
+    measure.measure_documents(lm, documents, settings, records=path)
+    assert calls == [1, 2]
+    other = dataclasses.replace(settings, window=8)
+    measure.measure_documents(lm, documents[:1], other, records=path)
+    assert calls == [1, 2, 0]
+
+
+def test_a_profile_from_one_prompt(planted):
+    lm, unstable = planted
+    tokens = [7] * 200
+    profile = measure.profile_prompt(lm, tokens, page_size=4, budget_pages=8)
+    assert profile.unstable == unstable
+    with pytest.raises(ValueError, match="prompt of 32 tokens"):
+        measure.profile_prompt(lm, tokens[:32], page_size=4, budget_pages=8)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"budgets": ()},
+        {"budgets": (64, 32)},
+        {"budgets": (1,)},
+        {"fraction": 1.0},
+        {"window": 65},
+        {"window": 1},
+        {"steps": 40},
+        {"page_size": 0},
+        {"score": "none"},
+        {"max_tokens": 1024},
+    ],
+    ids=str,
+)
+def test_settings_name_what_is_wrong(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"tokens": []}, "tokens"),
+        ({"steps": 8}, "steps=8"),
+        ({"budgets": (200,)}, "nothing to choose"),
+        ({"capacity": 20}, "capacity=20"),
+        ({"capacity": 700}, "at most 600"),
+        ({"score": "best"}, "score='best'"),
+    ],
+)
+def test_record_names_what_is_wrong(tiny, wrong, match):
+    fine = {"steps": 16, "page_size": 4, "budgets": (3,), "capacity": 100, "tokens": [7] * 40}
+    named = {**fine, **wrong}
+    with pytest.raises(ValueError, match=match):
+        record(tiny, named.pop("tokens"), **named)
+
+
+def test_documents_of_json_lines_and_text(tmp_path):
+    path = tmp_path / "task.jsonl"
+    rows = [
+        {"input": "one two", "instructions": ["sum up", "more"]},
+        {"input": "one two", "instructions": ["again"]},
+        {"input": "three"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    found = read_documents(path)
+    assert [(d.task, d.index, d.text, d.instruction) for d in found] == [
+        ("task", 0, "one two", "sum up"),
+        ("task", 2, "three", ""),
+    ]
+    assert len(read_documents(path, limit=1)) == 1
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"body": "text"}\n')
+    assert read_documents(other, field="body")[0].text == "text"
+    for bad, match in (('{"body": "x"}', "no text in input"), ("{", "line 1 is not JSON")):
+        other.write_text(bad)
+        with pytest.raises(ValueError, match=match):
+            read_documents(other)
+    plain = tmp_path / "plain.txt"
+    plain.write_text("some text")
+    assert read_documents(plain)[0].text == "some text"
+    plain.write_text(" ")
+    with pytest.raises(ValueError, match="holds no text"):
+        read_documents(plain)
+
+
+def test_prompts_are_cut_in_the_text_alone():
+    tokenizer = words_tokenizer()
+    document = text_document("a", 0)
+    ids = prompt_ids(document, tokenizer, max_tokens=100)
+    assert len(ids) == 100
+    # The chat form around, the instruction behind.
+    assert ids[0] == 1 and ids[-1] == 2 and tokenizer.decode(ids[-3:-1]) == "w8 w9"
+    assert len(prompt_ids(document, tokenizer, max_tokens=10_000)) == 400 + 4
+    with pytest.raises(ValueError, match="max_tokens=15"):
+        prompt_ids(document, tokenizer, max_tokens=15)
+
+
+def text_document(task, seed):
+    numbers = np.random.default_rng(seed).integers(6, 60, size=400)
+    text = " ".join(WORDS[number] for number in numbers)
+    return Document(task=task, index=seed, text=text, instruction="w8 w9")
+
+
+def test_no_tokenizer_is_said(planted):
+    lm, _ = planted
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        measure.measure_documents(
+            dataclasses.replace(lm, tokenizer=None), [text_document("a", 0)], Settings()
+        )
+
+
+def test_shipped_profile_of_smollm2_holds_a_quarter_of_the_heads():
+    path = Path(measure.__file__).resolve().parent / "smollm2-135m.json"
+    profile = HeadProfile.load(path)
+    assert (profile.num_layers, profile.num_kv_heads) == (30, 3)
+    assert (profile.page_size, profile.budget_pages, len(profile.unstable)) == (16, 64, 22)
