@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="smollm2, a Hugging Face folder or hub id, or a .gguf file"
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt", metavar="TEXT", help="- reads standard input")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text; - is standard input")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(128)")
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -45,10 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
 
     cache, default = parser.add_argument_group("cache"), CacheConfig()
-    cache.add_argument("--mode", choices=MODES, default=default.mode)
-    cache.add_argument("--budget-tokens", type=int, default=default.budget_tokens, metavar="N")
-    cache.add_argument("--page-size", type=int, default=default.page_size, metavar="N")
-    cache.add_argument("--rerank-interval", type=int, default=default.rerank_interval, metavar="N")
+    cache.add_argument("--mode", choices=MODES, default=default.mode, help="(%(default)s)")
+    for option, value, meaning in (
+        ("--budget-tokens", default.budget_tokens, "that a head attends to"),
+        ("--page-size", default.page_size, "tokens kept or moved together"),
+        ("--rerank-interval", default.rerank_interval, "steps between choices of stable heads"),
+    ):
+        help = f"{meaning} (%(default)s)"
+        cache.add_argument(option, type=int, default=value, metavar="N", help=help)
     cache.add_argument("--cache-dtype", choices=DTYPES)
     cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES)
     cache.add_argument("--implementation", choices=IMPLEMENTATIONS)
@@ -188,10 +192,10 @@ def report(results: dict[str, Generation]) -> list[list[str]]:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        name, text = "--prompt", args.prompt
-    elif args.prompt_file == "-":
+    if "-" in (args.prompt, args.prompt_file):
         name, text = "standard input", sys.stdin.read()
+    elif args.prompt is not None:
+        name, text = "--prompt", args.prompt
     else:
         name = args.prompt_file
         try:

@@ -161,11 +161,12 @@ def test_comparison_with_full(model, capsys, tmp_path):
 def test_prompts_from_files_and_standard_input(model, tmp_path, monkeypatch, capsys):
     file = tmp_path / "prompt.txt"
     file.write_text("von der Datei: äöü", encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("from outside"))
-    assert run("--prompt-file", str(file), "--quiet") == run("--prompt-file", "-", "--quiet") == 0
-    assert [call["prompts"][0] for call in model.calls] == ["von der Datei: äöü", "from outside"]
-    out, err = capsys.readouterr()
-    assert (out, err) == ("Hello\nHello\n", "")
+    for option, value in (("--prompt-file", str(file)), ("--prompt-file", "-"), ("--prompt", "-")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("from outside"))
+        assert run(option, value, "--quiet") == 0
+    asked = [call["prompts"][0] for call in model.calls]
+    assert asked == ["von der Datei: äöü", "from outside", "from outside"]
+    assert capsys.readouterr() == ("Hello\n" * 3, "")
 
 
 def test_chat(model):
