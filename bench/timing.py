@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,15 +77,12 @@ def in_fresh_process(
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     env = os.environ | dict.fromkeys(names, str(threads)) | {"TRANSFORMERS_VERBOSITY": "error"}
     env |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    # Where there are more cores than wanted threads, XLA's own pool is held back by affinity.
-    preexec = _pin(threads) if hasattr(os, "sched_setaffinity") else None
-    with _held(lock):
+    with _held(lock), _pinned(threads):
         done = subprocess.run(
             [sys.executable, "-m", module, json.dumps(spec)],
             capture_output=True,
             text=True,
             env=env,
-            preexec_fn=preexec,
         )
     if done.returncode:
         raise RuntimeError(f"{module} failed on {dict(spec)}:\n{done.stderr[-2000:]}")
@@ -108,9 +105,18 @@ def _shown(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _pin(threads: int) -> Callable[[], None]:
-    cores = sorted(os.sched_getaffinity(0))[:threads]
-    return lambda: os.sched_setaffinity(0, cores)
+@contextlib.contextmanager
+def _pinned(threads: int) -> Iterator[None]:
+    """Only that many cores, for this thread and what it starts: XLA makes a thread for each."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextlib.contextmanager

@@ -101,7 +101,6 @@ def main() -> None:
     else:
         with open(spec.pop("prompts_file"), encoding="utf-8") as file:
             prompts = json.load(file)
-        spec.pop("system", None)
         result = measure(prompts=prompts, **spec)
     print(json.dumps(result))
 

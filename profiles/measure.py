@@ -226,6 +226,41 @@ def make_profile(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Averages:
+    """Means over the documents of each task, then over tasks, at one budget, for pictures.
+
+    curve: RCO against offset from a window's first step, float[window - 1, L, K]. lags: RCO at each
+    of `LAGS` below the steps, float[lags, L, K]. mass: attention held, float[L, K]. pages: of the
+    context.
+    """
+
+    curve: np.ndarray
+    lags: dict[int, np.ndarray]
+    mass: np.ndarray
+    pages: float
+
+
+def averages(records: Sequence[DocumentRecord], settings: Settings, *, budget: int) -> Averages:
+    """The records of one budget as one picture, every task weighing the same."""
+    tasks = sorted({entry.task for entry in records})
+
+    def mean(name: str) -> np.ndarray:
+        of_task = [
+            np.mean([getattr(e.at_budget[budget], name) for e in records if e.task == task], axis=0)
+            for task in tasks
+        ]
+        return np.mean(of_task, axis=0)
+
+    used = (lag for lag in LAGS if lag < settings.steps)
+    return Averages(
+        curve=mean("curve"),
+        lags=dict(zip(used, mean("lags"), strict=True)),
+        mass=mean("mass"),
+        pages=float(np.mean([entry.pages for entry in records])),
+    )
+
+
 def profile_prompt(
     lm: LanguageModel, tokens: list[int], *, page_size: int, budget_pages: int, steps: int = 64
 ) -> HeadProfile:

@@ -16,6 +16,7 @@ from flexijax.models.config import AttentionShape
 from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels.dispatch import page_scores
+from flexijax.pallas_kernels.prefill import prefill_attention
 from flexijax.pallas_kernels.summaries import summarize, update
 
 SCORES = ("minmax", "mass")
@@ -117,37 +118,8 @@ def _prefill(program, params: Params, tokens, start, last, k, v):
     def attend(layer, q, k_new, v_new, state):
         k, v = state
         k_all, v_all = _written(k[layer], v[layer], k_new, v_new, start)
-        # The query heads of a KV head stand one below the other: [K, G * block, H].
-        rows = (shape.num_kv_heads, shape.group_size * block)
-        q32 = q[0].astype(jnp.float32) * shape.scale
-        q32 = jnp.moveaxis(q32, 1, 0).reshape(*rows, shape.head_dim)
-
-        def one_block(at, carry):
-            """Keys at*block .. of the workspace join the running softmax."""
-            top, total, out = carry
-            keys = jax.lax.dynamic_slice_in_dim(k_all, at * block, block, axis=2)
-            values = jax.lax.dynamic_slice_in_dim(v_all, at * block, block, axis=1)
-            logits = jnp.einsum("KQH,KHS->KQS", q32, keys.astype(jnp.float32))
-            order = jnp.arange(block)
-            seen = (start + order)[:, None] >= (at * block + order)[None, :]
-            seen = jnp.tile(seen, (shape.group_size, 1))
-            logits = jnp.where(seen[None], logits, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
-            weights = jnp.exp(logits - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            new_out = jnp.einsum("KQS,KSH->KQH", weights, values.astype(jnp.float32))
-            total = total * shrink + jnp.sum(weights, axis=-1)
-            return new_top, total, out * shrink[..., None] + new_out
-
-        carry = (
-            jnp.full(rows, -jnp.inf),
-            jnp.zeros(rows),
-            jnp.zeros((*rows, shape.head_dim)),
-        )
-        # Blocks beyond the diagonal are never looked at.
-        _, total, out = jax.lax.fori_loop(0, start // block + 1, one_block, carry)
-        out = (out / total[..., None]).reshape(shape.num_heads, block, shape.head_dim)
-        out = jnp.moveaxis(out, 0, 1)[None].astype(q.dtype)
+        grouped = q[0].reshape(block, shape.num_kv_heads, shape.group_size, shape.head_dim)
+        out = prefill_attention(grouped, k_all, v_all, start, scale=shape.scale).reshape(q.shape)
         return out, (_replace(k, layer, k_all), _replace(v, layer, v_all))
 
     positions = (start + jnp.arange(block, dtype=jnp.int32))[None]
