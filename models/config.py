@@ -132,6 +132,14 @@ class ModelConfig:
             scale=self.head_dim**-0.5,
         )
 
+    def with_context(self, max_context: int) -> ModelConfig:
+        """The same model with a context shortened to max_context tokens."""
+        if not 1 <= max_context <= self.max_context:
+            raise ValueError(
+                f"max_context={max_context}: must be from 1 to the model's {self.max_context}"
+            )
+        return dataclasses.replace(self, max_context=max_context)
+
     @staticmethod
     def from_hf(hf: Mapping[str, Any], *, max_context: int | None = None) -> ModelConfig:
         """Reads the contents of a Hugging Face config.json (any version up to transformers 5).
@@ -168,20 +176,8 @@ def _from_hf(hf: Mapping[str, Any], max_context: int | None) -> ModelConfig:
     if problems:
         raise ValueError(f"unsupported {family} config: " + "; ".join(problems))
 
-    context = int(hf["max_position_embeddings"])
-    window = _sliding_window(hf)
-    if max_context is not None:
-        if not 1 <= max_context <= context:
-            raise ValueError(f"max_context={max_context}: must be from 1 to the model's {context}")
-        context = max_context
-    if window is not None and window < context:
-        raise ValueError(
-            f"sliding_window={window} is shorter than the context of {context} tokens, and the "
-            f"cache attends the whole context: load with max_context={window}, within which the "
-            "window changes nothing"
-        )
     num_heads = int(hf["num_attention_heads"])
-    return ModelConfig(
+    config = ModelConfig(
         family=family,
         vocab_size=int(hf["vocab_size"]),
         hidden_size=int(hf["hidden_size"]),
@@ -190,7 +186,7 @@ def _from_hf(hf: Mapping[str, Any], max_context: int | None) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
         head_dim=int(hf.get("head_dim") or hf["hidden_size"] // num_heads),
-        max_context=context,
+        max_context=int(hf["max_position_embeddings"]),
         # The file format itself says 10000 where the key is absent (Llama 2 and older).
         rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
         rope_scaling=scaling,
@@ -200,6 +196,16 @@ def _from_hf(hf: Mapping[str, Any], max_context: int | None) -> ModelConfig:
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
     )
+    if max_context is not None:
+        config = config.with_context(max_context)
+    window = _sliding_window(hf)
+    if window is not None and window < config.max_context:
+        raise ValueError(
+            f"sliding_window={window} is shorter than the context of {config.max_context} tokens, "
+            f"and the cache attends the whole context: load with max_context={window}, within "
+            "which the window changes nothing"
+        )
+    return config
 
 
 def _unsupported(hf: Mapping[str, Any]) -> list[str]:

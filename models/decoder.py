@@ -107,6 +107,13 @@ def _graphs(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
     return graph(Ends), graph(Layer)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _random(module_type: type[nnx.Module], config: ModelConfig, dtype: Any, key: jax.Array) -> Any:
+    """Random weights of an `Ends` or a `Layer`, as a plain dict; one compilation for all layers."""
+    module = module_type(config, dtype=dtype, rngs=nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(module))
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """The pure functions of one model; hashable, so it can be a static argument of `jax.jit`.
@@ -142,14 +149,8 @@ class Decoder:
     def init(self, key: jax.Array, *, dtype: Any) -> Params:
         """Random params in dtype from one PRNG key, scaled so that activations stay near one."""
         keys = jax.random.split(key, self.config.num_layers + 1)
-
-        @functools.partial(jax.jit, static_argnums=0)
-        def make(module_type, key):
-            module = module_type(self.config, dtype=dtype, rngs=nnx.Rngs(key))
-            return nnx.to_pure_dict(nnx.state(module))
-
-        layers = tuple(make(Layer, k) for k in keys[1:])
-        return {"ends": make(Ends, keys[0]), "layers": layers}
+        layers = tuple(_random(Layer, self.config, dtype, k) for k in keys[1:])
+        return {"ends": _random(Ends, self.config, dtype, keys[0]), "layers": layers}
 
     def abstract(self, *, dtype: Any) -> Params:
         """The tree of `init` as `jax.ShapeDtypeStruct`s, for compiling without weights."""

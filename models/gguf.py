@@ -47,8 +47,8 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._data = np.memmap(path, dtype=np.uint8, mode="r")
         try:
+            self._data = np.memmap(path, dtype=np.uint8, mode="r")
             self.metadata, self._tensors = read_header(self._data)
         except ValueError as error:
             raise LoadError(str(path), [f"truncated or not a GGUF file: {error}"]) from error

@@ -28,7 +28,7 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-_STRING, _ARRAY = 8, 9
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,9 @@ class _Reader:
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind])
+            number = self.scalar(_SCALARS[kind])
+            # 1e-5 stored as float32 is to read 1e-5 again, not 9.999999747378752e-06.
+            return float(str(np.float32(number))) if kind == _FLOAT32 else number
         if kind != _ARRAY:
             raise ValueError(f"metadata of type {kind} at byte {self.at}: must be 0 to 12")
         item, count = self.scalar("I"), self.scalar("Q")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexijax.models import gguf_tokenizer, huggingface, tokenizer
+from flexijax.models import checkpoint, gguf_tokenizer, huggingface, tokenizer
 from flexijax.models.config import ModelConfig
 from flexijax.models.gguf import GgufFile
 from flexijax.models.language_model import LanguageModel, from_config
@@ -33,16 +33,21 @@ def load(
 ) -> LanguageModel:
     """Loads a model and its tokenizer.
 
-    source: an alias ("smollm2"), a .gguf file, a Hugging Face directory, or a hub id ("owner/name",
-    fetched by huggingface_hub). dtype of the weights: "float32", "bfloat16" or "float16".
-    max_context, in tokens, shortens the model's own. progress is called with the fraction of the
-    weights that is done. sharding places every weight, instead of the default device. Raises
-    LoadError, a ValueError, that lists every problem; a model is loaded whole or not at all.
+    source: an alias ("smollm2"), a .gguf file, a directory from `save` or Hugging Face, or a hub id
+    ("owner/name", fetched by huggingface_hub). dtype of the weights: "float32", "bfloat16" or
+    "float16". max_context, in tokens, shortens the model's own. progress is called with the
+    fraction of the weights that is done. sharding places every weight, instead of the default
+    device. Raises LoadError, a ValueError, that lists every problem; a model is loaded whole or
+    not at all.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     path = resolve(source)
     options = {"dtype": jnp.dtype(DTYPES[dtype]), "progress": progress, "sharding": sharding}
+    if (path / checkpoint.MARKER).exists():
+        return checkpoint.restore(
+            path, dtype=options["dtype"], max_context=max_context, sharding=sharding
+        )
     if path.is_dir():
         return _from_directory(path, max_context, options)
     return _from_gguf(path, max_context, options)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import jax
 
 from flexijax.models.config import ModelConfig, RopeScaling
+from flexijax.models.decoder import Decoder, Params
 
 _LLAMA_31 = ModelConfig(
     family="llama",
@@ -97,3 +101,13 @@ def config(name: str) -> ModelConfig:
     if name not in _ROWS:
         raise ValueError(f"name={name!r}: presets are {', '.join(NAMES)}")
     return dataclasses.replace(_LLAMA_31, **_ROWS[name])
+
+
+def abstract_params(name: str, *, dtype: Any) -> Params:
+    """The params of a preset as `jax.ShapeDtypeStruct`s, for compiling without weights."""
+    return Decoder(config(name)).abstract(dtype=dtype)
+
+
+def random_params(name: str, *, dtype: Any, seed: int) -> Params:
+    """Random params of a preset in dtype: the right shapes and magnitudes, no sense."""
+    return Decoder(config(name)).init(jax.random.key(seed), dtype=dtype)

@@ -25,8 +25,10 @@ FLOORS = {
         pallas_kernels/page_scores.py
         pallas_kernels/sparse_decode.py
         pallas_kernels/page_moves.py
-        pallas_kernels/prefill_attention.py
+        pallas_kernels/prefill.py
         pallas_kernels/dispatch.py
+        pallas_kernels/targets.py
+        pallas_kernels/disassembly.py
         pallas_kernels/aot.py
         pallas_kernels/__init__.py
     """,
@@ -57,8 +59,11 @@ FLOORS = {
     "4 running": """
         flexijax/sampling.py
         flexijax/results.py
+        flexijax/text.py
+        flexijax/memory.py
         flexijax/prefill.py
         flexijax/decode.py
+        flexijax/compiled.py
         flexijax/engine.py
         flexijax/generate.py
         flexijax/compile_report.py
@@ -67,10 +72,12 @@ FLOORS = {
         profiles/recorder.py
         profiles/measure.py
         profiles/plots.py
+        profiles/report.py
     """,
     "5 face": """
         flexijax/terminal.py
         flexijax/cli_generate.py
+        flexijax/cli_profile.py
         flexijax/cli.py
         flexijax/demo.py
         flexijax/server.py

@@ -1,0 +1,100 @@
+"""`save` and `restore`: a model as an Orbax checkpoint beside its config and tokenizer files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from flexijax.models import tokenizer
+from flexijax.models.config import ModelConfig, RopeScaling
+from flexijax.models.decoder import Decoder
+from flexijax.models.language_model import LanguageModel, from_config
+from flexijax.models.weights import LoadError
+
+MARKER = "flexijax.json"  # its presence says that a directory is one of these checkpoints
+_FORMAT = 1
+
+
+def save(lm: LanguageModel, path: str | os.PathLike[str]) -> None:
+    """Writes a model to a new directory: flexijax.json, tokenizer files, params by Orbax.
+
+    The directory appears under its name only when all of it is written. ValueError if path exists,
+    or if the decoder is not this package's, since only its configuration can be written down.
+    """
+    target = Path(path).expanduser().absolute()
+    if target.exists():
+        raise ValueError(f"path={str(target)!r}: exists already; give the name of a new directory")
+    if not isinstance(lm.decoder, Decoder):
+        kind = type(lm.decoder).__name__
+        raise ValueError(f"lm.decoder is a {kind}: only flexijax.models.decoder.Decoder is saved")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        config = dataclasses.asdict(lm.decoder.config)
+        marker = {"format": _FORMAT, "name": lm.name, "config": config}
+        (partial / MARKER).write_text(json.dumps(marker, indent=1))
+        if lm.tokenizer is not None:
+            lm.tokenizer.save(partial)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "params", lm.params)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def restore(
+    path: Path,
+    *,
+    dtype: Any,
+    max_context: int | None,
+    sharding: jax.sharding.Sharding | None,
+) -> LanguageModel:
+    """Reads what `save` wrote, each array straight into dtype and sharding, one copy in memory.
+
+    LoadError for a directory that is damaged or of a newer format.
+    """
+    problems: list[str] = []
+    config = words = None
+    name = path.name
+    try:
+        marker = tokenizer.read_json(path / MARKER)
+        name = marker.get("name", name)
+        config = _config(marker, max_context)
+    except (ValueError, TypeError, KeyError) as error:
+        problems.append(f"{MARKER}: {error}")
+    try:
+        words = tokenizer.from_directory(path)
+    except ValueError as error:
+        problems.append(str(error))
+    if problems or config is None:
+        raise LoadError(str(path), problems)
+    place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        Decoder(config).abstract(dtype=dtype),
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore((path / "params").absolute(), abstract)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        problem = f"params: {type(error).__name__}: {error}"
+        raise LoadError(str(path), [problem]) from error
+    return from_config(config, params, name=name, dtype=dtype, tokenizer=words)
+
+
+def _config(marker: dict[str, Any], max_context: int | None) -> ModelConfig:
+    if marker["format"] != _FORMAT:
+        raise ValueError(f"format {marker['format']!r}: this version reads {_FORMAT}")
+    fields = dict(marker["config"])
+    if fields["rope_scaling"] is not None:
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    config = ModelConfig(**fields)
+    return config if max_context is None else config.with_context(max_context)
