@@ -2,7 +2,11 @@
 
 from flexijax import profiles as profiles
 from flexijax.config import CacheConfig as CacheConfig
+from flexijax.generate import generate as generate
+from flexijax.models.checkpoint import save as save
 from flexijax.models.language_model import LanguageModel as LanguageModel
 from flexijax.models.load import load as load
 from flexijax.profiles.head_profile import HeadProfile as HeadProfile
+from flexijax.results import Generation as Generation
+from flexijax.results import Metrics as Metrics
 from flexijax.sampling import Sampling as Sampling

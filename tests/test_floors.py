@@ -19,9 +19,9 @@ FLOORS = {
     "1 kernels": """
         pallas_kernels/platform.py
         pallas_kernels/reference.py
-        pallas_kernels/xla.py
         pallas_kernels/partials.py
         pallas_kernels/summaries.py
+        pallas_kernels/xla.py
         pallas_kernels/page_scores.py
         pallas_kernels/sparse_decode.py
         pallas_kernels/page_moves.py

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from flexijax import profiles
+from flexijax.models import presets
+from flexijax.models.language_model import fingerprint
 from flexijax.profiles.head_profile import HeadProfile
 
 PUBLISHED = {
@@ -13,6 +15,13 @@ PUBLISHED = {
     "mistralai/Mistral-7B-Instruct-v0.2": (32, 64),
     "mistralai/Mistral-Small-24B-Instruct-2501": (40, 80),
     "Qwen/Qwen2.5-32B-Instruct": (64, 128),
+}
+PRESETS = {
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "mistralai/Mistral-7B-Instruct-v0.2": "mistral-7b-v0.2",
+    "mistralai/Mistral-Small-24B-Instruct-2501": "mistral-small-24b",
+    "Qwen/Qwen2.5-32B-Instruct": "qwen2.5-32b",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
 }
 
 
@@ -111,11 +120,16 @@ def test_published_lists_are_shipped(model, budget_pages):
 TASKS = ("gov_report", "paper_assistant")
 
 
-def test_every_shipped_profile_loads():
-    assert len(profiles.names()) >= 16
+def test_every_shipped_profile_fits_its_model():
+    """By fingerprint, so that a model is known under whatever name its files have."""
+    assert len(profiles.names()) >= 17
     for name in profiles.names():
         profile = profiles.load(name)
         assert HeadProfile.from_json(profile.to_json()) == profile
+        config = presets.config(PRESETS[profile.model])
+        assert profile.fingerprint == fingerprint(config), name
+        found = profiles.find(Model("a folder", fingerprint(config)), profile.budget_pages)
+        assert found is not None and found.model == profile.model
 
 
 @pytest.mark.parametrize(
