@@ -130,13 +130,23 @@ def run(args: argparse.Namespace) -> int:
         progress.close()
         return made[0]
 
+    held: list[str] = []
+
     def show(_: int, piece: str) -> None:
-        # From here on the text itself is the progress; a bar would break into it.
+        # The first piece waits for the second: the decode step is compiled in between, and its
+        # progress would break into the text. From then on the text itself is the progress.
+        held.append(piece)
+        if len(held) > 1:
+            flush()
+
+    def flush() -> None:
         progress.close()
         progress.quiet = True
-        print(piece, end="", flush=True)
+        print("".join(held), end="", flush=True)
+        held[:] = [""]
 
     results = {args.mode: answer(cache, show)}
+    flush()
     print(flush=True)
     if args.compare_full and args.mode != "full":
         results["full"] = answer(replace(cache, mode="full"), None)
@@ -181,6 +191,8 @@ def report(results: dict[str, Generation]) -> list[list[str]]:
         ["full KV would take", *(megabytes(m.full_kv_bytes) for *_, m in columns)],
         ["moved to the device", *(megabytes(m.promoted_bytes) for *_, m in columns)],
         ["moved to the host", *(megabytes(m.offloaded_bytes) for *_, m in columns)],
+        ["reranks", *(f"{m.reranks}" for *_, m in columns)],
+        ["  pages already there", *(_share(m.mean_overlap) for *_, m in columns)],
     ]
     if len(columns) == 2:
         (_, one, _), (_, other, _) = columns
@@ -189,6 +201,10 @@ def report(results: dict[str, Generation]) -> list[list[str]]:
         rows.append(["tokens that agree", f"{sum(same)} of {len(same)}", ""])
         rows.append(["equal from the start", f"{prefix}", ""])
     return rows
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _prompt(args: argparse.Namespace) -> str:

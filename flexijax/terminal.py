@@ -19,41 +19,43 @@ from tqdm import tqdm
 class Progress:
     """A bar for the current stage on a terminal, a line a stage anywhere else.
 
-    Called as `progress(stage, done, total)`; a new stage ends the one before. `close` ends the
-    last. Silent while `quiet`.
+    Called as `progress(stage, done, total)`; another stage takes the place of the one before. A
+    stage that ends says how long it took, from its first call with done = 0 or, where there was
+    none, from the end of the stage before. Silent while `quiet`.
     """
 
     def __init__(self, *, quiet: bool = False, out: TextIO | None = None) -> None:
-        self._out = out or sys.stderr
         self.quiet = quiet
+        self._out = out or sys.stderr
         self._bar: tqdm | None = None
         self._stage: str | None = None
-        self._started = 0.0
+        self._since = time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self.quiet:
             return
         if stage != self._stage:
             self.close()
-            self._stage, self._started = stage, time.perf_counter()
+            self._stage = stage
+            if done == 0:
+                self._since = time.perf_counter()
             if self._out.isatty():
                 self._bar = tqdm(total=total, desc=stage, leave=False, file=self._out)
-            else:
+            elif done < total:
                 print(f"{stage} ...", file=self._out, flush=True)
         if self._bar is not None:
             self._bar.total = total
             self._bar.update(done - self._bar.n)
         if done >= total:
             self.close()
+            now = time.perf_counter()
+            print(f"{stage}: {now - self._since:.1f} s", file=self._out, flush=True)
+            self._since = now
 
     def close(self) -> None:
-        """Ends the current stage with the time it took."""
-        if self._stage is None:
-            return
+        """Takes the bar away; what is printed next stands on a clean line."""
         if self._bar is not None:
             self._bar.close()
-        took = time.perf_counter() - self._started
-        print(f"{self._stage}: {took:.1f} s", file=self._out, flush=True)
         self._bar, self._stage = None, None
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from flexijax import cli, cli_generate
 from flexijax.config import CacheConfig
+from flexijax.results import Generation, Metrics
 from flexijax.sampling import Sampling
 from flexijax.terminal import Progress, megabytes, table, write_json
 
-METRICS = {
+METRICS: dict[str, Any] = {
     "prompt_tokens": 4812,
     "new_tokens": 3,
     "ttft_s": 6.214,
@@ -31,37 +32,9 @@ METRICS = {
     "promoted_bytes": 114_688,
     "offloaded_bytes": 4096,
     "reranks": 2,
-    "mean_overlap": float("nan"),
+    "mean_overlap": 0.25,
+    "head_overlap": ((0, 1, float("nan")),),
 }
-
-
-@dataclass(frozen=True)
-class Metrics:
-    prompt_tokens: int
-    new_tokens: int
-    ttft_s: float
-    tpot_ms: float
-    prefill_s: float
-    decode_s: float
-    compile_s: float
-    device_kv_bytes: int
-    host_kv_bytes: int
-    full_kv_bytes: int
-    summary_bytes: int
-    promoted_pages: int
-    promoted_bytes: int
-    offloaded_bytes: int
-    reranks: int
-    mean_overlap: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    token_ids: list[int]
-    logprobs: list[float] | None
-    finish_reason: str
-    metrics: Metrics
 
 
 @dataclass
@@ -87,7 +60,15 @@ class Model:
             for piece in ("Hel", "lo", ""):
                 stream(0, piece)
         full = rest["cache"].mode == "full"
-        return [Answer("Hello", [5, 6, 9 if full else 7], None, "length", Metrics(**METRICS))]
+        return [
+            Generation(
+                text="Hello",
+                token_ids=(5, 6, 9 if full else 7),
+                logprobs=None,
+                finish_reason="length",
+                metrics=Metrics(**METRICS),
+            )
+        ]
 
 
 @pytest.fixture
@@ -143,7 +124,7 @@ def test_every_option_arrives(model, tmp_path):
     assert call["profile"].model == "meta-llama/Llama-3.1-8B-Instruct"
     written = json.loads(file.read_text())
     assert (written["text"], written["token_ids"]) == ("Hello", [5, 6, 7])
-    assert written["metrics"] == {**METRICS, "mean_overlap": None}
+    assert written["metrics"] == {**METRICS, "head_overlap": [[0, 1, None]]}
     assert written["cache"]["page_size"] == 32 and written["environment"]["jax"]
 
 
@@ -269,10 +250,11 @@ def test_progress_writes_a_line_when_a_stage_begins_and_ends():
     progress = Progress(out=out)
     for done in range(3):
         progress("prefill", done, 2)
+    progress("compile", 1, 1)
     progress("decode", 0, 9)
     progress.close()
     words = [line.split(" ")[0] for line in out.getvalue().splitlines()]
-    assert words == ["prefill", "prefill:", "decode", "decode:"]
+    assert words == ["prefill", "prefill:", "compile:", "decode"]
 
 
 def test_json_is_standard(tmp_path):
