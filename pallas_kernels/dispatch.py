@@ -122,7 +122,8 @@ def slot_decode(
     """Attention of one query token per head over the head's own contiguous slots.
 
     Args:
-      q: float[B, K, G, H]; k_slots, v_slots: float[B, K, S, page, H], keys rotated.
+      q: float[B, K, G, H]; k_slots: float[B, K, H, S, page], keys rotated, channels before tokens,
+        the order in which scoring is a plain matrix product; v_slots: float[B, K, S, page, H].
       token_counts: int32[B, K, S], how many first tokens of each slot count; 0 where not read.
       scale: factor of the logits, usually H ** -0.5.
     Returns:
@@ -132,12 +133,12 @@ def slot_decode(
     """
     _sizes(
         q=(q, "B K G H"),
-        k_slots=(k_slots, "B K S page H"),
+        k_slots=(k_slots, "B K H S page"),
         v_slots=(v_slots, "B K S page H"),
         token_counts=(token_counts, "B K S"),
     )
     _check_attention(q, k_slots, v_slots, scale)
-    _check_page(k_slots.shape[3])
+    _check_page(k_slots.shape[4])
     _check_dtype("token_counts", token_counts, jnp.int32)
     chosen = _choose(implementation)
     module = _pallas_decode if chosen == "pallas" else _module(chosen, "sparse_decode_triton")
@@ -159,7 +160,7 @@ def promote(
     the pages that `load` names move.
 
     Args:
-      slots_k, slots_v: float[B, K, S, page, H], in device memory.
+      slots_k: float[B, K, H, S, page]; slots_v: float[B, K, S, page, H], in device memory.
       host_k, host_v: float[blocks, K, page, H], in pinned host memory on a GPU.
       load: int32[B, K, S], the block to load into each slot, negative where the slot stays.
       transfer: "zero_copy"; staged moves are made a floor above, in `flexijax.tiers`.
@@ -167,7 +168,7 @@ def promote(
       The new slots_k and slots_v.
     """
     _check_moves(slots_k, slots_v, host_k, host_v, transfer)
-    _sizes(slots_k=(slots_k, "B K S page H"), load=(load, "B K S"))
+    _sizes(slots_v=(slots_v, "B K S page H"), load=(load, "B K S"))
     _check_dtype("load", load, jnp.int32)
     return page_moves.promote(slots_k, slots_v, host_k, host_v, load)
 
@@ -188,7 +189,7 @@ def offload(
 
     Args:
       host_k, host_v: float[blocks, K, page, H], in pinned host memory on a GPU.
-      slots_k, slots_v: float[B, K, S, page, H], in device memory.
+      slots_k: float[B, K, H, S, page]; slots_v: float[B, K, S, page, H], in device memory.
       store_block: int32[B, E], the block each entry is written to, negative for none.
       store_slot: int32[B, K, E], the slot it is read from, negative for none. Two entries that name
         one block must come from shared pages, equal in content.
@@ -198,7 +199,7 @@ def offload(
     """
     _check_moves(slots_k, slots_v, host_k, host_v, transfer)
     _sizes(
-        slots_k=(slots_k, "B K S page H"),
+        slots_v=(slots_v, "B K S page H"),
         store_block=(store_block, "B E"),
         store_slot=(store_slot, "B K E"),
     )
@@ -264,7 +265,7 @@ def _check_moves(
     if transfer != "zero_copy":
         raise ValueError(f"transfer must be 'zero_copy' here, got {transfer!r}")
     _sizes(
-        slots_k=(slots_k, "B K S page H"),
+        slots_k=(slots_k, "B K H S page"),
         slots_v=(slots_v, "B K S page H"),
         host_k=(host_k, "blocks K page H"),
         host_v=(host_v, "blocks K page H"),

@@ -1,7 +1,8 @@
 """Pages between the tiers without a copy in between: kernels that address pinned host memory.
 
 One program moves one page's keys and values; a plan entry that is negative ends its program at
-once. Both kernels write into an argument in place (`input_output_aliases`), so donate it.
+once. The kernels write into an argument in place (`input_output_aliases`), so donate it. Keys are
+turned on the way: a page is [page, H] in the host tier and [H, page] in a slot.
 """
 
 import jax
@@ -16,7 +17,8 @@ def promote(
     slots_k: jax.Array, slots_v: jax.Array, host_k: jax.Array, host_v: jax.Array, load: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """slots[b, h, s] = host[load[b, h, s], h] where load >= 0; see `dispatch.promote`."""
-    batch, heads, slots, page, width = slots_k.shape
+    batch, heads, slots, page, width = slots_v.shape
+    k_shape, v_shape = _matrix(slots_k), (batch, heads, slots * page, width)
 
     def kernel(_k, _v, host_k_ref, host_v_ref, load_ref, k_ref, v_ref):
         slot, head, request = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -24,19 +26,23 @@ def promote(
 
         @pl.when(block >= 0)
         def _():
-            _copy(host_k_ref, (block, head), k_ref, (request, head, slot))
-            _copy(host_v_ref, (block, head), v_ref, (request, head, slot))
+            token, column, inside = _tile(page, width)
+            place = slot * page + token
+            for host_ref, ref, turned in ((host_k_ref, k_ref, True), (host_v_ref, v_ref, False)):
+                values = _load(host_ref, (block, head), token, column, inside, turned=False)
+                _store(ref, (request, head), place, column, values, inside, turned=turned)
 
-    flat = (batch, heads, slots, page * width)
-    new_k, new_v = pl.pallas_call(
+    new_k, new_v = platform.pallas_kernel(
         kernel,
         name="flexijax_promote",
         grid=(slots, heads, batch),
-        out_shape=[jax.ShapeDtypeStruct(flat, slots_k.dtype)] * 2,
-        input_output_aliases={0: 0, 1: 1},
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=not platform.is_gpu(),
-    )(slots_k.reshape(flat), slots_v.reshape(flat), _rows(host_k), _rows(host_v), load)
+        out_shape=[
+            jax.ShapeDtypeStruct(k_shape, slots_k.dtype),
+            jax.ShapeDtypeStruct(v_shape, slots_v.dtype),
+        ],
+        aliases={0: 0, 1: 1},
+        num_warps=4,
+    )(slots_k.reshape(k_shape), slots_v.reshape(v_shape), host_k, host_v, load)
     return new_k.reshape(slots_k.shape), new_v.reshape(slots_v.shape)
 
 
@@ -49,15 +55,24 @@ def offload(
     store_slot: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """host[store_block[b, e], h] = slots[b, h, store_slot[b, h, e]]; see `dispatch.offload`."""
-    arguments = (store_block, store_slot)
-    return _offload(host_k, slots_k, *arguments), _offload(host_v, slots_v, *arguments)
+    batch, heads, slots, page, width = slots_v.shape
+    k_matrix = slots_k.reshape(_matrix(slots_k))
+    v_matrix = slots_v.reshape(batch, heads, slots * page, width)
+    new_k = _offload(host_k, k_matrix, store_block, store_slot, turned=True)
+    return new_k, _offload(host_v, v_matrix, store_block, store_slot, turned=False)
 
 
 def _offload(
-    host: jax.Array, slots: jax.Array, store_block: jax.Array, store_slot: jax.Array
+    host: jax.Array,
+    slots: jax.Array,
+    store_block: jax.Array,
+    store_slot: jax.Array,
+    *,
+    turned: bool,
 ) -> jax.Array:
     # One output a kernel: XLA's host offloading pass aborts on a tuple in host memory.
     batch, heads, entries = store_slot.shape
+    page, width = host.shape[2:]
 
     def kernel(_, slots_ref, block_ref, slot_ref, host_ref):
         entry, head, request = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -65,30 +80,46 @@ def _offload(
 
         @pl.when((block >= 0) & (slot >= 0))
         def _():
-            _copy(slots_ref, (request, head, slot), host_ref, (block, head))
+            token, column, inside = _tile(page, width)
+            place = slot * page + token
+            values = _load(slots_ref, (request, head), place, column, inside, turned=turned)
+            _store(host_ref, (block, head), token, column, values, inside, turned=False)
 
-    pool = _rows(host)
-    new = pl.pallas_call(
+    return platform.pallas_kernel(
         kernel,
         name="flexijax_offload",
         grid=(entries, heads, batch),
-        out_shape=jax.ShapeDtypeStruct(pool.shape, pool.dtype),
-        input_output_aliases={0: 0},
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=not platform.is_gpu(),
-    )(pool, _rows(slots), store_block, store_slot)
-    return new.reshape(host.shape)
+        out_shape=jax.ShapeDtypeStruct(host.shape, host.dtype),
+        aliases={0: 0},
+        num_warps=4,
+    )(host, slots, store_block, store_slot)
 
 
-def _rows(pages: jax.Array) -> jax.Array:
-    """[..., page, H] -> [..., page * H]: a page as one run of memory."""
-    return pages.reshape(*pages.shape[:-2], -1)
+def _matrix(slots_k: jax.Array) -> tuple[int, int, int, int]:
+    """The shape of k slots [B, K, H, S, page] with tokens along one axis."""
+    batch, heads, width, slots, page = slots_k.shape
+    return batch, heads, width, slots * page
 
 
-def _copy(source_ref, source: tuple, target_ref, target: tuple) -> None:
-    """One page to another place, 128 bits at a time; a mask covers sizes such as 16 * 80."""
-    size = source_ref.shape[-1]
-    place = jnp.arange(pl.next_power_of_2(size))
-    mask = None if place.size == size else place < size
-    values = pltriton.load(source_ref.at[(*source, place)], mask=mask)
-    pltriton.store(target_ref.at[(*target, place)], values, mask=mask)
+def _tile(page: int, width: int):
+    """Token and channel numbers of a page, and a mask [page, H] where H is no power of two."""
+    token, column = jnp.arange(page), jnp.arange(pl.next_power_of_2(width))
+    inside = jnp.broadcast_to((column < width)[None, :], (page, column.size))
+    return token, column, None if column.size == width else inside
+
+
+def _load(ref, lead, token, column, mask, *, turned):
+    """[page, H] from rows of tokens, or, turned, from rows of channels."""
+    if not turned:
+        return pltriton.load(ref.at[(*lead, token[:, None], column[None, :])], mask=mask)
+    mask = None if mask is None else mask.T
+    return pltriton.load(ref.at[(*lead, column[:, None], token[None, :])], mask=mask).T
+
+
+def _store(ref, lead, token, column, values, mask, *, turned):
+    """[page, H] into rows of tokens, or, turned, into rows of channels."""
+    if not turned:
+        pltriton.store(ref.at[(*lead, token[:, None], column[None, :])], values, mask=mask)
+        return
+    mask = None if mask is None else mask.T
+    pltriton.store(ref.at[(*lead, column[:, None], token[None, :])], values.T, mask=mask)

@@ -79,11 +79,11 @@ def page_scores(
         pltriton.store(out_ref.at[request, head, page], score, mask=page < pages)
 
     leaves = jax.tree.leaves(summaries)
-    return pl.pallas_call(
+    return platform.pallas_kernel(
         kernel,
         name="flexijax_page_scores",
         grid=(pl.cdiv(pages, block), heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, heads, pages), jnp.float32),
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=not platform.is_gpu(),
+        num_warps=4,
+        num_stages=1,
     )(q, block_table, lengths, *leaves)

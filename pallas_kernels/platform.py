@@ -1,7 +1,8 @@
 """What depends on the jax version or on the device; nothing else in the package asks for either."""
 
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +10,16 @@ import jax
 import numpy as np
 from jax import lax
 from jax.experimental import compute_on as _compute_on_module
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 JAX_VERSION = tuple(int(part) for part in re.findall(r"\d+", jax.__version__)[:3])
 
@@ -75,3 +84,44 @@ def run_on_host(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     options = {"compute_type": "device_host", "out_memory_spaces": jax.memory.Space.Host}
     return _compute_on(function, **options)
+
+
+@contextmanager
+def abstract_gpu(device_kind: str) -> Iterator[None]:
+    """Names the GPU to lower Triton kernels for where there is none: later jax asks for it."""
+    if JAX_VERSION < (0, 11):
+        yield
+        return
+    device = AbstractDevice(device_kind=device_kind, num_cores=None, platform="gpu")
+    mesh = AbstractMesh((), (), abstract_device=device)
+    with use_abstract_mesh(mesh), warnings.catch_warnings():
+        # The way on is implementation="triton", through jax-triton.
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        yield
+
+
+def pallas_kernel(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int = 1,
+    aliases: Mapping[int, int] | None = None,
+) -> Callable[..., Any]:
+    """`pallas_call` through Triton on a GPU, in interpret mode elsewhere.
+
+    aliases: which argument each output is written into, as `input_output_aliases`.
+    """
+    # Later jax names the compiled kernel after the function, earlier after `name`.
+    kernel.__name__ = name
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        out_shape=out_shape,
+        input_output_aliases=aliases or {},
+        compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=not is_gpu(),
+    )

@@ -60,15 +60,18 @@ def paged_decode(
 def slot_decode(
     q: ArrayLike, k_slots: ArrayLike, v_slots: ArrayLike, token_counts: ArrayLike, *, scale: float
 ) -> tuple[Array, Array]:
-    """As `paged_decode`, over k_slots and v_slots [B, K, S, page, H], token_counts int[B, K, S]."""
+    """As `paged_decode`, over a head's own slots.
+
+    k_slots [B, K, H, S, page], v_slots [B, K, S, page, H], token_counts int[B, K, S].
+    """
     q, k_slots, v_slots = _float64(q), _float64(k_slots), _float64(v_slots)
     counts = np.asarray(token_counts)
-    batch, heads, slots, page, width = k_slots.shape
+    batch, heads, slots, page, width = v_slots.shape
     out, lse = np.zeros(q.shape), np.zeros(q.shape[:3])
     for b in range(batch):
         for h in range(heads):
             valid = (np.arange(page) < counts[b, h][:, None]).reshape(slots * page)
-            k = k_slots[b, h].reshape(slots * page, width)[valid]
+            k = k_slots[b, h].reshape(width, slots * page).T[valid]
             v = v_slots[b, h].reshape(slots * page, width)[valid]
             out[b, h], lse[b, h] = attend(q[b, h], k, v, scale=scale)
     return out, lse
@@ -165,12 +168,13 @@ def promote(
 ) -> tuple[np.ndarray, np.ndarray]:
     """slots[b, h, s] = host[load[b, h, s], h] wherever load is not negative.
 
-    slots_k, slots_v [B, K, S, page, H]; host_k, host_v [blocks, K, page, H]; load int[B, K, S].
+    slots_k [B, K, H, S, page]; slots_v [B, K, S, page, H]; host_k, host_v [blocks, K, page, H];
+    load int[B, K, S].
     """
     new_k, new_v = np.array(slots_k), np.array(slots_v)
     host_k, host_v, load = np.asarray(host_k), np.asarray(host_v), np.asarray(load)
     for b, h, s in zip(*np.nonzero(load >= 0), strict=True):
-        new_k[b, h, s], new_v[b, h, s] = host_k[load[b, h, s], h], host_v[load[b, h, s], h]
+        new_k[b, h, :, s], new_v[b, h, s] = host_k[load[b, h, s], h].T, host_v[load[b, h, s], h]
     return new_k, new_v
 
 
@@ -184,7 +188,7 @@ def offload(
 ) -> tuple[np.ndarray, np.ndarray]:
     """host[store_block[b, e], h] = slots[b, h, store_slot[b, h, e]] where neither is negative.
 
-    host_k, host_v [blocks, K, page, H]; slots_k, slots_v [B, K, S, page, H];
+    host_k, host_v [blocks, K, page, H]; slots_k [B, K, H, S, page]; slots_v [B, K, S, page, H];
     store_block int[B, E]; store_slot int[B, K, E].
     """
     new_k, new_v = np.array(host_k), np.array(host_v)
@@ -192,6 +196,6 @@ def offload(
     blocks, slots = np.asarray(store_block), np.asarray(store_slot)
     for b, h, e in np.ndindex(*slots.shape):
         if blocks[b, e] >= 0 and slots[b, h, e] >= 0:
-            new_k[blocks[b, e], h] = slots_k[b, h, slots[b, h, e]]
+            new_k[blocks[b, e], h] = slots_k[b, h, :, slots[b, h, e]].T
             new_v[blocks[b, e], h] = slots_v[b, h, slots[b, h, e]]
     return new_k, new_v

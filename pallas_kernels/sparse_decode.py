@@ -93,34 +93,34 @@ def slot_decode(
     scale: float,
     config: TuningConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of q [B, K, G, H] over slots [B, K, S, page, H]; see `dispatch.slot_decode`.
+    """Attention of q [B, K, G, H] over a head's own slots; see `dispatch.slot_decode`.
 
-    token_counts int32[B, K, S] -> out [B, K, G, H], lse float32[B, K, G].
+    k_slots [B, K, H, S, page], v_slots [B, K, S, page, H], token_counts int32[B, K, S]
+    -> out [B, K, G, H], lse float32[B, K, G].
     """
-    rows = (math.prod(k_slots.shape[:4]), k_slots.shape[4])
-    page = k_slots.shape[3]
-    return _decode(
-        q, k_slots.reshape(rows), v_slots.reshape(rows), None, token_counts, page, scale, config
-    )
+    batch, heads, width, slots, page = k_slots.shape
+    k_matrix = k_slots.reshape(batch, heads, width, slots * page)
+    v_rows = v_slots.reshape(-1, width)
+    return _decode(q, k_matrix, v_rows, None, token_counts, page, scale, config)
 
 
 def _decode(
     q: jax.Array,
-    k_rows: jax.Array,
-    v_rows: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     block_ids: jax.Array | None,
     counts: jax.Array,
     page: int,
     scale: float,
     config: TuningConfig | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Over rows [pages * page, H]; block_ids is None where a head's pages lie one after another."""
+    """v is rows [pages * page, H]; k too with block_ids, without them [B, K, H, pages * page]."""
     batch, heads, group, width = q.shape
     pages = counts.shape[2]
     config = config or TuningConfig.choose(
         heads=batch * heads,
         tokens=pages * page,
-        row_bytes=width * k_rows.dtype.itemsize,
+        row_bytes=width * k.dtype.itemsize,
     )
     covered = config.block_tokens * config.steps * config.splits
     if covered < pages * page:
@@ -143,7 +143,7 @@ def _decode(
             config=config,
         )
 
-    out, lse = pl.pallas_call(
+    out, lse = platform.pallas_kernel(
         kernel,
         name="flexijax_decode_slots" if block_ids is None else "flexijax_decode_pages",
         grid=(config.splits, heads, batch),
@@ -151,11 +151,9 @@ def _decode(
             jax.ShapeDtypeStruct((*parts, width), q.dtype if alone else jnp.float32),
             jax.ShapeDtypeStruct(parts, jnp.float32),
         ],
-        compiler_params=pltriton.CompilerParams(
-            num_warps=config.num_warps, num_stages=config.num_stages
-        ),
-        interpret=not platform.is_gpu(),
-    )(q, k_rows, v_rows, *([] if block_ids is None else [block_ids]), counts)
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )(q, k, v, *([] if block_ids is None else [block_ids]), counts)
     if alone:
         return out[0], lse[0]
     return merge_splits(out, lse, dtype=q.dtype)
@@ -163,9 +161,9 @@ def _decode(
 
 def _attend(
     q_ref,  # [B, K, G, H]
-    k_ref,  # [rows, H]
+    k_ref,  # [rows, H], or [B, K, H, n * page]
     v_ref,  # [rows, H]
-    ids_ref,  # int32[B, K, n] or None
+    ids_ref,  # int32[B, K, n], or None
     counts_ref,  # int32[B, K, n]
     out_ref,  # [splits, B, K, G, H]
     lse_ref,  # float32[splits, B, K, G]
@@ -196,18 +194,34 @@ def _attend(
         listed = index < pages
         count = pltriton.load(counts_ref.at[request, head, index], mask=listed, other=0)
         valid = place < count
+        # What is not valid may hold anything, and 0 * NaN is NaN. Values are read under a mask;
+        # keys only decide logits of their own, which are dropped.
         if ids_ref is None:
             stored = (request * num_heads + head) * pages + index
+            # One condition for the whole block: with one per token, loads along the tokens would
+            # shrink from 128 bits to single numbers.
+            needed = (jnp.max(count) > 0) & (token < pages * page)
+            k = pltriton.load(
+                k_ref.at[request, head, column[:, None], token[None, :]],
+                mask=(column < width)[:, None] & needed[None, :],
+                other=0.0,
+            )
+            logits = scale * _dot(q, k, (1, 0), precision)
         else:
             block_id = pltriton.load(ids_ref.at[request, head, index], mask=listed, other=0)
             stored = block_id * num_heads + head
             valid &= block_id >= 0
-        source = (stored * page + place)[:, None]
-        # What is not valid is not read: it may hold anything, and 0 * NaN is NaN.
-        mask = valid[:, None] & in_width
-        k = pltriton.load(k_ref.at[source, column[None, :]], mask=mask, other=0.0)
-        v = pltriton.load(v_ref.at[source, column[None, :]], mask=mask, other=0.0)
-        logits = scale * _dot(q, k, (1, 1), precision)
+            k = pltriton.load(
+                k_ref.at[(stored * page + place)[:, None], column[None, :]],
+                mask=valid[:, None] & in_width,
+                other=0.0,
+            )
+            logits = scale * _dot(q, k, (1, 1), precision)
+        v = pltriton.load(
+            v_ref.at[(stored * page + place)[:, None], column[None, :]],
+            mask=valid[:, None] & in_width,
+            other=0.0,
+        )
         logits = jnp.where(valid[None, :], logits, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
         safe = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
@@ -265,7 +279,7 @@ def merge_splits(
         )
         lse_ref[request, head, row] = jnp.where(total == 0.0, -jnp.inf, safe + jnp.log(total))
 
-    return pl.pallas_call(
+    return platform.pallas_kernel(
         kernel,
         name="flexijax_merge_splits",
         grid=(group, heads, batch),
@@ -273,6 +287,6 @@ def merge_splits(
             jax.ShapeDtypeStruct((batch, heads, group, width), dtype),
             jax.ShapeDtypeStruct((batch, heads, group), jnp.float32),
         ],
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=not platform.is_gpu(),
+        num_warps=4,
+        num_stages=1,
     )(outs, lses)

@@ -120,7 +120,7 @@ def slot_inputs(case: DecodeCase) -> dict[str, np.ndarray]:
     heads = np.arange(case.heads)[None, :, None]
     return {
         "q": paged["q"],
-        "k_slots": paged["k_pages"][ids, heads],
+        "k_slots": np.moveaxis(paged["k_pages"][ids, heads], 4, 2),
         "v_slots": paged["v_pages"][ids, heads],
         "token_counts": paged["token_counts"],
     }

@@ -172,6 +172,7 @@ def test_merge_of_parts_is_the_whole():
 def bad_calls():
     zeros = functools.partial(np.zeros, dtype=np.float32)
     q, pages, slots = zeros((2, 3, 4, 16)), zeros((7, 3, 16, 16)), zeros((2, 3, 5, 16, 16))
+    k_slots = zeros((2, 3, 16, 5, 16))
     ids, table = np.zeros((2, 3, 5), np.int32), np.zeros((2, 5), np.int32)
     lengths, summaries = np.zeros(2, np.int32), zeros((7, 3, 2, 16))
     wide = QuantizedSummaries(summaries.astype(np.int8), np.zeros((7, 3, 2, 2), np.uint8))
@@ -182,11 +183,11 @@ def bad_calls():
         "axes": (lambda: paged(q[0], pages, pages, ids, ids), r"q\[B, K, G, H\].*\(3, 4, 16\)"),
         "heads": (lambda: paged(q, pages[:, :2], pages, ids, ids), r"K is 3 as in q"),
         "values": (lambda: paged(q, pages, pages[:5], ids, ids), r"blocks is 7 as in k_pages"),
-        "counts": (lambda: slot(q, slots, slots, ids[:1]), r"B is 2 as in q"),
-        "empty": (lambda: slot(q, slots[:, :, :0], slots, ids), r"S must not be 0"),
+        "counts": (lambda: slot(q, k_slots, slots, ids[:1]), r"B is 2 as in q"),
+        "empty": (lambda: slot(q, k_slots[:, :, :, :0], slots, ids), r"S must not be 0"),
         "ids": (lambda: paged(q, pages, pages, ids.astype(float), ids), r"block_ids must be int32"),
         "dtype": (lambda: paged(q.astype(int), pages, pages, ids, ids), r"q must be float32"),
-        "mixed": (lambda: slot(q, slots, slots.astype(np.float16), ids), r"one dtype"),
+        "mixed": (lambda: slot(q, k_slots, slots.astype(np.float16), ids), r"one dtype"),
         "scale": (lambda: paged(q, pages, pages, ids, ids, scale=0.0), r"scale.*0\.0"),
         "pair": (lambda: scores(q, summaries[:, :, :1], table, lengths), r"2 is 2|but 2"),
         "page": (lambda: scores(q, summaries, table, lengths, page_size=12), r"page size.*12"),

@@ -26,6 +26,7 @@ def equal(actual, expected) -> bool:
 def test_moves_equal_their_plan(dtype, page, width):
     rng = np.random.default_rng(0)
     slots = [pages(rng, 2, 3, 4, page, width, dtype=dtype) for _ in "kv"]
+    slots[0] = np.moveaxis(slots[0], 4, 2).copy()
     host = [pages(rng, 9, 3, page, width, dtype=dtype) for _ in "kv"]
     host[0][5] = np.nan
     load = rng.integers(-4, 9, size=(2, 3, 4)).astype(np.int32)
@@ -42,6 +43,7 @@ def test_moves_equal_their_plan(dtype, page, width):
 def test_an_empty_plan_moves_nothing():
     rng = np.random.default_rng(0)
     slots = [pages(rng, 1, 2, 3, 16, 16) for _ in "kv"]
+    slots[0] = np.moveaxis(slots[0], 4, 2).copy()
     host = [np.full((4, 2, 16, 16), np.nan, np.float32) for _ in "kv"]
     none = np.full((1, 2, 3), -1, np.int32)
     assert equal(dispatch.promote(*map(jnp.asarray, (*slots, *host, none))), slots)
@@ -51,17 +53,18 @@ def test_an_empty_plan_moves_nothing():
 
 def test_bad_moves_are_named():
     slots, host = jnp.zeros((1, 2, 3, 16, 8)), jnp.zeros((4, 2, 16, 8))
+    slots_k = jnp.zeros((1, 2, 8, 3, 16))
     load = jnp.zeros((1, 2, 3), jnp.int32)
     with pytest.raises(ValueError, match="transfer must be 'zero_copy' here, got 'staged'"):
-        dispatch.promote(slots, slots, host, host, load, transfer="staged")
+        dispatch.promote(slots_k, slots, host, host, load, transfer="staged")
     with pytest.raises(ValueError, match=r"H is 8 as in slots_k"):
-        dispatch.promote(slots, slots, host[..., :4], host, load)
+        dispatch.promote(slots_k, slots, host[..., :4], host, load)
     with pytest.raises(ValueError, match="one dtype"):
-        dispatch.promote(slots, slots, host.astype(jnp.float16), host, load)
-    with pytest.raises(ValueError, match="S is 3 as in slots_k"):
-        dispatch.promote(slots, slots, host, host, load[..., :2])
+        dispatch.promote(slots_k, slots, host.astype(jnp.float16), host, load)
+    with pytest.raises(ValueError, match="S is 3 as in slots_v"):
+        dispatch.promote(slots_k, slots, host, host, load[..., :2])
     with pytest.raises(ValueError, match="store_slot must be int32"):
-        dispatch.offload(host, host, slots, slots, load[:, 0], load.astype(jnp.int8))
+        dispatch.offload(host, host, slots_k, slots, load[:, 0], load.astype(jnp.int8))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

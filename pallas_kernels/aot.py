@@ -1,0 +1,192 @@
+"""Compiles a program for a GPU that this machine does not have, and says what came out.
+
+The program is lowered on the CPU for CUDA and compiled by XLA's own GPU pipeline against a
+description of the target, so that sizes, aliasing and kernels are those of the real thing. Needs
+the `aot` extra and no driver.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from flexijax.pallas_kernels import disassembly, platform
+from flexijax.pallas_kernels.disassembly import KernelReport
+from flexijax.pallas_kernels.targets import Target
+
+# Without it the CUDA plugin refuses to load where there is no driver; jax looks when it first
+# touches a device.
+_NO_DRIVER = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
+_TRITON_CALLS = ("__gpu$xla.gpu.triton", "triton_kernel_call")
+_COPY = re.compile(r"= (\w+)\[([\d,]*)\]\S* copy(?:-start)?\(")
+_ALIASED = re.compile(r"\(\s*(\d+), \{\}, (?:may|must)-alias\)")
+_CALL_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16}
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes in one tier, by the compiler's count: peak is arguments + new outputs + temporaries."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+@dataclass(frozen=True)
+class CompiledReport:
+    """A program compiled for `target`: memory by tier, its kernels, and its optimized HLO text."""
+
+    target: Target
+    device: MemoryReport
+    host: MemoryReport
+    kernels: tuple[KernelReport, ...]
+    hlo: str
+    lower_seconds: float
+    compile_seconds: float
+
+    @property
+    def aliased_arguments(self) -> frozenset[int]:
+        """Which arguments (index among the flattened leaves) are updated in place."""
+        header = self.hlo.partition("entry_computation_layout")[0]
+        return frozenset(map(int, _ALIASED.findall(header)))
+
+    @property
+    def host_callbacks(self) -> int:
+        """Calls back into Python in the middle of the program."""
+        return sum("callback" in name for name in _CALL_TARGET.findall(self.hlo))
+
+    @property
+    def collectives(self) -> int:
+        """Exchanges between devices."""
+        return len(_COLLECTIVE.findall(self.hlo))
+
+    def copies(self, *, at_least: int) -> int:
+        """How many instructions copy an array of `at_least` bytes or more."""
+        return sum(_bytes(*match) >= at_least for match in _COPY.findall(self.hlo))
+
+
+def prepare() -> None:
+    """Makes jax load the CUDA plugin without a driver; call it before jax touches a device.
+
+    RuntimeError says what to install.
+    """
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise RuntimeError(
+            "compiling for a GPU needs the CUDA plugin of jax: pip install 'flexijax[aot]'"
+        )
+    os.environ.setdefault(_NO_DRIVER, "1")
+
+
+def compile_for(
+    function: Callable[..., Any],
+    shapes: Sequence[Any],
+    *,
+    target: Target,
+    donate_argnums: tuple[int, ...] = (),
+    out_shardings: Any = None,
+) -> CompiledReport:
+    """Compiles `function` for `target` and reports on it.
+
+    Args:
+      function: traced here anew, with `platform.is_gpu()` true.
+      shapes: one pytree of `jax.ShapeDtypeStruct` per argument; memory kinds are taken from
+        shardings made by `platform.sharding` ("device" for a leaf that has none).
+      donate_argnums, out_shardings: as in `jax.jit`; outputs in host memory must be named.
+    Raises:
+      RuntimeError: the `aot` extra is missing, or jax looked for devices before `prepare`.
+    """
+    prepare()
+    gpu = _compile_only_device(target)
+    device = platform.sharding("device")
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device),
+        tuple(shapes),
+    )
+    options = {} if out_shardings is None else {"out_shardings": out_shardings}
+
+    def traced_anew(*args):
+        return function(*args)
+
+    jitted = jax.jit(traced_anew, donate_argnums=donate_argnums, keep_unused=True, **options)
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _TRITON_CALLS]
+    started = time.perf_counter()
+    with platform.compiling_for("gpu"), platform.abstract_gpu(target.description):
+        lowered = export.export(jitted, platforms=["cuda"], disabled_checks=checks)(*placed)
+    lower_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        executable = _compile(lowered.mlir_module(), gpu, folder)
+        compile_seconds = time.perf_counter() - started
+        kernels = disassembly.kernels(Path(folder), target=target)
+    stats = executable.get_compiled_memory_stats()
+    return CompiledReport(
+        target=target,
+        device=_memory(stats, ""),
+        host=_memory(stats, "host_"),
+        kernels=kernels,
+        hlo=executable.hlo_modules()[0].to_string(),
+        lower_seconds=lower_seconds,
+        compile_seconds=compile_seconds,
+    )
+
+
+def _compile_only_device(target: Target) -> Any:
+    from jax.experimental import topologies
+
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=target.config, topology="1x1x1"
+        )
+    except NotImplementedError as error:
+        raise RuntimeError(
+            "jax looked for devices before flexijax.pallas_kernels.aot.prepare(): "
+            f"call it first, or start Python with {_NO_DRIVER}=1"
+        ) from error
+    return topology.devices[0]
+
+
+def _compile(module: str, gpu: Any, dump: str) -> Any:
+    """XLA's compile-only path, below jax's public interface: that one drops the memory kinds."""
+    from jax._src import compiler
+    from jax._src.interpreters import mlir
+    from jaxlib import xla_client
+    from jaxlib.mlir import ir
+
+    options = compiler.get_compile_options(
+        num_replicas=1,
+        num_partitions=1,
+        device_assignment=np.array([[0]]),
+        env_options_overrides={"xla_dump_to": dump},
+    )
+    with mlir.make_ir_context():
+        return gpu.client.compile(ir.Module.parse(module), xla_client.DeviceList((gpu,)), options)
+
+
+def _memory(stats: Any, prefix: str) -> MemoryReport:
+    names = ("argument", "output", "alias", "temp")
+    return MemoryReport(*(getattr(stats, f"{prefix}{name}_size_in_bytes") for name in names))
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    """Size of an HLO shape such as bf16[16,128]: the digits of the type's name are its bits."""
+    bits = _BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype.lstrip("sufc")) or 8)
+    return math.prod(int(size) for size in dims.split(",") if size) * bits // 8

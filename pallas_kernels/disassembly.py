@@ -1,0 +1,141 @@
+"""What the assembler says of each kernel: registers, spills, and which instructions it runs."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from flexijax.pallas_kernels.targets import Target
+
+_ENTRY = re.compile(r"Compiling entry function '(\S+)'")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_LAUNCH = re.compile(
+    r"(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]"
+    r"\s+shared_memory: (\d+) bytes"
+)
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+# Where the CUDA tools lie in the wheels nvidia-cuda-nvcc-cu12 and triton, below their packages.
+_PLACES = {
+    "ptxas": (("nvidia.cuda_nvcc", "bin"), ("triton", "backends/nvidia/bin")),
+    "nvdisasm": (("triton", "backends/nvidia/bin"),),
+}
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel as assembled: sizes in bytes, `instructions` by opcode (empty if not looked at).
+
+    registers are per thread, threads and shared_bytes per block, grid in blocks of one launch.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    threads: int
+    grid: tuple[int, int, int]
+    occupancy: float
+    instructions: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        """Matrix products on tensor cores (HMMA, HGMMA, IMMA, ...)."""
+        return self._count(r"[HIQDO]?G?MMA")
+
+    @property
+    def wide_loads(self) -> int:
+        """Loads of 128 bits from global memory, into registers or straight to shared memory."""
+        return self._count(r"LDG(STS)?(\.\w+)*\.128")
+
+    def _count(self, opcode: str) -> int:
+        matches = re.compile(opcode).match
+        return sum(count for name, count in self.instructions.items() if matches(name))
+
+
+def tool(name: str) -> str | None:
+    """The path of ptxas or nvdisasm: on PATH or in an installed wheel; None if nowhere."""
+    for package, folder in _PLACES[name]:
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        for root in (spec.submodule_search_locations or ()) if spec else ():
+            if (path := Path(root, folder, name)).is_file():
+                return str(path)
+    return shutil.which(name)
+
+
+def kernels(dump: Path, *, target: Target) -> tuple[KernelReport, ...]:
+    """Reports on every kernel that XLA launched, from the folder given to `xla_dump_to`.
+
+    RuntimeError names the extra to install when there is no ptxas, or what ptxas complained of.
+    """
+    ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
+    if ptxas is None:
+        raise RuntimeError("no ptxas found: pip install 'flexijax[aot]'")
+    launches: dict[str, tuple[int, ...]] = {}
+    for path in dump.glob("*thunk_sequence.txt"):
+        for name, *numbers in _LAUNCH.findall(path.read_text()):
+            launches[name] = tuple(map(int, numbers))
+    reports = []
+    for ptx in sorted(dump.glob("*.ptx")):
+        if ptx.stat().st_size:
+            reports += _assemble(ptx, launches, ptxas, nvdisasm, target)
+    return tuple(reports)
+
+
+def _assemble(
+    ptx: Path,
+    launches: dict[str, tuple[int, ...]],
+    ptxas: str,
+    nvdisasm: str | None,
+    target: Target,
+) -> list[KernelReport]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = str(Path(folder, "kernels.cubin"))
+        log = _run([ptxas, "-v", f"-arch={target.architecture}", str(ptx), "-o", cubin])
+        mixes = _instructions(_run([nvdisasm, "-c", cubin])) if nvdisasm else {}
+    reports = []
+    sections = _ENTRY.split(log)
+    for name, text in zip(sections[1::2], sections[2::2], strict=True):
+        spills, registers = _SPILLS.search(text), _REGISTERS.search(text)
+        if name not in launches or not spills or not registers:
+            continue
+        launch = launches[name]
+        threads = launch[3] * launch[4] * launch[5]
+        used = int(registers[1])
+        reports.append(
+            KernelReport(
+                name=name,
+                registers=used,
+                spill_bytes=int(spills[1]) + int(spills[2]),
+                shared_bytes=launch[6],
+                threads=threads,
+                grid=(launch[0], launch[1], launch[2]),
+                occupancy=target.occupancy(registers=used, shared_bytes=launch[6], threads=threads),
+                instructions=mixes.get(name, {}),
+            )
+        )
+    return reports
+
+
+def _instructions(listing: str) -> dict[str, dict[str, int]]:
+    """How often each opcode stands in each kernel of nvdisasm's listing."""
+    sections = re.split(r"^\.text\.(\S+):", listing, flags=re.MULTILINE)
+    return {
+        name: dict(Counter(_INSTRUCTION.findall(body)).most_common())
+        for name, body in zip(sections[1::2], sections[2::2], strict=True)
+    }
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
+    return done.stdout + done.stderr
