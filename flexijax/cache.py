@@ -1,0 +1,160 @@
+"""The two-tier cache: its static layout and its arrays, each a leaf that is updated in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexijax.models.config import AttentionShape
+from flexijax.pallas_kernels import platform
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """Every static size of a cache; hashable, so programs are compiled once per layout.
+
+    shape: of the model. paged: per layer, the KV heads that keep all their pages on the device,
+    read through the block table; the others are slotted: they keep `slots` pages each in buffers of
+    their own. rows: requests at once (B). blocks: rows of each pool. pages: the most pages of one
+    request (P). offloads: slotted heads keep every page on the host as well. dtype of keys and
+    values.
+    """
+
+    shape: AttentionShape
+    paged: tuple[tuple[int, ...], ...]
+    rows: int
+    blocks: int
+    pages: int
+    slots: int
+    page_size: int
+    offloads: bool
+    dtype: str
+
+    def slotted(self, layer: int) -> tuple[int, ...]:
+        """KV heads of a layer that are not paged, ascending."""
+        return tuple(h for h in range(self.shape.num_kv_heads) if h not in self.paged[layer])
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the keys and values of one page of one KV head."""
+        return 2 * self.page_size * self.shape.head_dim * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def num_paged(self) -> int:
+        """KV heads of all layers that are paged."""
+        return sum(len(heads) for heads in self.paged)
+
+    @property
+    def num_slotted(self) -> int:
+        """KV heads of all layers that are slotted."""
+        return self.shape.num_layers * self.shape.num_kv_heads - self.num_paged
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """The device tier of one layer; a kind of head that the layer has none of holds None.
+
+    Keys in slots stand with the channel before the token, the order in which scoring them is one
+    plain matrix product (see `pallas_kernels/xla.py`).
+    """
+
+    pages_k: jax.Array | None  # [blocks, K_u, page, H]
+    pages_v: jax.Array | None  # [blocks, K_u, page, H]
+    paged_summaries: Any  # leaves [blocks, K_u, ...], or None
+    slots_k: jax.Array | None  # [B, K_s, H, S, page]
+    slots_v: jax.Array | None  # [B, K_s, S, page, H]
+    slot_page: jax.Array | None  # int32[B, K_s, S], logical page in each slot, -1 empty
+    slotted_summaries: Any  # leaves [blocks, K_s, ...], or None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerHost:
+    """The host tier of one layer: every page of the slotted heads, in pinned host memory."""
+
+    k: jax.Array  # [blocks, K_s, page, H]
+    v: jax.Array  # [blocks, K_s, page, H]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Counters:
+    """What moved since a request was admitted, counted inside the program."""
+
+    reranks: jax.Array  # int32[B]
+    promoted: jax.Array  # int32[B], pages host -> device
+    offloaded: jax.Array  # int32[B], pages device -> host
+    kept: tuple[jax.Array | None, ...]  # per layer float32[B, K_s], sum of overlaps, see schedule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Both tiers of a batch of requests."""
+
+    layers: tuple[LayerCache, ...]
+    host: tuple[LayerHost | None, ...]
+    block_table: jax.Array  # int32[B, P], block of each page; 0 beyond the request's own
+    lengths: jax.Array  # int32[B], tokens held; 0 for a free row
+    counters: Counters
+
+
+def init(layout: CacheLayout, summaries: Callable[[int], Any]) -> Cache:
+    """An empty cache, each leaf allocated on its own so that all can be donated.
+
+    summaries: heads -> leaves [blocks, heads, ...], what the policy keeps of pages, or None.
+    """
+    heads = layout.shape.num_kv_heads
+    page, width = layout.page_size, layout.shape.head_dim
+
+    def zeros(*shape: int, dtype: Any = layout.dtype, memory: str = "device") -> jax.Array:
+        if memory == "device":
+            return jnp.zeros(shape, dtype, device=platform.sharding())
+        # NumPy's zeros take no memory until they are copied; jax cannot fill a host array itself.
+        return jax.device_put(np.zeros(shape, dtype), platform.sharding(memory))
+
+    layers, host, kept = [], [], []
+    for layer in range(layout.shape.num_layers):
+        paged = len(layout.paged[layer])
+        slotted = heads - paged
+        pool = (layout.blocks, paged, page, width)
+        layers.append(
+            LayerCache(
+                pages_k=zeros(*pool) if paged else None,
+                pages_v=zeros(*pool) if paged else None,
+                paged_summaries=summaries(paged) if paged else None,
+                slots_k=zeros(layout.rows, slotted, width, layout.slots, page) if slotted else None,
+                slots_v=zeros(layout.rows, slotted, layout.slots, page, width) if slotted else None,
+                slot_page=zeros(layout.rows, slotted, layout.slots, dtype="int32") - 1
+                if slotted
+                else None,
+                slotted_summaries=summaries(slotted) if slotted and layout.offloads else None,
+            )
+        )
+        on_host = slotted and layout.offloads
+        pool = (layout.blocks, slotted, page, width)
+        host.append(
+            LayerHost(zeros(*pool, memory="pinned_host"), zeros(*pool, memory="pinned_host"))
+            if on_host
+            else None
+        )
+        kept.append(zeros(layout.rows, slotted, dtype="float32") if on_host else None)
+    rows = (layout.rows,)
+    return Cache(
+        layers=tuple(layers),
+        host=tuple(host),
+        block_table=zeros(layout.rows, layout.pages, dtype="int32"),
+        lengths=zeros(*rows, dtype="int32"),
+        counters=Counters(
+            zeros(*rows, dtype="int32"),
+            zeros(*rows, dtype="int32"),
+            zeros(*rows, dtype="int32"),
+            tuple(kept),
+        ),
+    )

@@ -1,0 +1,241 @@
+"""The engine: admits requests into rows of a cache and runs decode chunks over all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexijax import cache as kv
+from flexijax.blocks import BlockAllocator
+from flexijax.compiled import Compiler
+from flexijax.decode import Drawn, Rows, decode_chunk
+from flexijax.models.language_model import LanguageModel
+from flexijax.prefill import Program, commit, new_workspace, prefill_chunk
+from flexijax.sampling import Sampling, SamplingRows, sample, step_keys
+
+Progress = Callable[[str, int, int], None]
+# Stop tokens a request may name; a fixed width, so that programs are compiled once.
+MAX_STOP_IDS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt, checked and tokenized. index: its place in the caller's list."""
+
+    index: int
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Running:
+    """A request in a row of the cache, and what it has drawn so far (stop token included)."""
+
+    request: Request
+    row: int
+    blocks: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    prefill_s: float
+    decode_s: float = 0.0
+    active: bool = True
+
+
+class Engine:
+    """Runs requests through one cache of `program.layout.rows` rows.
+
+    `admit` reads a prompt into a free row and draws its first token; `step` runs one decode chunk
+    over all rows; `release` frees a row. Only between these calls does Python look at anything.
+    """
+
+    def __init__(self, lm: LanguageModel, program: Program, *, progress: Progress | None) -> None:
+        self.lm, self.program = lm, program
+        self.compiler = Compiler(program, progress)
+        self._progress = progress
+        layout = program.layout
+        self.cache = kv.init(layout, self._summaries)
+        self._workspace = new_workspace(layout)
+        self._allocator = BlockAllocator(layout.blocks)
+        self.running: dict[int, Running] = {}
+        greedy = [Sampling()] * layout.rows
+        self._rows = jax.tree.map(np.array, _rows(greedy, layout.rows))
+
+    def _summaries(self, heads: int) -> Any:
+        layout, score = self.program.layout, self.program.policy.score
+        return None if score is None else score.empty(layout.blocks, heads, layout.shape.head_dim)
+
+    def blocks_of(self, request: Request) -> int:
+        """Blocks that a request may come to need."""
+        return -(-(len(request.tokens) + request.max_new_tokens) // self.program.layout.page_size)
+
+    def can_admit(self, request: Request) -> bool:
+        """Whether a row and enough blocks are free."""
+        free = len(self.running) < self.program.layout.rows
+        return free and self._allocator.can_allocate(self.blocks_of(request))
+
+    def admit(self, request: Request, label: str) -> Running:
+        """Reads the prompt, draws the first token and puts the request into a free row.
+
+        label: what progress calls it. The caller has asked `can_admit`.
+        """
+        layout = self.program.layout
+        row = next(r for r in range(layout.rows) if r not in self.running)
+        blocks = self._allocator.allocate(self.blocks_of(request))
+        admitted, compiled = time.perf_counter(), self.compiler.seconds
+        x, queries = self._read(request, label)
+        table = np.zeros(layout.pages, np.int32)
+        table[: len(blocks)] = blocks
+        self.cache = self.compiler.run(
+            commit,
+            "commit",
+            (0,),
+            self.cache,
+            self._workspace,
+            jnp.int32(row),
+            jnp.asarray(table),
+            jnp.int32(len(request.tokens)),
+            queries,
+        )
+        drawn = self.compiler.run(
+            _first_token,
+            "first token",
+            (),
+            self.lm.params,
+            x,
+            SamplingRows.of([request.sampling]),
+            jnp.asarray([request.seed], jnp.uint32),
+        )
+        token, logprob = (float(value[0]) for value in jax.device_get(drawn))
+        now = time.perf_counter()
+        compile_s = self.compiler.seconds - compiled
+        running = Running(
+            request=request,
+            row=row,
+            blocks=blocks,
+            tokens=[int(token)],
+            logprobs=[logprob],
+            prefill_s=now - admitted - compile_s,
+        )
+        self.running[row] = running
+        self._place(running)
+        return running
+
+    def _read(self, request: Request, label: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The prompt through the model, chunk by chunk: last hidden state and queries."""
+        chunk, length = self.program.chunk, len(request.tokens)
+        padded = np.zeros(-(-length // chunk) * chunk, np.int32)
+        padded[:length] = request.tokens
+        x, queries = None, ()
+        for start in range(0, length, chunk):
+            last = min(length - start, chunk) - 1
+            self._workspace, x, queries = self.compiler.run(
+                prefill_chunk,
+                "prefill",
+                (4,),
+                self.lm.params,
+                jnp.asarray(padded[None, start : start + chunk]),
+                jnp.int32(start),
+                jnp.int32(last),
+                self._workspace,
+            )
+            if self._progress is not None:
+                x.block_until_ready()
+                self._progress(f"reading {label}", start + last + 1, length)
+        assert x is not None
+        return x, queries
+
+    def _place(self, running: Running) -> None:
+        """Enters a fresh request into the rows of the next chunk."""
+        request, row, rows = running.request, running.row, self._rows
+        token = running.tokens[0]
+        running.active = request.max_new_tokens > 1 and token not in request.stop_ids
+        rows.tokens[row] = token
+        rows.active[row] = running.active
+        rows.remaining[row] = request.max_new_tokens - 1
+        rows.drawn[row] = 1
+        rows.seeds[row] = request.seed
+        rows.stop_ids[row] = -1
+        rows.stop_ids[row, : len(request.stop_ids)] = request.stop_ids
+        mine = SamplingRows.of([request.sampling])
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            getattr(rows.sampling, name)[row] = getattr(mine, name)[0]
+
+    def step(self) -> list[Running]:
+        """One decode chunk over all rows; returns the requests that drew tokens in it."""
+        started, compiled = time.perf_counter(), self.compiler.seconds
+        self.cache, rows, drawn = self.compiler.run(
+            decode_chunk,
+            "decode",
+            (1,),
+            self.lm.params,
+            self.cache,
+            jax.tree.map(jnp.asarray, self._rows),
+        )
+        rows, drawn = jax.device_get((rows, drawn))
+        self._rows = jax.tree.map(np.array, rows)
+        took = time.perf_counter() - started - (self.compiler.seconds - compiled)
+        return [r for r in self.running.values() if r.active and self._take(r, drawn, took)]
+
+    def _take(self, running: Running, drawn: Drawn, took: float) -> bool:
+        emitted = drawn.emitted[:, running.row]
+        running.tokens += drawn.tokens[emitted, running.row].tolist()
+        running.logprobs += drawn.logprobs[emitted, running.row].tolist()
+        running.active = bool(self._rows.active[running.row])
+        # A request that ends inside a chunk took its share of the chunk's steps.
+        running.decode_s += took * emitted.sum() / emitted.size
+        return bool(emitted.any())
+
+    def stop(self, running: Running) -> None:
+        """Ends a request early, as a stop string does; `release` it next."""
+        running.active = False
+        self._rows.active[running.row] = False
+
+    def release(self, running: Running) -> None:
+        """Frees the row and the blocks of a request that has ended."""
+        del self.running[running.row]
+        self._allocator.release(running.blocks)
+
+    def counters(self, running: Running) -> tuple[int, int, int, list[tuple[int, int, float]]]:
+        """(reranks, promoted pages, offloaded pages, overlap sums per stable head) of a request."""
+        counters, row = jax.device_get(self.cache.counters), running.row
+        kept = [
+            (layer, head, float(sums[row, at]))
+            for layer, sums in enumerate(counters.kept)
+            if sums is not None
+            for at, head in enumerate(self.program.layout.slotted(layer))
+        ]
+        return (
+            int(counters.reranks[row]),
+            int(counters.promoted[row]),
+            int(counters.offloaded[row]),
+            kept,
+        )
+
+
+def _first_token(
+    program: Program, params: Any, x: jax.Array, rows: SamplingRows, seeds: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draws from the last prompt token's hidden state x [1, D]: token [1] and log-probability."""
+    logits = program.decoder.logits(params, x)
+    return sample(logits, rows, step_keys(seeds, jnp.zeros_like(rows.top_k)))
+
+
+def _rows(requests: Sequence[Sampling], count: int) -> Rows:
+    return Rows(
+        tokens=jnp.zeros(count, jnp.int32),
+        active=jnp.zeros(count, bool),
+        remaining=jnp.zeros(count, jnp.int32),
+        drawn=jnp.zeros(count, jnp.int32),
+        seeds=jnp.zeros(count, jnp.uint32),
+        stop_ids=jnp.full((count, MAX_STOP_IDS), -1, jnp.int32),
+        sampling=SamplingRows.of(requests),
+    )

@@ -1,0 +1,305 @@
+"""`generate`: prompts in, text out, through the cache of the caller's choice."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from flexijax.cache import CacheLayout
+from flexijax.config import CacheConfig
+from flexijax.engine import MAX_STOP_IDS, Engine, Progress, Request, Running
+from flexijax.memory import available_bytes, cache_bytes, request_bytes
+from flexijax.models.language_model import LanguageModel
+from flexijax.policy import Policy, make
+from flexijax.prefill import Program
+from flexijax.profiles import lookup
+from flexijax.profiles.head_profile import HeadProfile
+from flexijax.results import Generation, Metrics
+from flexijax.sampling import Sampling, request_seed
+from flexijax.text import RunningText
+
+# Requests decoded together when the caller names no number and memory allows.
+MAX_BATCH = 8
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: str | Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    cache: CacheConfig | None = None,
+    profile: HeadProfile | str | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    stream: Callable[[int, str], None] | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+    max_batch: int | None = None,
+) -> list[Generation]:
+    """Continues every prompt; those that do not fit at once run in waves.
+
+    prompts: texts, or token ids. max_new_tokens: each. cache: default `CacheConfig()`. profile:
+    unstable heads for mode "flexi", a shipped name or a file; None looks the model up. sampling:
+    one for all or one each; default greedy. stream: called with (index, piece of text). progress:
+    called with (stage, done, total). seed: of draws whose `Sampling` names none. max_batch: most
+    requests decoded together.
+    Returns one `Generation` per prompt, in order.
+    Raises ValueError before any tracing: a bad size, an empty or too long prompt, too little
+    memory, a profile of another model.
+    """
+    cache = cache or CacheConfig()
+    single = isinstance(prompts, str)
+    requests = _requests(lm, [prompts] if single else prompts, max_new_tokens, sampling, seed)
+    if max_batch is not None and (isinstance(max_batch, bool) or max_batch < 1):
+        raise ValueError(f"max_batch={max_batch!r} must be None or a positive integer")
+    if not requests:
+        return []
+    program = make_program(
+        lm,
+        cache,
+        profile=profile,
+        max_tokens=max(len(r.tokens) + r.max_new_tokens for r in requests),
+        rows=min(len(requests), max_batch or MAX_BATCH),
+    )
+    engine = Engine(lm, program, progress=progress)
+    return _run(engine, requests, stream)
+
+
+def make_program(
+    lm: LanguageModel,
+    cache: CacheConfig,
+    *,
+    profile: HeadProfile | str | None,
+    max_tokens: int,
+    rows: int,
+) -> Program:
+    """The static part of a run: policy, and a layout of bucketed sizes that fits the memory.
+
+    max_tokens: of the longest request, new tokens included. rows: wanted at once; fewer where
+    memory is short. Raises ValueError when not even one fits, or the profile is of another model.
+    """
+    shape = lm.attention
+    dtype = cache.dtype or str(lm.dtype)
+    found = _profile(lm, cache, profile)
+    policy = make(cache, profile=found, num_layers=shape.num_layers, dtype=dtype)
+    paged = tuple(
+        policy.paged_heads(layer, shape.num_kv_heads) for layer in range(shape.num_layers)
+    )
+    pages = _bucket(-(-max_tokens // cache.page_size))
+
+    def layout(rows: int) -> CacheLayout:
+        return CacheLayout(
+            shape=shape,
+            paged=paged,
+            rows=rows,
+            blocks=rows * pages,
+            pages=pages,
+            slots=policy.slots(pages),
+            page_size=cache.page_size,
+            offloads=policy.offloads,
+            dtype=dtype,
+        )
+
+    rows = 1 << (rows - 1).bit_length()
+    while not _fits(layout(rows), policy):
+        if rows == 1:
+            raise ValueError(_too_little(layout(1), policy, max_tokens))
+        rows //= 2
+    return Program(
+        decoder=lm.decoder,
+        layout=layout(rows),
+        policy=policy,
+        rerank_interval=cache.rerank_interval,
+        implementation=cache.implementation,
+        transfer=cache.transfer,
+    )
+
+
+def _run(
+    engine: Engine, requests: list[Request], stream: Callable[[int, str], None] | None
+) -> list[Generation]:
+    waiting = deque(requests)
+    texts = {
+        r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests
+    }
+    done: dict[int, Generation] = {}
+
+    def emit(index: int, piece: str) -> None:
+        if stream is not None and piece:
+            stream(index, piece)
+
+    def take(running: Running, since: int) -> None:
+        """Shows the tokens from `since` on, and finishes the request if it has ended."""
+        request, text = running.request, texts[running.request.index]
+        for at, token in enumerate(running.tokens[since:], start=since):
+            if token in request.stop_ids:
+                break
+            emit(request.index, text.push(token))
+            if text.stopped:
+                del running.tokens[at + 1 :], running.logprobs[at + 1 :]
+                engine.stop(running)
+                break
+        if not running.active:
+            emit(request.index, text.finish())
+            done[request.index] = _result(engine, running, text)
+            engine.release(running)
+
+    while waiting or engine.running:
+        while waiting and engine.can_admit(waiting[0]):
+            request = waiting.popleft()
+            label = f"prompt {request.index + 1} of {len(requests)}"
+            take(engine.admit(request, label), 0)
+        if engine.running:
+            before = {row: len(running.tokens) for row, running in engine.running.items()}
+            for running in engine.step():
+                take(running, before[running.row])
+    return [done[request.index] for request in requests]
+
+
+def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
+    request, layout, policy = running.request, engine.program.layout, engine.program.policy
+    stopped = running.tokens[-1] in request.stop_ids
+    tokens = running.tokens[:-1] if stopped else running.tokens
+    logprobs = running.logprobs[: len(tokens)]
+    length = len(request.tokens) + len(running.tokens) - 1  # the last one drawn is not held
+    device, summaries, host, full = request_bytes(layout, policy, length)
+    reranks, promoted, offloaded, kept = engine.counters(running)
+    overlaps = tuple((layer, head, total / reranks) for layer, head, total in kept if reranks)
+    decode_s = running.decode_s
+    metrics = Metrics(
+        prompt_tokens=len(request.tokens),
+        new_tokens=len(tokens),
+        ttft_s=running.prefill_s,
+        tpot_ms=1e3 * decode_s / max(len(running.tokens) - 1, 1),
+        prefill_s=running.prefill_s,
+        decode_s=decode_s,
+        compile_s=engine.compiler.seconds,
+        device_kv_bytes=device,
+        summary_bytes=summaries,
+        host_kv_bytes=host,
+        full_kv_bytes=full,
+        reranks=reranks,
+        promoted_pages=promoted,
+        promoted_bytes=promoted * layout.page_bytes,
+        offloaded_bytes=offloaded * layout.page_bytes,
+        mean_overlap=math.fsum(o for *_, o in overlaps) / len(overlaps) if overlaps else None,
+        head_overlap=overlaps,
+    )
+    return Generation(
+        text=text.text,
+        token_ids=tuple(tokens),
+        logprobs=tuple(logprobs) if request.sampling.logprobs else None,
+        finish_reason="stop" if stopped or text.stopped else "length",
+        metrics=metrics,
+    )
+
+
+def _requests(
+    lm: LanguageModel,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] | None,
+    seed: int,
+) -> list[Request]:
+    """Checks and tokenizes; raises ValueError that names the prompt."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a positive integer")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if sampling is None or isinstance(sampling, Sampling):
+        each = [sampling or Sampling()] * len(prompts)
+    else:
+        each = list(sampling)
+    if len(each) != len(prompts):
+        raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
+    requests = []
+    for index, (prompt, wish) in enumerate(zip(prompts, each, strict=True)):
+        tokens = _tokens(lm, prompt, index)
+        if len(tokens) + max_new_tokens > lm.max_context:
+            raise ValueError(
+                f"prompts[{index}] has {len(tokens)} tokens, and max_new_tokens={max_new_tokens} "
+                f"more would pass the {lm.max_context} that {lm.name} can read: shorten either"
+            )
+        if wish.stop and lm.tokenizer is None:
+            raise ValueError(f"stop={wish.stop!r} needs a tokenizer, and {lm.name} has none")
+        own = () if wish.ignore_eos or lm.tokenizer is None else lm.tokenizer.stop_ids
+        stops = tuple(sorted({*own, *wish.stop_ids}))
+        if len(stops) > MAX_STOP_IDS:
+            raise ValueError(f"stop_ids has {len(stops)} tokens, at most {MAX_STOP_IDS} can stop")
+        requests.append(
+            Request(
+                index=index,
+                tokens=tokens,
+                max_new_tokens=max_new_tokens,
+                sampling=wish,
+                seed=request_seed(wish, seed=seed, index=index),
+                stop_ids=stops,
+            )
+        )
+    return requests
+
+
+def _tokens(lm: LanguageModel, prompt: str | Sequence[int], index: int) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        if lm.tokenizer is None:
+            raise ValueError(f"prompts[{index}] is text, but {lm.name} has no tokenizer: pass ids")
+        tokens = tuple(lm.tokenizer.encode(prompt)) if prompt else ()
+    else:
+        tokens = tuple(int(token) for token in prompt)
+    if not tokens:
+        raise ValueError(f"prompts[{index}] is empty: a prompt needs at least one token")
+    outside = next((t for t in tokens if not 0 <= t < lm.vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"prompts[{index}] holds token {outside}, not in 0..{lm.vocab_size - 1}")
+    return tokens
+
+
+def _profile(
+    lm: LanguageModel, cache: CacheConfig, profile: HeadProfile | str | None
+) -> HeadProfile | None:
+    if cache.mode != "flexi":
+        return None
+    if isinstance(profile, str):
+        profile = lookup.load(profile)
+    if profile is None:
+        profile = lookup.find(lm, cache.budget_pages)
+    if profile is None:
+        raise ValueError(
+            f"profile=None: no profile of {lm.name!r} is shipped; measure one with `flexijax "
+            "profile`, pass a HeadProfile, or use mode='quest' or 'full'"
+        )
+    profile.check(
+        num_layers=lm.attention.num_layers,
+        num_kv_heads=lm.attention.num_kv_heads,
+        fingerprint=lm.fingerprint,
+    )
+    return profile
+
+
+def _bucket(pages: int) -> int:
+    """Rounds up to an eighth of the power of two above: few programs, little waste.
+
+    67 -> 80, 494 -> 512, 5 -> 8
+    """
+    power = 1 << max(pages - 1, 1).bit_length()
+    step = max(power // 8, 8)
+    return -(-pages // step) * step
+
+
+def _fits(layout: CacheLayout, policy: Policy) -> bool:
+    device, host = cache_bytes(layout, policy)
+    free_device, free_host = available_bytes()
+    if free_device == free_host:  # one memory
+        return device + host <= 0.9 * free_device
+    return device <= 0.9 * free_device and host <= 0.9 * free_host
+
+
+def _too_little(layout: CacheLayout, policy: Policy, max_tokens: int) -> str:
+    device, host = cache_bytes(layout, policy)
+    free_device, free_host = available_bytes()
+    return (
+        f"{max_tokens} tokens of context need {device / 1e9:.2f} GB on the device (free: "
+        f"{free_device / 1e9:.2f}) and {host / 1e9:.2f} GB on the host (free: "
+        f"{free_host / 1e9:.2f}): shorten the prompt, lower budget_tokens, or use "
+        "dtype='bfloat16'"
+    )

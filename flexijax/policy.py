@@ -1,0 +1,241 @@
+"""Policies: which heads keep all pages on the device, which pages a step reads, what is reranked.
+
+A policy is a small frozen dataclass of pure functions. The mechanism (cache, tiers, attention,
+decode) asks it and knows no policy by name; a new one is a class with these methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flexijax.config import CacheConfig
+from flexijax.pallas_kernels import dispatch, platform
+from flexijax.pallas_kernels.summaries import quantize, summarize
+from flexijax.profiles.head_profile import HeadProfile
+
+
+class Score(Protocol):
+    """What is kept of a page in order to score it, and the scores."""
+
+    def empty(self, blocks: int, heads: int, head_dim: int) -> Any:
+        """Leaves [blocks, heads, ...] of unwritten summaries, in device memory."""
+        ...
+
+    def summarize(self, k_pages: jax.Array) -> Any:
+        """Full pages [..., page, H] -> leaves [..., ...], one summary each."""
+        ...
+
+    def scores(
+        self,
+        q: jax.Array,
+        summaries: Any,
+        block_table: jax.Array,
+        lengths: jax.Array,
+        *,
+        page_size: int,
+        implementation: str | None,
+    ) -> jax.Array:
+        """q [B, K, G, H] -> float32[B, K, P], -inf beyond the request."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax:
+    """Quest's upper bound of q.k over a page, from the elementwise min and max of its keys.
+
+    dtype: of the summaries; "int8" shares a power-of-two scale among 32 channels.
+    Source: https://arxiv.org/abs/2406.10774, equation 2.
+    """
+
+    dtype: str
+
+    def empty(self, blocks: int, heads: int, head_dim: int) -> Any:
+        """See `Score.empty`: [blocks, heads, 2, head_dim], minimum then maximum."""
+        shape, device = (blocks, heads, 2, head_dim), platform.sharding()
+        if self.dtype != "int8":
+            return jnp.zeros(shape, self.dtype, device=device)
+        leaves = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=device), leaves)
+
+    def summarize(self, k_pages: jax.Array) -> Any:
+        """See `Score.summarize`."""
+        bounds = summarize(k_pages, jnp.full(k_pages.shape[:-2], k_pages.shape[-2], jnp.int32))
+        return quantize(bounds) if self.dtype == "int8" else _outward(bounds, self.dtype)
+
+    def scores(
+        self,
+        q: jax.Array,
+        summaries: Any,
+        block_table: jax.Array,
+        lengths: jax.Array,
+        *,
+        page_size: int,
+        implementation: str | None,
+    ) -> jax.Array:
+        """See `Score.scores`."""
+        return dispatch.page_scores(
+            q, summaries, block_table, lengths, page_size=page_size, implementation=implementation
+        )
+
+
+def _outward(bounds: jax.Array, dtype: str) -> jax.Array:
+    """Min and max [..., 2, H] in `dtype`, rounded away from each other: still bounds."""
+    if bounds.dtype == jnp.dtype(dtype) or jnp.dtype(dtype).itemsize >= bounds.dtype.itemsize:
+        return bounds.astype(dtype)
+    rounded = bounds.astype(dtype)
+    low, high = rounded[..., 0, :], rounded[..., 1, :]
+    below = jnp.nextafter(low, jnp.asarray(-jnp.inf, low.dtype))
+    above = jnp.nextafter(high, jnp.asarray(jnp.inf, high.dtype))
+    exact_low, exact_high = bounds[..., 0, :], bounds[..., 1, :]
+    low = jnp.where(low.astype(bounds.dtype) > exact_low, below, low)
+    high = jnp.where(high.astype(bounds.dtype) < exact_high, above, high)
+    return jnp.stack([low, high], axis=-2)
+
+
+def forced(scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
+    """Scores with the first page (attention sink) and the newest page at +inf.
+
+    scores: float32[B, K, P]; lengths: int32[B]. A free row stays at -inf everywhere.
+    """
+    page = jnp.arange(scores.shape[-1])[None, :]
+    newest = (lengths - 1) // page_size
+    keep = ((page == 0) | (page == newest[:, None])) & (lengths > 0)[:, None]
+    return jnp.where(keep[:, None, :], jnp.inf, scores)
+
+
+def top_pages(scores: jax.Array, count: int) -> jax.Array:
+    """int32[B, K, n]: the pages of the n = min(count, P) greatest scores, -1 where none is left."""
+    best, page = lax.top_k(scores, min(count, scores.shape[-1]))
+    return jnp.where(best > -jnp.inf, page, -1).astype(jnp.int32)
+
+
+class Policy(Protocol):
+    """What the mechanism asks of a method."""
+
+    @property
+    def score(self) -> Score | None:
+        """How pages are scored; None when no head ever chooses."""
+        ...
+
+    @property
+    def offloads(self) -> bool:
+        """Whether slotted heads keep their pages on the host and are reranked."""
+        ...
+
+    def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
+        """KV heads of a layer that keep every page on the device and choose at every step."""
+        ...
+
+    def slots(self, pages: int) -> int:
+        """Pages that a slotted head has room for when a request has up to `pages`."""
+        ...
+
+    def select(self, scores: jax.Array) -> jax.Array:
+        """Pages a step reads for paged heads: scores float32[B, K, P] -> int32[B, K, n]."""
+        ...
+
+    def plan(self, scores: jax.Array) -> jax.Array:
+        """Pages of slotted heads to be resident after a rerank: as `select`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Dense attention: every page of every head in a slot of its own, nothing chosen."""
+
+    score: None = None
+    offloads: bool = False
+
+    def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
+        """None: see `Policy`."""
+        return ()
+
+    def slots(self, pages: int) -> int:
+        """All: see `Policy`."""
+        return pages
+
+    def select(self, scores: jax.Array) -> jax.Array:
+        """Never asked: no head is paged."""
+        raise AssertionError("mode full has no paged heads")
+
+    def plan(self, scores: jax.Array) -> jax.Array:
+        """Never asked: nothing is offloaded."""
+        raise AssertionError("mode full has nothing to rerank")
+
+
+@dataclasses.dataclass(frozen=True)
+class Quest:
+    """All pages of all heads on the device; every head chooses at every step."""
+
+    score: Score
+    budget_pages: int
+    offloads: bool = False
+
+    def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
+        """All: see `Policy`."""
+        return tuple(range(num_kv_heads))
+
+    def slots(self, pages: int) -> int:
+        """None: see `Policy`."""
+        return 0
+
+    def select(self, scores: jax.Array) -> jax.Array:
+        """The budget's best pages: see `Policy`."""
+        return top_pages(scores, self.budget_pages)
+
+    def plan(self, scores: jax.Array) -> jax.Array:
+        """Never asked: no head is slotted."""
+        raise AssertionError("mode quest has nothing to rerank")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flexi:
+    """FlexiCache: unstable heads as `Quest`, stable heads by periodic rerank from the host.
+
+    unstable: per layer, the KV heads that choose at every step. tail_pages: the most pages that
+    can begin between two reranks. Source: https://arxiv.org/abs/2511.00868.
+    """
+
+    score: Score
+    unstable: tuple[tuple[int, ...], ...]
+    budget_pages: int
+    tail_pages: int
+    offloads: bool = True
+
+    def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
+        """The unstable ones: see `Policy`."""
+        return self.unstable[layer]
+
+    def slots(self, pages: int) -> int:
+        """The budget and the tail: see `Policy`."""
+        return min(pages, self.budget_pages + self.tail_pages)
+
+    def select(self, scores: jax.Array) -> jax.Array:
+        """The budget's best pages: see `Policy`."""
+        return top_pages(scores, self.budget_pages)
+
+    def plan(self, scores: jax.Array) -> jax.Array:
+        """The budget's best pages: see `Policy`."""
+        return top_pages(scores, self.budget_pages)
+
+
+def make(config: CacheConfig, *, profile: HeadProfile | None, num_layers: int, dtype: str) -> Policy:
+    """The policy that `config.mode` names; the only place that knows the names.
+
+    dtype: of keys and values, which summaries follow unless the config says otherwise.
+    Raises ValueError when mode "flexi" comes without a profile.
+    """
+    if config.mode == "full":
+        return Full()
+    score = MinMax(config.summary_dtype or dtype)
+    if config.mode == "quest":
+        return Quest(score, config.budget_pages)
+    if profile is None:
+        raise ValueError("mode='flexi' needs a head profile: pass profile=HeadProfile or its name")
+    unstable = tuple(profile.unstable_heads(layer) for layer in range(num_layers))
+    return Flexi(score, unstable, config.budget_pages, config.tail_pages)

@@ -1,0 +1,104 @@
+"""Moving pages between the tiers: `zero_copy` kernels on pinned memory, or `staged` copies.
+
+Both move exactly the pages that the plan names. Staged copies go page by page in a loop whose length
+is the number of pages, so nothing is padded; on a CPU that is as fast as the memory.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flexijax.cache import LayerHost
+from flexijax.pallas_kernels import dispatch, platform
+
+
+def promote(
+    slots_k: jax.Array,
+    slots_v: jax.Array,
+    host: LayerHost,
+    load_block: jax.Array,
+    *,
+    transfer: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Pages from the host into device slots; arrays as `dispatch.promote`, which see.
+
+    slots_k [B, K, H, S, page], slots_v [B, K, S, page, H]; load_block int32[B, K, S], the block to
+    load into each slot, -1 to leave it. Returns the new slots, updated in place when donated.
+    """
+    if (transfer or platform.default_transfer()) == "zero_copy":
+        return dispatch.promote(slots_k, slots_v, host.k, host.v, load_block)
+    moves, count = _entries(load_block)
+
+    def move(i: jax.Array, slots: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        row, head, slot = moves[0][i], moves[1][i], moves[2][i]
+        block = load_block[row, head, slot]
+        at = (block, head, 0, 0)
+        k, v = _to_device(_read(host.k, at)), _to_device(_read(host.v, at))
+        k = k.swapaxes(-1, -2)[:, :, :, None]  # [1, 1, H, 1, page]
+        return (
+            lax.dynamic_update_slice(slots[0], k, (row, head, 0, slot, 0)),
+            lax.dynamic_update_slice(slots[1], v[:, :, None], (row, head, slot, 0, 0)),
+        )
+
+    return lax.fori_loop(0, count, move, (slots_k, slots_v))
+
+
+def offload(
+    host: LayerHost,
+    slots_k: jax.Array,
+    slots_v: jax.Array,
+    store_block: jax.Array,
+    store_slot: jax.Array,
+    *,
+    transfer: str | None,
+) -> LayerHost:
+    """Pages from device slots into host blocks; arrays as `dispatch.offload`, which see.
+
+    store_block int32[B, E], -1 for none; store_slot int32[B, K, E], -1 for none. Returns the new
+    host tier, updated in place when donated.
+    """
+    if (transfer or platform.default_transfer()) == "zero_copy":
+        moved = dispatch.offload(host.k, host.v, slots_k, slots_v, store_block, store_slot)
+        return LayerHost(*moved)
+    valid = jnp.where(store_block[:, None] >= 0, store_slot, -1)
+    moves, count = _entries(valid)
+    width, page = slots_k.shape[2], slots_k.shape[4]
+
+    def move(i: jax.Array, pools: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        row, head, entry = moves[0][i], moves[1][i], moves[2][i]
+        slot, block = store_slot[row, head, entry], store_block[row, entry]
+        k = lax.dynamic_slice(slots_k, (row, head, 0, slot, 0), (1, 1, width, 1, page))
+        v = lax.dynamic_slice(slots_v, (row, head, slot, 0, 0), (1, 1, 1, page, width))
+        at = _to_host_index((block, head, 0, 0))
+        return (
+            lax.dynamic_update_slice(pools[0], _to_host(k[:, :, :, 0].swapaxes(-1, -2)), at),
+            lax.dynamic_update_slice(pools[1], _to_host(v[:, :, 0]), at),
+        )
+
+    return LayerHost(*lax.fori_loop(0, count, move, (host.k, host.v)))
+
+
+def _entries(plan: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Indices of the entries of `plan` that are not negative, packed to the front, and how many."""
+    named = plan >= 0
+    return jnp.nonzero(named, size=plan.size, fill_value=0), named.sum(dtype=jnp.int32)
+
+
+def _read(pool: jax.Array, at: tuple) -> jax.Array:
+    """One page [1, 1, page, H] of a host pool, still on the host."""
+    return lax.dynamic_slice(pool, _to_host_index(at), (1, 1, *pool.shape[2:]))
+
+
+def _to_host_index(index: tuple) -> tuple[jax.Array, ...]:
+    # The operands of one primitive must lie in one memory space, indices included.
+    return tuple(_to_host(jnp.asarray(i, jnp.int32)) for i in index)
+
+
+def _to_host(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+def _to_device(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Device)
