@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flexijax.models.config import ModelConfig
-from flexijax.models.layers import Linear, RMSNorm, rope_tables, rotate
+from flexijax.models.layers import Linear, RMSNorm, project, rope_tables, rotate
 
 Params: TypeAlias = Any
 # attend(layer, q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], state) -> (out [B, T, N, H], state)
@@ -93,7 +93,8 @@ class Ends(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> float32[..., V]."""
         head = self.embedding[...] if self.tied else self.head[...]
-        return jnp.einsum("...D,VD->...V", x, head, preferred_element_type=jnp.float32)
+        y = project(x.reshape(1, -1, x.shape[-1]), head)
+        return y.reshape(*x.shape[:-1], head.shape[0])
 
 
 @functools.cache
@@ -108,7 +109,9 @@ def _graphs(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _random(module_type: type[nnx.Module], config: ModelConfig, dtype: Any, key: jax.Array) -> Any:
+def _random(
+    module_type: type[Layer] | type[Ends], config: ModelConfig, dtype: Any, key: jax.Array
+) -> Any:
     """Random weights of an `Ends` or a `Layer`, as a plain dict; one compilation for all layers."""
     module = module_type(config, dtype=dtype, rngs=nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.state(module))
@@ -118,7 +121,7 @@ def _random(module_type: type[nnx.Module], config: ModelConfig, dtype: Any, key:
 class Decoder:
     """The pure functions of one model; hashable, so it can be a static argument of `jax.jit`.
 
-    params is a plain pytree, `{"ends": {...}, "layers": ({...}, ...)}`: arrays [in, out] for linear
+    params is a plain pytree, `{"ends": {...}, "layers": ({...}, ...)}`: arrays [out, in] for linear
     maps, [vocab, D] for embedding and head. The layers are separate subtrees, and the layer loop is
     Python's, because a scan over stacked weights copies each layer's slice (3.5 times slower decode
     on a CPU).

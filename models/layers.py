@@ -65,11 +65,44 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+# Out-channels per block of `_in_blocks`; 192 divides every projection of SmolLM2.
+_BLOCK = 192
+_FEW_ROWS = 32
+
+
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x W^T, accumulated in float32: x [B, T, I], kernel [O, I] -> float32[B, T, O].
+
+    Kernels are stored [out, in], as the files have them. Measured with SmolLM2's 30 layers unrolled
+    in a scan, float32, 2 CPU cores, in CPU time: at one row (a decode step of one request)
+    [out, in] and [in, out] are equal, memory bound. At 4 and 8 rows XLA's matmul packs a copy of
+    every kernel first, 1.4 and 1.3 times the time of the same product as a batch of small ones,
+    whose copies stay in the second-level cache.
+    """
+    rows = x.shape[0] * x.shape[1]
+    if 1 < rows <= _FEW_ROWS and kernel.shape[0] % _BLOCK == 0:
+        return jax.lax.platform_dependent(x, kernel, cpu=_in_blocks, default=_whole)
+    return _whole(x, kernel)
+
+
+def _whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.einsum("BTI,OI->BTO", x, kernel, preferred_element_type=jnp.float32)
+
+
+def _in_blocks(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    batch, length, size = x.shape
+    blocks = kernel.reshape(-1, _BLOCK, size)
+    rows = jnp.broadcast_to(x.reshape(1, -1, size), (len(blocks), batch * length, size))
+    # The kernel stands on the left: then the long side of each small product is its rows.
+    y = jnp.einsum("JOI,JRI->JOR", blocks, rows, preferred_element_type=jnp.float32)
+    return y.reshape(-1, batch * length).T.reshape(batch, length, -1)
+
+
 class Linear(nnx.Module):
-    """y = x W (+ b), accumulated in float32, result in x's dtype."""
+    """y = x W^T (+ b), accumulated in float32, result in x's dtype."""
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype, rngs: nnx.Rngs) -> None:
-        kernel = jax.random.normal(rngs.params(), (in_size, out_size), jnp.float32)
+        kernel = jax.random.normal(rngs.params(), (out_size, in_size), jnp.float32)
         self.kernel = nnx.Param((kernel * in_size**-0.5).astype(dtype))
         if bias:
             # Small and random rather than zero, so that a test notices a bias left out.
@@ -79,7 +112,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, in] -> [B, T, out]."""
-        y = jnp.einsum("BTI,IO->BTO", x, self.kernel[...], preferred_element_type=jnp.float32)
+        y = project(x, self.kernel[...])
         if self.use_bias:
             y = y + self.bias[...].astype(jnp.float32)[None, None, :]
         return y.astype(x.dtype)

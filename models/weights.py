@@ -13,7 +13,7 @@ import numpy as np
 from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder, Params
 
-# Rows are read, converted and transposed in blocks of about this many values, so that loading
+# Rows are read and converted in blocks of about this many values, so that loading
 # needs little more memory than the weights.
 _BLOCK = 1 << 22
 
@@ -44,12 +44,11 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Where one source tensor goes: rows of it become out-channels offset.. of the leaf at path."""
+    """Where one source tensor goes: its rows become those from offset on of the leaf at path."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
     offset: int = 0
-    is_kernel: bool = False
     heads: int | None = None  # the projections whose rows come in heads: q and k
 
 
@@ -72,7 +71,7 @@ def layer_parts(config: ModelConfig) -> dict[str, Part]:
     q_size, kv_size = c.num_heads * h, c.num_kv_heads * h
 
     def kernel(leaf: str, out: int, into: int, offset: int = 0, heads: int | None = None) -> Part:
-        return Part((leaf, "kernel"), (out, into), offset, True, heads)
+        return Part((leaf, "kernel"), (out, into), offset, heads)
 
     parts = {
         "attention_norm": Part(("attention_norm", "scale"), (d,)),
@@ -210,8 +209,4 @@ def _fill(leaf: np.ndarray, source: TensorSource, name: str, part: Part, interle
         values = source.rows(name, start, stop)
         if not np.isfinite(values.astype(np.float32, copy=False)).all():
             raise ValueError("holds values that are not finite")
-        where = channel[start:stop] + part.offset
-        if part.is_kernel:
-            leaf[:, where] = values.T.astype(leaf.dtype, copy=False)
-        else:
-            leaf[where] = values.astype(leaf.dtype, copy=False)
+        leaf[channel[start:stop] + part.offset] = values.astype(leaf.dtype, copy=False)

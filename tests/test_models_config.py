@@ -258,7 +258,7 @@ def test_llama3_scaling_leaves_short_waves_and_divides_long_ones():
     ],
 )
 def test_an_attention_shape_checks_itself(change, message):
-    fields = dict(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, scale=0.125)
-    assert AttentionShape(**fields).group_size == 4
+    shape = AttentionShape(num_layers=2, num_heads=8, num_kv_heads=2, head_dim=64, scale=0.125)
+    assert shape.group_size == 4
     with pytest.raises(ValueError, match=message):
-        AttentionShape(**(fields | change))
+        dataclasses.replace(shape, **change)

@@ -2,6 +2,9 @@
 
 import json
 import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import jax
@@ -96,7 +99,14 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path, config, named, *, kind=gguf.GGMLQuantizationType.F32, **metadata) -> None:
+def write_gguf(
+    path: Path,
+    config: ModelConfig,
+    named: dict[str, np.ndarray],
+    *,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    metadata: Mapping[str, str | int] = MappingProxyType({}),
+) -> None:
     """Writes weights as llama.cpp's converter does, q and k of a llama interleaved."""
     arch = "llama" if config.family == "mistral" else config.family
     writer = gguf.GGUFWriter(path, arch)
@@ -110,8 +120,10 @@ def write_gguf(path, config, named, *, kind=gguf.GGMLQuantizationType.F32, **met
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for key, value in metadata.items():
-        key = f"{arch}.{key.replace('__', '.')}"
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
+        if isinstance(value, str):
+            writer.add_string(f"{arch}.{key}", value)
+        else:
+            writer.add_uint32(f"{arch}.{key}", value)
     for name, value in named.items():
         stem, suffix = name.rsplit(".", 1)
         prefix = ""
@@ -209,7 +221,9 @@ def test_llama_3_frequencies_of_a_gguf_become_a_config(tmp_path):
     divisors = (1 / (keep + (1 - keep) / 32)).astype(np.float32)
     named = tensors(config)
     write_gguf(tmp_path / "m.gguf", config, named | {"rope_freqs.weight": divisors})
-    scaling = load(tmp_path / "m.gguf").decoder.config.rope_scaling
+    decoder = load(tmp_path / "m.gguf").decoder
+    assert isinstance(decoder, Decoder)
+    scaling = decoder.config.rope_scaling
     assert scaling is not None and scaling.kind == "llama3"
     assert scaling.factor == pytest.approx(32)
     strange = {"rope_freqs.weight": np.linspace(1, 3, 32, dtype=np.float32)}
@@ -222,12 +236,12 @@ def test_a_gguf_of_another_kind_is_refused(tmp_path):
     config, path = tiny_models.tiny_config("llama"), tmp_path / "m.gguf"
     named = tensors(config)
     for metadata, message in (
-        (dict(rope__scaling__type="yarn"), "'yarn'"),
-        (dict(rope__dimension_count=4), "rope.dimension_count=4: must be 8"),
-        (dict(expert_count=8), "expert_count=8"),
-        (dict(attention__sliding_window=64), "sliding_window=64"),
+        ({"rope.scaling.type": "yarn"}, "'yarn'"),
+        ({"rope.dimension_count": 4}, "rope.dimension_count=4: must be 8"),
+        ({"expert_count": 8}, "expert_count=8"),
+        ({"attention.sliding_window": 64}, "sliding_window=64"),
     ):
-        write_gguf(path, config, named, **metadata)
+        write_gguf(path, config, named, metadata=metadata)
         with pytest.raises(LoadError, match=message):
             load(path)
     writer = gguf.GGUFWriter(path, "gpt2")
