@@ -81,9 +81,14 @@ def restore(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         Decoder(config).abstract(dtype=dtype),
     )
+    # Orbax reads arrays side by side; what is on the way at once is held to a little more than the
+    # largest array (in GB, at float32 on disk), so that large models are not in memory twice.
+    largest = max(leaf.size for leaf in jax.tree.leaves(abstract))
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=2 + 4 * largest // 10**9)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((path / "params").absolute(), abstract)
+        with ocp.Checkpointer(handler) as checkpointer:
+            target = ocp.args.StandardRestore(abstract)
+            params = checkpointer.restore((path / "params").absolute(), args=target)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         problem = f"params: {type(error).__name__}: {error}"
         raise LoadError(str(path), [problem]) from error

@@ -77,7 +77,8 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     in a scan, float32, 2 CPU cores, in CPU time: at one row (a decode step of one request)
     [out, in] and [in, out] are equal, memory bound. At 4 and 8 rows XLA's matmul packs a copy of
     every kernel first, 1.4 and 1.3 times the time of the same product as a batch of small ones,
-    whose copies stay in the second-level cache.
+    whose copies stay in the second-level cache. A prefill chunk of 512 rows takes the same time
+    with either orientation.
     """
     rows = x.shape[0] * x.shape[1]
     if 1 < rows <= _FEW_ROWS and kernel.shape[0] % _BLOCK == 0:
