@@ -41,8 +41,8 @@ class Layer(nnx.Module):
         self.config = config
         norm = functools.partial(RMSNorm, eps=c.rms_norm_eps, dtype=dtype)
         linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
-        # q, k, v are one kernel, gate and up another: three products fewer a layer, 1.1 times as fast
-        # on a CPU at one row and at four (measured as in `project`).
+        # q, k, v are one kernel, gate and up another: three products fewer a layer, 1.1 times as
+        # fast on a CPU at one row and at four (measured as in `project`).
         self.attention_norm = norm(c.hidden_size)
         qkv_size = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self.qkv = linear(c.hidden_size, qkv_size, bias=c.qkv_bias)
