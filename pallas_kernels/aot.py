@@ -28,7 +28,7 @@ from flexijax.pallas_kernels.targets import Target
 # touches a device.
 _NO_DRIVER = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 _TRITON_CALLS = ("__gpu$xla.gpu.triton", "triton_kernel_call")
-_COPY = re.compile(r"= (\w+)\[([\d,]*)\]\S* copy(?:-start)?\(")
+_COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=\n]*? copy(?:-start)?\(")
 _ALIASED = re.compile(r"\(\s*(\d+), \{\}, (?:may|must)-alias\)")
 _CALL_TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _COLLECTIVE = re.compile(
@@ -94,6 +94,9 @@ def prepare() -> None:
             "compiling for a GPU needs the CUDA plugin of jax: pip install 'flexijax[aot]'"
         )
     os.environ.setdefault(_NO_DRIVER, "1")
+    # LLVM takes a stack trace for every kernel, and an llvm-symbolizer on PATH would spend most of
+    # a minute on each: the plugin's library is huge.
+    os.environ.setdefault("LLVM_DISABLE_SYMBOLIZATION", "1")
 
 
 def compile_for(
@@ -129,7 +132,11 @@ def compile_for(
     jitted = jax.jit(traced_anew, donate_argnums=donate_argnums, keep_unused=True, **options)
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in _TRITON_CALLS]
     started = time.perf_counter()
-    with platform.compiling_for("gpu"), platform.abstract_gpu(target.description):
+    major, minor = target.compute_capability
+    with (
+        platform.compiling_for("gpu", compute_capability=10 * major + minor),
+        platform.abstract_gpu(target.description),
+    ):
         lowered = export.export(jitted, platforms=["cuda"], disabled_checks=checks)(*placed)
     lower_seconds = time.perf_counter() - started
     started = time.perf_counter()
@@ -175,7 +182,8 @@ def _compile(module: str, gpu: Any, dump: str) -> Any:
         num_replicas=1,
         num_partitions=1,
         device_assignment=np.array([[0]]),
-        env_options_overrides={"xla_dump_to": dump},
+        # Later XLA writes what its emitters made only when asked with the second flag.
+        env_options_overrides={"xla_dump_to": dump, "xla_dump_emitter_re": ".*"},
     )
     with mlir.make_ir_context():
         return gpu.client.compile(ir.Module.parse(module), xla_client.DeviceList((gpu,)), options)

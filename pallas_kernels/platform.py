@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ pltriton = triton
 
 # Part of jit's cache key: a function traced for the CPU is traced again when it is compiled for a
 # GPU that this machine does not have.
-_target = jax.make_user_context("")
+_target = jax.make_user_context(("", 0))
 
 # jax 0.10 calls it compute_on2 beside an older context manager; later versions only compute_on.
 _compute_on: Callable[..., Any] = getattr(
@@ -36,17 +36,20 @@ _compute_on: Callable[..., Any] = getattr(
 
 
 @contextmanager
-def compiling_for(platform: str) -> Iterator[None]:
-    """Makes every choice of this file for `platform` ("cpu" or "gpu") inside a with block."""
+def compiling_for(platform: str, *, compute_capability: int = 90) -> Iterator[None]:
+    """Makes every choice of this file for `platform` ("cpu" or "gpu") inside a with block.
+
+    compute_capability: of the GPU, ten times the major and once the minor number.
+    """
     if platform not in ("cpu", "gpu"):
         raise ValueError(f"platform must be 'cpu' or 'gpu', got {platform!r}")
-    with _target(platform):
+    with _target((platform, compute_capability)):
         yield
 
 
 def is_gpu() -> bool:
     """Whether programs are compiled for an NVIDIA GPU: this machine's, or the named target's."""
-    return (_target.value or jax.default_backend()) in ("gpu", "cuda")
+    return (_target.value[0] or jax.default_backend()) in ("gpu", "cuda")
 
 
 def default_implementation() -> str:
@@ -124,4 +127,28 @@ def pallas_kernel(
         input_output_aliases=aliases or {},
         compiler_params=pltriton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=not is_gpu(),
+    )
+
+
+def triton_call(
+    *arrays: jax.Array,
+    kernel: Any,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, int, int],
+    num_warps: int,
+    num_stages: int,
+    numbers: Mapping[str, Any],
+) -> Any:
+    """A Triton kernel launched through jax-triton; `numbers` are its compile-time arguments."""
+    import jax_triton
+
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        out_shape=out_shape,
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        compute_capability=_target.value[1] or None,
+        **numbers,
     )

@@ -25,7 +25,6 @@ FLOORS = {
         pallas_kernels/page_scores.py
         pallas_kernels/sparse_decode.py
         pallas_kernels/page_moves.py
-        pallas_kernels/triton_calls.py
         pallas_kernels/page_scores_triton.py
         pallas_kernels/sparse_decode_triton.py
         pallas_kernels/prefill.py
