@@ -56,13 +56,13 @@ def decode_chunk(
         token, logprob = sample(logits, rows.sampling, step_keys(rows.seeds, rows.drawn))
         active = rows.active
         stopped = (token[:, None] == rows.stop_ids).any(-1) | (rows.remaining <= 1)
-        lengths = lengths + active
+        lengths = lengths + active.astype(jnp.int32)
         rows = dataclasses.replace(
             rows,
             tokens=jnp.where(active, token, rows.tokens),
             active=active & ~stopped,
-            remaining=rows.remaining - active,
-            drawn=rows.drawn + active,
+            remaining=rows.remaining - active.astype(jnp.int32),
+            drawn=rows.drawn + active.astype(jnp.int32),
         )
         return (layers, lengths, rows, queries), Drawn(token, logprob, active)
 
@@ -86,7 +86,7 @@ def forced_chunk(
     def step(carry, token):
         layers, lengths, _ = carry
         layers, logits, queries = _step(program, params, cache, layers, lengths, token, active)
-        return (layers, lengths + active, queries), logits
+        return (layers, lengths + active.astype(jnp.int32), queries), logits
 
     carry = (cache.layers, cache.lengths, _no_queries(program))
     (layers, lengths, queries), logits = lax.scan(step, carry, tokens)
@@ -157,7 +157,7 @@ def _rerank(
         block_table=cache.block_table,
         lengths=lengths,
         counters=Counters(
-            reranks=counters.reranks + active,
+            reranks=counters.reranks + active.astype(jnp.int32),
             promoted=counters.promoted + promoted,
             offloaded=counters.offloaded + offloaded,
             kept=tuple(kept),

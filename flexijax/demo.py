@@ -13,7 +13,7 @@ from flexijax import cli
 # than 4,000 tokens and leaves room for the answer in the model's 8,192.
 MODULES = ("argparse",)
 LETTERS = 20_000
-QUESTION = "Explain briefly what argparse is for and how a program uses it."
+QUESTION = "In one short paragraph, explain what the argparse module described above is for."
 
 
 def document(*, modules: tuple[str, ...] = MODULES, letters: int = LETTERS) -> str:
@@ -31,10 +31,11 @@ def main() -> int:
         prompt.write_text(f"{text}\n\n{QUESTION}", encoding="utf-8")
         command = [
             *("generate", "--model", "smollm2", "--prompt-file", str(prompt), "--chat"),
-            *("--max-new-tokens", "128", "--mode", "flexi", "--compare-full"),
+            *("--max-new-tokens", "96", "--stop", "\n\n", "--mode", "flexi", "--compare-full"),
         ]
         print(f"The documentation of {', '.join(MODULES)} ({len(text):,} letters). {QUESTION}")
-        print(f"$ flexijax {shlex.join(command)}\n", flush=True)
+        shown = shlex.join(command).replace("\n", "\\n")
+        print(f"$ flexijax {shown}\n", flush=True)
         return cli.main(command)
 
 

@@ -1,0 +1,154 @@
+"""A decoder that is not ours, in Flax NNX, generating through the cache.
+
+It has what ours lacks: LayerNorm with bias, attention and MLP in parallel, rotary embedding on half
+of each head. All that the cache asks for is a call to `attend` in every layer. Weights are random,
+so the tokens mean nothing; what counts is that every mode agrees with the model's own attention.
+
+    python -m examples.own_decoder
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import flexijax
+from flexijax.models.config import AttentionShape
+
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 2, 4, 2, 16, 64, 101
+
+
+class Block(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.q = nnx.Linear(WIDTH, HEADS * HEAD_DIM, rngs=rngs)
+        self.k = nnx.Linear(WIDTH, KV_HEADS * HEAD_DIM, rngs=rngs)
+        self.v = nnx.Linear(WIDTH, KV_HEADS * HEAD_DIM, rngs=rngs)
+        self.out = nnx.Linear(HEADS * HEAD_DIM, WIDTH, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
+        self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+
+
+class Transformer(nnx.Module):
+    """Knows nothing of caches: it is handed an `attend` and a state to carry along."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.embedding = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([Block(rngs=rngs) for _ in range(LAYERS)])
+        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.head = nnx.Linear(WIDTH, VOCAB, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attend, state):
+        x = self.embedding(tokens)  # [B, T, D]
+        for layer, block in enumerate(self.blocks):
+            h = block.norm(x)
+            q = rotate(block.q(h).reshape(*h.shape[:2], HEADS, HEAD_DIM), positions)
+            k = rotate(block.k(h).reshape(*h.shape[:2], KV_HEADS, HEAD_DIM), positions)
+            v = block.v(h).reshape(*h.shape[:2], KV_HEADS, HEAD_DIM)
+            out, state = attend(layer, q, k, v, state)
+            x = x + block.out(out.reshape(*h.shape[:2], -1)) + block.down(nnx.gelu(block.up(h)))
+        return self.norm(x), state
+
+
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary embedding on the first half of each head. x [B, T, heads, H], positions [B, T]."""
+    turned, kept = jnp.split(x, 2, axis=-1)
+    pairs = turned.shape[-1] // 2
+    frequency = 1000.0 ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    angle = (positions.astype(jnp.float32)[..., None] * frequency)[:, :, None]  # [B, T, 1, pairs]
+    a, b = jnp.split(turned, 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, kept], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The two functions that `generate` calls, over the module's static part."""
+
+    graph: nnx.GraphDef
+
+    def hidden(self, params: Any, tokens: jax.Array, positions: jax.Array, attend, state):
+        """See `flexijax.models.decoder.DecoderLike.hidden`."""
+        return nnx.merge(self.graph, params)(tokens, positions, attend, state)
+
+    def logits(self, params: Any, x: jax.Array) -> jax.Array:
+        """See `flexijax.models.decoder.DecoderLike.logits`."""
+        return nnx.merge(self.graph, params).head(x)
+
+
+def language_model(*, seed: int = 0) -> flexijax.LanguageModel:
+    """The model as `generate` takes it; it has no tokenizer, so prompts are token ids."""
+    graph, params = nnx.split(Transformer(rngs=nnx.Rngs(seed)))
+    return flexijax.LanguageModel(
+        name="own decoder",
+        decoder=Adapter(graph),
+        params=params,
+        attention=AttentionShape(
+            num_layers=LAYERS,
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            scale=HEAD_DIM**-0.5,
+        ),
+        vocab_size=VOCAB,
+        max_context=4096,
+        dtype=jnp.dtype("float32"),
+        tokenizer=None,
+        fingerprint="own decoder, 2 layers",
+    )
+
+
+def attend_densely(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state):
+    """Plain causal attention, the same plug without a cache: the yardstick."""
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * HEAD_DIM**-0.5
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, v), state
+
+
+def greedy_densely(lm: flexijax.LanguageModel, prompt: list[int], count: int) -> list[int]:
+    """`count` greedy tokens, the whole text read anew for each."""
+
+    @jax.jit
+    def next_token(tokens: jax.Array, length: jax.Array) -> jax.Array:
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        x, _ = lm.decoder.hidden(lm.params, tokens, positions, attend_densely, None)
+        return jnp.argmax(lm.decoder.logits(lm.params, x[0, length - 1]))
+
+    text = np.zeros((1, len(prompt) + count), np.int32)
+    text[0, : len(prompt)] = prompt
+    for length in range(len(prompt), text.shape[1]):
+        text[0, length] = next_token(text, length)
+    return text[0, len(prompt) :].tolist()
+
+
+def main() -> None:
+    lm = language_model()
+    prompt = np.random.default_rng(0).integers(0, VOCAB, 600).tolist()
+    # Measured with `flexijax profile` for a model that is worth it; here one head a layer.
+    profile = flexijax.HeadProfile(
+        model=lm.name,
+        num_layers=LAYERS,
+        num_kv_heads=KV_HEADS,
+        unstable=tuple((layer, layer % KV_HEADS) for layer in range(LAYERS)),
+        page_size=16,
+        budget_pages=8,
+        source="invented for this example",
+    )
+    dense = greedy_densely(lm, prompt, 32)
+    print(f"own attention       {dense}")
+    for mode, budget in (("full", 1024), ("flexi", 1024), ("flexi", 128)):
+        cache = flexijax.CacheConfig(mode=mode, budget_tokens=budget)
+        out = flexijax.generate(lm, [prompt], max_new_tokens=32, cache=cache, profile=profile)[0]
+        same = sum(a == b for a, b in zip(out.token_ids, dense, strict=True))
+        share = out.metrics.device_kv_bytes / out.metrics.full_kv_bytes
+        print(f"{mode:5} budget {budget:4}: {same} of 32 tokens agree, {share:.0%} of full KV")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A decoder that is not ours through the cache: the same tokens as its own attention gives."""
+
+import numpy as np
+import pytest
+
+import flexijax
+from examples import own_decoder
+
+
+@pytest.fixture(scope="module")
+def lm() -> flexijax.LanguageModel:
+    return own_decoder.language_model()
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return np.random.default_rng(7).integers(0, own_decoder.VOCAB, 90).tolist()
+
+
+@pytest.fixture(scope="module")
+def profile() -> flexijax.HeadProfile:
+    """A layer with both kinds of heads, and one with stable heads only."""
+    return flexijax.HeadProfile(
+        model="own decoder",
+        num_layers=own_decoder.LAYERS,
+        num_kv_heads=own_decoder.KV_HEADS,
+        unstable=((0, 1),),
+        page_size=8,
+        budget_pages=16,
+        source="by hand",
+    )
+
+
+@pytest.fixture(scope="module")
+def dense(lm, prompt) -> list[int]:
+    return own_decoder.greedy_densely(lm, prompt, 40)
+
+
+@pytest.mark.parametrize("mode", flexijax.config.MODES)
+def test_tokens_equal_the_models_own_attention(mode, lm, prompt, profile, dense):
+    cache = flexijax.CacheConfig(mode=mode, page_size=8, budget_tokens=256, rerank_interval=8)
+    out = flexijax.generate(lm, [prompt], max_new_tokens=40, cache=cache, profile=profile)
+    assert list(out[0].token_ids) == dense
+
+
+def test_a_small_budget_keeps_less_on_the_device(lm, prompt, profile):
+    cache = flexijax.CacheConfig(page_size=8, budget_tokens=32, rerank_interval=8)
+    out = flexijax.generate(lm, [prompt], max_new_tokens=40, cache=cache, profile=profile)[0]
+    assert len(out.token_ids) == 40
+    assert out.metrics.device_kv_bytes - out.metrics.summary_bytes < out.metrics.full_kv_bytes
+    assert out.metrics.host_kv_bytes > 0 and out.metrics.reranks > 0
