@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from flexijax.models.load import load
 from flexijax.profiles import plots, report
 from flexijax.profiles.documents import read_documents
@@ -92,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     profile = profiles[first]
     if args.plot is not None:
         shape = lm.attention
-        page_bytes = 2 * settings.page_size * shape.head_dim * lm.dtype.itemsize
+        itemsize = np.dtype(lm.dtype).itemsize
+        page_bytes = 2 * settings.page_size * shape.head_dim * itemsize
         found = averages(records, settings, budget=first)
         pictures = plots.draw_all(profile, found, args.plot, page_bytes=page_bytes)
         report.write_report(profile, pictures, args.plot)

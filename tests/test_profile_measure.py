@@ -8,57 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
-from flexijax.models.config import AttentionShape, ModelConfig
+from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
 from flexijax.models.dense import dense_attend
-from flexijax.models.language_model import LanguageModel, from_config
-from flexijax.models.tokenizer import Tokenizer
+from flexijax.models.language_model import from_config
 from flexijax.profiles import measure
-from flexijax.profiles.documents import Document, prompt_ids, read_documents
+from flexijax.profiles.documents import prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.measure import Settings
 from flexijax.profiles.recorder import record
+from tests.planted import WORDS, planted_model, text_document, words_tokenizer
 
 PAGE, STEPS, BUDGETS = 4, 16, (3, 6)
-WORDS = [f"w{at}" for at in range(60)]
-
-
-@dataclasses.dataclass(frozen=True)
-class PlantedDecoder:
-    """One fixed query for stable heads and another at every position for the unstable ones.
-
-    params: keys float32[positions, K, H]; queries float32[positions, L, K, H], used as they are.
-    """
-
-    num_layers: int
-
-    def hidden(self, params, tokens, positions, attend, state):
-        """Calls the plug with the planted arrays; what it attends to changes nothing."""
-        k = params["keys"][positions]
-        x = jnp.zeros((*tokens.shape, 1))
-        for layer in range(self.num_layers):
-            _, state = attend(layer, params["queries"][positions, layer], k, k, state)
-        return x, state
-
-    def logits(self, params, x):
-        """The same score for every token."""
-        return jnp.zeros((*x.shape[:-1], len(WORDS)))
-
-
-def words_tokenizer():
-    vocabulary = {word: at for at, word in enumerate(WORDS)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return Tokenizer(
-        backend=backend,
-        bos_token=None,
-        eos_token=None,
-        add_bos=False,
-        stop_ids=frozenset({5}),
-        chat_template="w1 {{ messages[0].content }} w2",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -86,29 +48,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def planted():
-    layers, heads, width, positions = 3, 4, 8, 700
-    unstable = ((0, 2), (1, 0), (2, 1))
-    rng = np.random.default_rng(0)
-    fixed = np.broadcast_to(rng.normal(size=(1, layers, heads, width)), (positions,) + (3, 4, 8))
-    queries = fixed.copy()
-    for layer, head in unstable:
-        queries[:, layer, head] = rng.normal(size=(positions, width))
-    params = {
-        "keys": jnp.asarray(rng.normal(size=(positions, heads, width)), jnp.float32),
-        "queries": jnp.asarray(queries, jnp.float32),
-    }
-    lm = LanguageModel(
-        name="planted",
-        decoder=PlantedDecoder(layers),
-        params=params,
-        attention=AttentionShape(layers, heads, heads, width, width**-0.5),
-        vocab_size=len(WORDS),
-        max_context=positions,
-        dtype=jnp.float32,
-        tokenizer=words_tokenizer(),
-        fingerprint="planted",
-    )
-    return lm, unstable
+    return planted_model()
 
 
 @pytest.fixture(scope="module")
@@ -344,12 +284,6 @@ def test_prompts_are_cut_in_the_text_alone():
     assert len(prompt_ids(document, tokenizer, max_tokens=10_000)) == 400 + 4
     with pytest.raises(ValueError, match="max_tokens=15"):
         prompt_ids(document, tokenizer, max_tokens=15)
-
-
-def text_document(task, seed):
-    numbers = np.random.default_rng(seed).integers(6, 60, size=400)
-    text = " ".join(WORDS[number] for number in numbers)
-    return Document(task=task, index=seed, text=text, instruction="w8 w9")
 
 
 def test_no_tokenizer_is_said(planted):
