@@ -44,8 +44,8 @@ class Metrics:
 class Generation:
     """One request's answer.
 
-    text: empty when the model has no tokenizer. token_ids: without the stop token. logprobs: of each
-    token, None unless `Sampling.logprobs`. finish_reason: "stop" (a stop token or string) or
+    text: empty when the model has no tokenizer. token_ids: without the stop token. logprobs: of
+    each token, None unless `Sampling.logprobs`. finish_reason: "stop" (a stop token or string) or
     "length".
     """
 
