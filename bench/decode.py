@@ -76,10 +76,10 @@ def gate(bench: Bench, systems: Sequence[str]) -> list[str]:
     Within the budget every system attends to everything, so all must say what full says, and full
     what transformers says.
     """
-    tokens = {
-        system: bench.run(Cell(system, GATE_CONTEXT, 1), steps=GATE_STEPS)["tokens"]
-        for system in systems
-    }
+    tokens = {}
+    for system in systems:
+        _say(f"checking the tokens of {system}")
+        tokens[system] = bench.run(Cell(system, GATE_CONTEXT, 1), steps=GATE_STEPS)["tokens"]
     truth = "transformers" if "transformers" in tokens else next(iter(tokens))
     return [
         f"{system} says {found}, {truth} says {tokens[truth]}"
