@@ -1,0 +1,86 @@
+"""The scheduler step on cases small enough to be worked out by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexijax.schedule import filled_pages, find_slots, plan_rerank
+
+# name, chosen, slots, tokens held, -> slots afterwards, load, promoted, overlap. Pages of 4 tokens,
+# 12 pages. Incoming pages take the freed slots in ascending order, then those that begin next.
+CASES = (
+    ("docstring", (0, 3, 9), (0, 1, 9, 2), 38, (0, 3, 9, 10), (-1, 3, -1, -1), 1, 2 / 3),
+    ("nothing changes", (9, 0, 3), (0, 3, 9, -1), 38, (0, 3, 9, 10), (-1,) * 4, 0, 1.0),
+    ("all change", (0, 4, 9), (1, 2, 3, 9), 40, (0, 4, 10, 9), (0, 4, -1, -1), 2, 1 / 3),
+    # Page 10 was reserved for a page to begin, and has not begun: it is not resident, only named.
+    ("reserved", (0, 2, 9), (0, 10, 9, 11), 40, (0, 2, 9, 10), (-1, 2, -1, -1), 1, 2 / 3),
+    # Page 10 began in its reserved slot: it is resident, and the newest.
+    ("began", (0, 2, 10), (0, 2, 9, 10), 41, (0, 2, 11, 10), (-1,) * 4, 0, 1.0),
+    ("short request", (0, -1, -1), (0, 1, 2, 3), 3, (0, 1, 2, 3), (-1,) * 4, 0, 1.0),
+    ("empty slots", (0, 1, 2), (-1, -1, -1, -1), 10, (0, 1, 2, 3), (0, 1, 2, -1), 3, 0.0),
+    ("last page", (0, 2, 11), (0, 1, 10, 11), 46, (0, 2, -1, 11), (-1, 2, -1, -1), 1, 2 / 3),
+    ("free row", (-1, -1, -1), (0, 1, 9, 2), 0, (-1,) * 4, (-1,) * 4, 0, 0.0),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_plan_by_hand(case):
+    _, chosen, slots, length, expected, load, promoted, overlap = case
+    plan = plan_rerank(
+        jnp.asarray([[chosen]]),
+        jnp.asarray([[slots]]),
+        jnp.asarray([length], jnp.int32),
+        pages=12,
+        page_size=4,
+    )
+    assert tuple(plan.slot_page[0, 0].tolist()) == expected
+    assert tuple(plan.load[0, 0].tolist()) == load
+    assert plan.promoted.tolist() == [promoted]
+    np.testing.assert_allclose(plan.overlap, [[overlap]], rtol=1e-6)
+
+
+def test_heads_and_rows_do_not_disturb_each_other():
+    chosen = jnp.asarray([[case[1] for case in CASES], [case[1] for case in CASES[::-1]]])
+    slots = jnp.asarray([[case[2] for case in CASES[:1]] * len(CASES)] * 2)
+    lengths = jnp.asarray([38, 40], jnp.int32)
+    together = plan_rerank(chosen, slots, lengths, pages=12, page_size=4)
+    total = np.zeros(2, int)
+    for row in range(2):
+        for head in range(len(CASES)):
+            alone = plan_rerank(
+                chosen[row : row + 1, head : head + 1],
+                slots[row : row + 1, head : head + 1],
+                lengths[row : row + 1],
+                pages=12,
+                page_size=4,
+            )
+            np.testing.assert_array_equal(together.slot_page[row, head], alone.slot_page[0, 0])
+            np.testing.assert_array_equal(together.load[row, head], alone.load[0, 0])
+            total[row] += int(alone.promoted[0])
+    assert together.promoted.tolist() == total.tolist()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "pages"),
+    [(0, 3, (-1, -1)), (3, 4, (0, -1)), (3, 8, (0, 1)), (4, 7, (-1, -1)), (5, 12, (1, 2))],
+)
+def test_pages_that_filled_up(before, after, pages):
+    got = filled_pages(
+        jnp.asarray([before], jnp.int32), jnp.asarray([after], jnp.int32), page_size=4, count=2
+    )
+    assert tuple(got[0].tolist()) == pages
+
+
+def test_an_ended_row_fills_no_page():
+    """A row that ended counts as 0 tokens afterwards."""
+    got = filled_pages(
+        jnp.asarray([9], jnp.int32), jnp.asarray([0], jnp.int32), page_size=4, count=2
+    )
+    assert got.tolist() == [[-1, -1]]
+
+
+def test_slots_of_a_page():
+    slots = jnp.asarray([[[4, 7, -1], [7, 5, 4]], [[0, 1, 2], [2, 1, -1]]])
+    got = find_slots(slots, jnp.asarray([7, 2], jnp.int32))
+    assert got.tolist() == [[1, 0], [2, 0]]
+    assert find_slots(slots, jnp.asarray([9, 0], jnp.int32)).tolist() == [[-1, -1], [0, -1]]
