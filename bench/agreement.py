@@ -19,14 +19,13 @@ import numpy as np
 
 from bench.timing import environment, table
 from flexijax import cache as kv
-from flexijax.compiled import Compiler
+from flexijax.compiled import Compiler, run_commit, run_forced
 from flexijax.config import CacheConfig
-from flexijax.decode import forced_chunk
 from flexijax.generate import generate, make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.policy import Flexi, Quest
-from flexijax.prefill import Program, commit, new_workspace, prefill_chunk
+from flexijax.prefill import Program, new_workspace, prefill_chunk
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
 from flexijax.sampling import Sampling
@@ -127,15 +126,11 @@ def forced_logits(
         )
         blocks = jnp.arange(layout.pages, dtype=jnp.int32)
         length = jnp.int32(len(prompt))
-        cache = compiler.run(
-            commit, "commit", (0,), cache, workspace, jnp.int32(0), blocks, length, queries
-        )
+        cache = run_commit(compiler, cache, workspace, jnp.int32(0), blocks, length, queries)
         parts = []
         for start in range(0, len(tokens), program.rerank_interval):
             fed = jnp.asarray(tokens[start : start + program.rerank_interval], jnp.int32)[:, None]
-            cache, logits = compiler.run(
-                forced_chunk, "forced", (1,), lm.params, cache, fed, jnp.ones(1, bool)
-            )
+            cache, logits = run_forced(compiler, lm.params, cache, fed, jnp.ones(1, bool))
             parts.append(np.asarray(logits)[:, 0])
         found[system] = np.concatenate(parts)
     return found

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import jax
 
-from flexijax.prefill import Program
+from flexijax.attention import Workspace
+from flexijax.cache import Cache
+from flexijax.decode import (
+    Drawn,
+    Rows,
+    decode_chunk,
+    decode_steps,
+    forced_steps,
+    rerank,
+    rerank_layer,
+)
+from flexijax.models.decoder import Params
+from flexijax.pallas_kernels import platform
+from flexijax.prefill import Program, commit, commit_layer
 
 _executables: dict[Any, Callable[..., Any]] = {}
 
@@ -47,11 +60,66 @@ class Compiler:
         return _executables[key](*args)
 
 
+def run_commit(
+    compiler: Compiler,
+    cache: Cache,
+    workspace: Workspace,
+    row: jax.Array,
+    blocks: jax.Array,
+    length: jax.Array,
+    queries: tuple[jax.Array, ...],
+) -> Cache:
+    """`prefill.commit`, compiled; cache is donated."""
+    if platform.is_gpu():
+        return compiler.run(commit, "commit", (0,), cache, workspace, row, blocks, length, queries)
+    layer = functools.partial(compiler.run, commit_layer, "commit", (0, 1))
+    return commit(compiler.program, cache, workspace, row, blocks, length, queries, layer)
+
+
+def run_decode(
+    compiler: Compiler, params: Params, cache: Cache, rows: Rows
+) -> tuple[Cache, Rows, Drawn]:
+    """`decode.decode_chunk`, compiled; cache is donated.
+
+    On a GPU it is one program. XLA's CPU compiler spends most of its time on the rerank, which it
+    compiles anew for each layer, so there one program per kind of layer is called for all of them.
+    """
+    if platform.is_gpu():
+        return compiler.run(decode_chunk, "decode", (1,), params, cache, rows)
+    layers, lengths, rows, drawn, queries = compiler.run(
+        decode_steps, "decode", (1,), params, cache.layers, cache.block_table, cache.lengths, rows
+    )
+    return _rerank(compiler, cache, layers, lengths, rows.active, queries), rows, drawn
+
+
+def run_forced(
+    compiler: Compiler, params: Params, cache: Cache, tokens: jax.Array, active: jax.Array
+) -> tuple[Cache, jax.Array]:
+    """`decode.forced_steps` and the rerank, compiled: the cache, and logits float32[R, B, V]."""
+    layers, lengths, logits, queries = compiler.run(
+        forced_steps,
+        "forced decode",
+        (1,),
+        params,
+        cache.layers,
+        cache.block_table,
+        cache.lengths,
+        tokens,
+        active,
+    )
+    return _rerank(compiler, cache, layers, lengths, active, queries), logits
+
+
+def _rerank(compiler: Compiler, cache: Cache, layers, lengths, active, queries) -> Cache:
+    layer = functools.partial(compiler.run, rerank_layer, "rerank", (0, 1, 2, 3))
+    return rerank(compiler.program, cache, layers, lengths, active, queries, layer)
+
+
 def num_compiled() -> int:
     """How many executables this process holds."""
     return len(_executables)
 
 
-@cache
+@functools.cache
 def _jitted(function: Callable[..., Any], donate: tuple[int, ...]) -> Any:
     return jax.jit(function, static_argnums=0, donate_argnums=donate)

@@ -1,8 +1,11 @@
-"""The decode chunk: R steps and one rerank in one program, and the same steps teacher-forced."""
+"""The decode chunk: R steps, then one rerank; and the same steps teacher-forced."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,8 @@ from flexijax.prefill import Program
 from flexijax.sampling import SamplingRows, sample, step_keys
 from flexijax.schedule import filled_pages, find_slots, plan_rerank
 from flexijax.tiers import offload, promote
+
+LayerProgram: TypeAlias = Callable[..., Any]
 
 
 @jax.tree_util.register_dataclass
@@ -47,64 +52,94 @@ def decode_chunk(
 ) -> tuple[Cache, Rows, Drawn]:
     """R = rerank_interval decode steps of all rows, then the rerank of the slotted heads.
 
-    cache and rows are donated; nothing goes to Python or to the host in between.
+    One program: cache is donated, and nothing goes to Python or to the host in between.
+    """
+    layers, lengths, rows, drawn, queries = decode_steps(
+        program, params, cache.layers, cache.block_table, cache.lengths, rows
+    )
+    return rerank(program, cache, layers, lengths, rows.active, queries), rows, drawn
+
+
+def decode_steps(
+    program: Program,
+    params: Params,
+    layers: tuple[LayerCache, ...],
+    block_table: jax.Array,
+    lengths: jax.Array,
+    rows: Rows,
+) -> tuple[tuple[LayerCache, ...], jax.Array, Rows, Drawn, tuple[jax.Array, ...]]:
+    """R = rerank_interval decode steps of all rows, without the rerank; layers are donated.
+
+    block_table: int32[B, P]; lengths: int32[B].
+    Returns layers, lengths, rows, what was drawn, and the last queries of the slotted heads, per
+    layer [B, K_s, G, H].
     """
 
     def step(carry, _):
         layers, lengths, rows, _ = carry
-        layers, logits, queries = _step(program, params, cache, layers, lengths, rows.tokens, rows.active)
+        layers, logits, queries = _step(
+            program, params, layers, block_table, lengths, rows.tokens, rows.active
+        )
         token, logprob = sample(logits, rows.sampling, step_keys(rows.seeds, rows.drawn))
         active = rows.active
         stopped = (token[:, None] == rows.stop_ids).any(-1) | (rows.remaining <= 1)
-        lengths = lengths + active.astype(jnp.int32)
+        count = active.astype(jnp.int32)
         rows = dataclasses.replace(
             rows,
             tokens=jnp.where(active, token, rows.tokens),
             active=active & ~stopped,
-            remaining=rows.remaining - active.astype(jnp.int32),
-            drawn=rows.drawn + active.astype(jnp.int32),
+            remaining=rows.remaining - count,
+            drawn=rows.drawn + count,
         )
-        return (layers, lengths, rows, queries), Drawn(token, logprob, active)
+        return (layers, lengths + count, rows, queries), Drawn(token, logprob, active)
 
-    carry = (cache.layers, cache.lengths, rows, _no_queries(program))
+    carry = (layers, lengths, rows, _no_queries(program))
     (layers, lengths, rows, queries), drawn = lax.scan(
         step, carry, None, length=program.rerank_interval
     )
-    cache = _rerank(program, cache, layers, lengths, rows.active, queries)
-    return cache, rows, drawn
+    return layers, lengths, rows, drawn, queries
 
 
-def forced_chunk(
-    program: Program, params: Params, cache: Cache, tokens: jax.Array, active: jax.Array
-) -> tuple[Cache, jax.Array]:
-    """R steps on given tokens, for comparing policies on one and the same text.
+def forced_steps(
+    program: Program,
+    params: Params,
+    layers: tuple[LayerCache, ...],
+    block_table: jax.Array,
+    lengths: jax.Array,
+    tokens: jax.Array,
+    active: jax.Array,
+) -> tuple[tuple[LayerCache, ...], jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """As `decode_steps` on given tokens, for comparing policies on one and the same text.
 
-    tokens: int32[R, B], fed in order; active: bool[B]. cache is donated.
-    Returns the cache and the logits float32[R, B, V] of what would come after each token.
+    tokens: int32[R, B], fed in order; active: bool[B].
+    Returns layers, lengths, the logits float32[R, B, V] of what would come after each token, and
+    the last queries.
     """
 
     def step(carry, token):
         layers, lengths, _ = carry
-        layers, logits, queries = _step(program, params, cache, layers, lengths, token, active)
+        layers, logits, queries = _step(
+            program, params, layers, block_table, lengths, token, active
+        )
         return (layers, lengths + active.astype(jnp.int32), queries), logits
 
-    carry = (cache.layers, cache.lengths, _no_queries(program))
+    carry = (layers, lengths, _no_queries(program))
     (layers, lengths, queries), logits = lax.scan(step, carry, tokens)
-    return _rerank(program, cache, layers, lengths, active, queries), logits
+    return layers, lengths, logits, queries
 
 
 def _step(
     program: Program,
     params: Params,
-    cache: Cache,
     layers: tuple[LayerCache, ...],
+    block_table: jax.Array,
     lengths: jax.Array,
     tokens: jax.Array,
     active: jax.Array,
 ) -> tuple[tuple[LayerCache, ...], jax.Array, tuple[jax.Array, ...]]:
     """One token per row: (layers, logits float32[B, V], queries of the slotted heads)."""
     attend = DecodeAttention(program.layout, program.policy, program.implementation)
-    state = DecodeState(layers, cache.block_table, lengths, active, ())
+    state = DecodeState(layers, block_table, lengths, active, ())
     x, state = program.decoder.hidden(params, tokens[:, None], lengths[:, None], attend, state)
     queries = tuple(q.astype(program.layout.dtype) for q in state.queries)
     return state.layers, program.decoder.logits(params, x[:, 0]), queries
@@ -122,79 +157,71 @@ def _no_queries(program: Program) -> tuple[jax.Array, ...]:
     )
 
 
-def _rerank(
+def rerank(
     program: Program,
     cache: Cache,
     layers: tuple[LayerCache, ...],
     lengths: jax.Array,
     active: jax.Array,
     queries: tuple[jax.Array, ...],
+    layer: LayerProgram | None = None,
 ) -> Cache:
-    """Offloads the pages that filled up, then brings the newly chosen ones into the slots.
+    """The rerank of every layer after R steps: `cache` is the one from before them.
 
-    Rows that are not active any more take no part: they keep what they hold until they are reused.
+    layers, lengths, queries: of `decode_steps`. active: bool[B]; rows that have ended take no part
+    and keep what they hold until they are reused. layer: runs `rerank_layer`, by default inlined.
     """
-    layout = program.layout
+    run = layer or functools.partial(rerank_layer, program)
     counters = cache.counters
+    tally = (counters.promoted, counters.offloaded)
     new_layers, hosts, kept = [], [], []
-    promoted = offloaded = jnp.zeros_like(counters.promoted)
-    for layer in range(layout.shape.num_layers):
-        held, host = layers[layer], cache.host[layer]
+    for held, host, overlap, q in zip(layers, cache.host, counters.kept, queries, strict=True):
         if host is not None:
-            held, host, moved = _rerank_layer(
-                program, cache, held, host, lengths, active, queries[layer]
+            held, host, tally, overlap = run(
+                held, host, tally, overlap, cache.block_table, cache.lengths, lengths, active, q
             )
-            promoted += moved.promoted
-            offloaded += moved.offloaded
-            kept.append(counters.kept[layer] + moved.overlap)
-        else:
-            kept.append(None)
         new_layers.append(held)
         hosts.append(host)
+        kept.append(overlap)
     return Cache(
         layers=tuple(new_layers),
         host=tuple(hosts),
         block_table=cache.block_table,
         lengths=lengths,
-        counters=Counters(
-            reranks=counters.reranks + active.astype(jnp.int32),
-            promoted=counters.promoted + promoted,
-            offloaded=counters.offloaded + offloaded,
-            kept=tuple(kept),
-        ),
+        counters=Counters(counters.reranks + active.astype(jnp.int32), *tally, tuple(kept)),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Moved:
-    promoted: jax.Array  # int32[B]
-    offloaded: jax.Array  # int32[B]
-    overlap: jax.Array  # float32[B, K_s]
-
-
-def _rerank_layer(
+def rerank_layer(
     program: Program,
-    cache: Cache,
     held: LayerCache,
     host: LayerHost,
+    tally: tuple[jax.Array, jax.Array],
+    kept: jax.Array,
+    block_table: jax.Array,
+    before: jax.Array,
     lengths: jax.Array,
     active: jax.Array,
     queries: jax.Array,
-) -> tuple[LayerCache, LayerHost, _Moved]:
+) -> tuple[LayerCache, LayerHost, tuple[jax.Array, jax.Array], jax.Array]:
+    """Offloads the pages that filled up, then brings the newly chosen ones into the slots.
+
+    held, host, tally, kept: donated. tally: pages promoted and offloaded so far, int32[B] each.
+    kept: sums of overlaps float32[B, K_s]. before, lengths: int32[B], tokens held before and after
+    the steps. queries: [B, K_s, G, H]. Returns the new held, host, tally and kept.
+    """
     layout, score = program.layout, program.policy.score
     assert score is not None and held.slot_page is not None
     assert held.slots_k is not None and held.slots_v is not None
     page_size = layout.page_size
     most = -(-program.rerank_interval // page_size)
     lengths = jnp.where(active, lengths, 0)
-    filled = filled_pages(cache.lengths, lengths, page_size=page_size, count=most)  # [B, E]
-    block = jnp.take_along_axis(cache.block_table, jnp.maximum(filled, 0), axis=1)
+    filled = filled_pages(before, lengths, page_size=page_size, count=most)  # [B, E]
+    block = jnp.take_along_axis(block_table, jnp.maximum(filled, 0), axis=1)
     slot = jnp.stack([find_slots(held.slot_page, filled[:, e]) for e in range(most)], axis=-1)
     slot = jnp.where((filled >= 0)[:, None], slot, -1)  # [B, K_s, E]
     store = jnp.where(filled >= 0, block, -1)
-    host = offload(
-        host, held.slots_k, held.slots_v, store, slot, transfer=program.transfer
-    )
+    host = offload(host, held.slots_k, held.slots_v, store, slot, transfer=program.transfer)
     summaries = held.slotted_summaries
     for e in range(most):
         source = jnp.maximum(slot[:, :, e], 0)[:, :, None, None, None]
@@ -207,25 +234,26 @@ def _rerank_layer(
     scores = score.scores(
         queries,
         summaries,
-        cache.block_table,
+        block_table,
         lengths,
         page_size=page_size,
         implementation=program.implementation,
     )
     chosen = program.policy.plan(forced(scores, lengths, page_size=page_size))
     plan = plan_rerank(chosen, held.slot_page, lengths, pages=layout.pages, page_size=page_size)
-    table = jnp.broadcast_to(
-        cache.block_table[:, None], (layout.rows, plan.load.shape[1], layout.pages)
-    )
-    load = jnp.where(
-        plan.load < 0, -1, jnp.take_along_axis(table, jnp.maximum(plan.load, 0), axis=2)
-    )
+    table = jnp.broadcast_to(block_table[:, None], (layout.rows, plan.load.shape[1], layout.pages))
+    load = jnp.take_along_axis(table, jnp.maximum(plan.load, 0), axis=2)
     slots_k, slots_v = promote(
-        held.slots_k, held.slots_v, host, load, transfer=program.transfer
+        held.slots_k,
+        held.slots_v,
+        host,
+        jnp.where(plan.load < 0, -1, load),
+        transfer=program.transfer,
     )
     slot_page = jnp.where(active[:, None, None], plan.slot_page, held.slot_page)
     held = dataclasses.replace(
         held, slots_k=slots_k, slots_v=slots_v, slot_page=slot_page, slotted_summaries=summaries
     )
-    overlap = jnp.where(active[:, None], plan.overlap, 0.0)
-    return held, host, _Moved(plan.promoted, (slot >= 0).sum((1, 2), dtype=jnp.int32), overlap)
+    offloaded = (slot >= 0).sum((1, 2), dtype=jnp.int32)
+    tally = (tally[0] + plan.promoted, tally[1] + offloaded)
+    return held, host, tally, kept + jnp.where(active[:, None], plan.overlap, 0.0)

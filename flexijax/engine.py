@@ -13,10 +13,10 @@ import numpy as np
 
 from flexijax import cache as kv
 from flexijax.blocks import BlockAllocator
-from flexijax.compiled import Compiler
-from flexijax.decode import Drawn, Rows, decode_chunk
+from flexijax.compiled import Compiler, run_commit, run_decode
+from flexijax.decode import Drawn, Rows
 from flexijax.models.language_model import LanguageModel
-from flexijax.prefill import Program, commit, new_workspace, prefill_chunk
+from flexijax.prefill import Program, new_workspace, prefill_chunk
 from flexijax.sampling import Sampling, SamplingRows, sample, step_keys
 
 Progress = Callable[[str, int, int], None]
@@ -94,10 +94,8 @@ class Engine:
         x, queries = self._read(request, label)
         table = np.zeros(layout.pages, np.int32)
         table[: len(blocks)] = blocks
-        self.cache = self.compiler.run(
-            commit,
-            "commit",
-            (0,),
+        self.cache = run_commit(
+            self.compiler,
             self.cache,
             self._workspace,
             jnp.int32(row),
@@ -172,14 +170,8 @@ class Engine:
     def step(self) -> list[Running]:
         """One decode chunk over all rows; returns the requests that drew tokens in it."""
         started, compiled = time.perf_counter(), self.compiler.seconds
-        self.cache, rows, drawn = self.compiler.run(
-            decode_chunk,
-            "decode",
-            (1,),
-            self.lm.params,
-            self.cache,
-            jax.tree.map(jnp.asarray, self._rows),
-        )
+        rows = jax.tree.map(jnp.asarray, self._rows)
+        self.cache, rows, drawn = run_decode(self.compiler, self.lm.params, self.cache, rows)
         rows, drawn = jax.device_get((rows, drawn))
         self._rows = jax.tree.map(np.array, rows)
         took = time.perf_counter() - started - (self.compiler.seconds - compiled)

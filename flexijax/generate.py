@@ -119,9 +119,7 @@ def _run(
     engine: Engine, requests: list[Request], stream: Callable[[int, str], None] | None
 ) -> list[Generation]:
     waiting = deque(requests)
-    texts = {
-        r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests
-    }
+    texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
     done: dict[int, Generation] = {}
 
     def emit(index: int, piece: str) -> None:

@@ -224,7 +224,9 @@ class Flexi:
         return top_pages(scores, self.budget_pages)
 
 
-def make(config: CacheConfig, *, profile: HeadProfile | None, num_layers: int, dtype: str) -> Policy:
+def make(
+    config: CacheConfig, *, profile: HeadProfile | None, num_layers: int, dtype: str
+) -> Policy:
     """The policy that `config.mode` names; the only place that knows the names.
 
     dtype: of keys and values, which summaries follow unless the config says otherwise.

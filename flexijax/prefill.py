@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,50 +89,79 @@ def commit(
     blocks: jax.Array,
     length: jax.Array,
     queries: tuple[jax.Array, ...],
+    layer: Callable[..., tuple[LayerCache, LayerHost | None]] | None = None,
 ) -> Cache:
     """Moves a prompt from the workspace into row `row` of the cache (donated).
 
     blocks: int32[P], block of each page, used below ceil(length / page). length: int32[], tokens.
-    queries: per layer [1, K, G, H] of the last token; they rank the slotted heads' pages.
+    queries: per layer [1, K, G, H] of the last token; they rank the slotted heads' pages. layer:
+    runs `commit_layer`, by default inlined.
+    """
+    run = layer or functools.partial(commit_layer, program)
+    layers, hosts = [], []
+    for at, (held, host) in enumerate(zip(cache.layers, cache.host, strict=True)):
+        paged = jnp.asarray(program.layout.paged[at], jnp.int32)
+        slotted = jnp.asarray(program.layout.slotted(at), jnp.int32)
+        k, v = workspace.k[at], workspace.v[at]
+        held, host = run(held, host, k, v, row, blocks, length, queries[at], paged, slotted)
+        layers.append(held)
+        hosts.append(host)
+    counters = cache.counters
+    return Cache(
+        layers=tuple(layers),
+        host=tuple(hosts),
+        block_table=cache.block_table.at[row].set(blocks),
+        lengths=cache.lengths.at[row].set(length),
+        counters=dataclasses.replace(
+            counters,
+            reranks=counters.reranks.at[row].set(0),
+            promoted=counters.promoted.at[row].set(0),
+            offloaded=counters.offloaded.at[row].set(0),
+            kept=tuple(None if k is None else k.at[row].set(0.0) for k in counters.kept),
+        ),
+    )
+
+
+def commit_layer(
+    program: Program,
+    held: LayerCache,
+    host: LayerHost | None,
+    k: jax.Array,
+    v: jax.Array,
+    row: jax.Array,
+    blocks: jax.Array,
+    length: jax.Array,
+    queries: jax.Array,
+    paged: jax.Array,
+    slotted: jax.Array,
+) -> tuple[LayerCache, LayerHost | None]:
+    """One layer's share of `commit`; held and host are donated.
+
+    k [1, K, H, P, page], v [1, K, P, page, H]: the layer's workspace. paged int32[K_u], slotted
+    int32[K_s]: its heads of each kind, as arrays, so that layers with equal counts share a program.
     """
     layout = program.layout
     page = jnp.arange(layout.pages, dtype=jnp.int32)
     used = -(-length // layout.page_size)
-    table = jnp.where(page < used, blocks, layout.blocks)  # beyond: out of bounds, dropped
-    full = jnp.where(page < length // layout.page_size, blocks, -1)
-    layers, hosts, promoted = [], [], []
-    for layer in range(layout.shape.num_layers):
-        held = cache.layers[layer]
-        k, v = workspace.k[layer], workspace.v[layer]
-        if paged := layout.paged[layer]:
-            held = _commit_paged(program, held, k[0, jnp.asarray(paged)], v[0, jnp.asarray(paged)], table)
-        host = cache.host[layer]
-        if slotted := layout.slotted(layer):
-            at = jnp.asarray(slotted)
-            if host is None:
-                held = _commit_full(held, k[:, at], v[:, at], row)
-            else:
-                held, host, count = _commit_slotted(
-                    program, held, host, k[:, at], v[:, at], row, full, length, queries[layer][:, at]
-                )
-                promoted.append(count)
-        layers.append(held)
-        hosts.append(host)
-    counters = cache.counters
-    zero = jnp.zeros((), jnp.int32)
-    return Cache(
-        layers=tuple(layers),
-        host=tuple(hosts),
-        block_table=cache.block_table.at[row].set(jnp.where(page < layout.pages, blocks, 0)),
-        lengths=cache.lengths.at[row].set(length),
-        counters=dataclasses.replace(
-            counters,
-            reranks=counters.reranks.at[row].set(zero),
-            promoted=counters.promoted.at[row].set(zero),
-            offloaded=counters.offloaded.at[row].set(zero),
-            kept=tuple(None if k is None else k.at[row].set(0.0) for k in counters.kept),
-        ),
-    )
+    if paged.size:
+        table = jnp.where(page < used, blocks, layout.blocks)  # beyond: out of bounds, dropped
+        held = _commit_paged(program, held, k[0, paged], v[0, paged], table)
+    if slotted.size and host is None:
+        held = _commit_full(held, k[:, slotted], v[:, slotted], row)
+    elif slotted.size and host is not None:
+        full = jnp.where(page < length // layout.page_size, blocks, -1)
+        held, host = _commit_slotted(
+            program,
+            held,
+            host,
+            k[:, slotted],
+            v[:, slotted],
+            row,
+            full,
+            length,
+            queries[:, slotted],
+        )
+    return held, host
 
 
 def _commit_paged(
@@ -172,7 +203,7 @@ def _commit_slotted(
     full: jax.Array,
     length: jax.Array,
     queries: jax.Array,
-) -> tuple[LayerCache, LayerHost, jax.Array]:
+) -> tuple[LayerCache, LayerHost]:
     """Full pages to the host, the chosen ones and the newest straight into the slots.
 
     k [1, K_s, H, P, page], v [1, K_s, P, page, H]; full int32[P], block of each full page or -1.
@@ -198,9 +229,7 @@ def _commit_slotted(
     )
     chosen = program.policy.plan(forced(scores, length[None], page_size=layout.page_size))
     empty = jnp.full((1, heads, layout.slots), -1, jnp.int32)
-    plan = plan_rerank(
-        chosen, empty, length[None], pages=layout.pages, page_size=layout.page_size
-    )
+    plan = plan_rerank(chosen, empty, length[None], pages=layout.pages, page_size=layout.page_size)
     source = jnp.maximum(plan.slot_page, 0)
     slot_k = jnp.take_along_axis(k, source[:, :, None, :, None], axis=3)
     slot_v = jnp.take_along_axis(v, source[:, :, :, None, None], axis=2)
@@ -211,7 +240,7 @@ def _commit_slotted(
         slot_page=lax.dynamic_update_slice_in_dim(held.slot_page, plan.slot_page, row, axis=0),
         slotted_summaries=summaries,
     )
-    return held, host, plan.promoted
+    return held, host
 
 
 def _scatter(pools: Any, at: jax.Array, rows: Any) -> Any:

@@ -68,9 +68,7 @@ def plan_rerank(
     )
 
 
-def filled_pages(
-    before: jax.Array, after: jax.Array, *, page_size: int, count: int
-) -> jax.Array:
+def filled_pages(before: jax.Array, after: jax.Array, *, page_size: int, count: int) -> jax.Array:
     """int32[B, count]: the pages that filled up while lengths int32[B] grew, -1 for none."""
     page = before[:, None] // page_size + jnp.arange(count, dtype=jnp.int32)[None]
     return jnp.where(page < after[:, None] // page_size, page, -1)
