@@ -5,6 +5,7 @@ import pytest
 
 import flexijax
 from examples import own_decoder
+from flexijax.config import MODES
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def dense(lm, prompt) -> list[int]:
     return own_decoder.greedy_densely(lm, prompt, 40)
 
 
-@pytest.mark.parametrize("mode", flexijax.config.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_tokens_equal_the_models_own_attention(mode, lm, prompt, profile, dense):
     cache = flexijax.CacheConfig(mode=mode, page_size=8, budget_tokens=256, rerank_interval=8)
     out = flexijax.generate(lm, [prompt], max_new_tokens=40, cache=cache, profile=profile)
