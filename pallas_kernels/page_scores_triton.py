@@ -39,23 +39,25 @@ def flexijax_scores(
     in_group = column < GROUP
     query_row = ((request * heads + head) * GROUP + column) * WIDTH
     bound = tl.zeros([BLOCK, COLUMNS], tl.float32)
-    for index in tl.static_range(PARTS):
+    for index in range(PARTS):
         place = index * PART + tl.arange(0, PART)
         in_width = place < WIDTH
         q_mask = in_width[:, None] & in_group[None, :]
         q = tl.load(q_ptr + query_row[None, :] + place[:, None], mask=q_mask, other=0.0)
-        for side in tl.static_range(2):
-            mask = exists[:, None] & in_width[None, :]
-            row = (side_row + side)[:, None] * WIDTH + place[None, :]
-            values = tl.load(values_ptr + row, mask=mask, other=0).to(q.dtype)
-            zero = tl.zeros_like(q)
-            chosen = tl.maximum(q, zero) if side == 1 else tl.minimum(q, zero)
-            product = tl.dot(values, chosen, input_precision=PRECISION)
-            if QUANTIZED:
-                scale_place = (side_row + side) * PARTS + index
-                biased = tl.load(exponents_ptr + scale_place, mask=exists, other=0).to(tl.int32)
-                product = product * (biased << 23).to(tl.float32, bitcast=True)[:, None]
-            bound += product
+        zero = tl.zeros_like(q)
+        mask = exists[:, None] & in_width[None, :]
+        low_at = side_row[:, None] * WIDTH + place[None, :]
+        low = tl.load(values_ptr + low_at, mask=mask, other=0).to(q.dtype)
+        high = tl.load(values_ptr + low_at + WIDTH, mask=mask, other=0).to(q.dtype)
+        low = tl.dot(low, tl.minimum(q, zero), input_precision=PRECISION)
+        high = tl.dot(high, tl.maximum(q, zero), input_precision=PRECISION)
+        if QUANTIZED:
+            scale_at = exponents_ptr + side_row * PARTS + index
+            biased_low = tl.load(scale_at, mask=exists, other=0).to(tl.int32)
+            biased_high = tl.load(scale_at + PARTS, mask=exists, other=0).to(tl.int32)
+            low = low * (biased_low << 23).to(tl.float32, bitcast=True)[:, None]
+            high = high * (biased_high << 23).to(tl.float32, bitcast=True)[:, None]
+        bound += low + high
     bound = tl.where(in_group[None, :], bound, float("-inf"))
     score = tl.where(exists, tl.max(bound, 1), float("-inf"))
     tl.store(out_ptr + (request * heads + head) * PAGES + page, score, mask=page < PAGES)

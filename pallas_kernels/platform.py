@@ -1,5 +1,6 @@
 """What depends on the jax version or on the device; nothing else in the package asks for either."""
 
+import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,9 +141,8 @@ def triton_call(
     numbers: Mapping[str, Any],
 ) -> Any:
     """A Triton kernel launched through jax-triton; `numbers` are its compile-time arguments."""
-    import jax_triton
-
-    return jax_triton.triton_call(
+    # An optional dependency, imported when first used.
+    return importlib.import_module("jax_triton").triton_call(
         *arrays,
         kernel=kernel,
         out_shape=out_shape,

@@ -55,7 +55,7 @@ def flexijax_decode(
         if SLOTS:
             stored = owner * PAGES + index
             # One condition a block, so that loads along the tokens stay 128 bits wide.
-            needed = token < tl.where(tl.max(count, 0) > 0, PAGES * PAGE, 0)
+            needed = token < tl.where(tl.sum(count, 0) != 0, PAGES * PAGE, 0)
             channel = (owner.to(tl.int64) * WIDTH + column)[:, None] * (PAGES * PAGE)
             k_mask = in_width[:, None] & needed[None, :]
             k = tl.load(k_ptr + channel + token[None, :], mask=k_mask, other=0.0)
