@@ -27,7 +27,12 @@ from flexijax.pallas_kernels.targets import Target
 # Without it the CUDA plugin refuses to load where there is no driver; jax looks when it first
 # touches a device.
 _NO_DRIVER = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
-_TRITON_CALLS = ("__gpu$xla.gpu.triton", "triton_kernel_call")
+_UNSTABLE_CALLS = (
+    "__gpu$xla.gpu.triton",
+    "triton_kernel_call",
+    "__cudnn$fmhaSoftmax",
+    "__cudnn$fmhaScaleBiasSoftmax",
+)
 _COPY = re.compile(r"= \(?(\w+)\[([\d,]*)\][^=\n]*? copy(?:-start)?\(")
 _ALIASED = re.compile(r"\(\s*(\d+), \{\}, (?:may|must)-alias\)")
 _CALL_TARGET = re.compile(r'custom_call_target="([^"]+)"')
@@ -130,7 +135,7 @@ def compile_for(
         return function(*args)
 
     jitted = jax.jit(traced_anew, donate_argnums=donate_argnums, keep_unused=True, **options)
-    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _TRITON_CALLS]
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in _UNSTABLE_CALLS]
     started = time.perf_counter()
     major, minor = target.compute_capability
     with (

@@ -1,8 +1,16 @@
 """Causal attention of a chunk of queries over a dense workspace, for prefill."""
 
+import functools
+import math
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+_Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+
+from flexijax.pallas_kernels import prefill_cudnn
 
 # Keys in one block. Blocks past the diagonal are skipped, so smaller ones waste less there; larger
 # ones rescale less often.
@@ -25,38 +33,47 @@ def prefill_attention(
     Args:
       q: float[T, K, G, H]; k: float[K, H, S], channels before tokens; v: float[K, S, H].
       start: int32[], tokens before the chunk; keys at start .. start + T - 1 are the chunk's own.
-      scale: factor of the logits. implementation: as elsewhere; one serves all so far.
+      scale: factor of the logits. implementation: None takes cuDNN where it fits, else XLA.
     Returns:
       [T, K, G, H] in the dtype of q, accumulated in float32.
     """
+    if implementation != "xla" and prefill_cudnn.fits(q):
+        return prefill_cudnn.prefill_attention(q, k, v, start, scale=scale)
     tokens, heads, group, width = q.shape
     size = k.shape[2]
-    block = min(BLOCK, size)
-    rows = q.transpose(1, 2, 0, 3).reshape(heads, group * tokens, width) * scale
+    block = math.gcd(BLOCK, size)
+    rows = q.transpose(1, 2, 0, 3).reshape(heads, group * tokens, width)
     position = start + jnp.tile(jnp.arange(tokens), group)  # [G * T]
 
-    def body(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        highest, total, out = carry
-        # The last block of a workspace that is no multiple of it is read again from further left.
-        first = jnp.minimum(i * block, size - block)
-        keys = lax.dynamic_slice(k, (0, 0, first), (heads, width, block))
-        values = lax.dynamic_slice(v, (0, first, 0), (heads, block, width))
-        scores = jnp.einsum("KTH,KHS->KTS", rows, keys, preferred_element_type=jnp.float32)
-        key = first + jnp.arange(block)
-        seen = (key[None, :] <= position[:, None]) & (key >= i * block)[None, :]
-        scores = jnp.where(seen[None], scores, -jnp.inf)
-        new = jnp.maximum(highest, scores.max(-1))
-        keep = jnp.exp(highest - new)
-        weights = jnp.exp(scores - new[..., None])
-        product = jnp.einsum(
-            "KTS,KSH->KTH", weights.astype(v.dtype), values, preferred_element_type=jnp.float32
-        )
-        return new, total * keep + weights.sum(-1), out * keep[..., None] + product
+    def head(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        queries, keys, values = inputs  # [G * T, H], [H, S], [S, H]
+        queries = queries * jnp.asarray(scale, queries.dtype)
 
-    blocks = (start + tokens + block - 1) // block
-    shape = (heads, group * tokens)
-    highest = jnp.full(shape, jnp.finfo(jnp.float32).min)
-    carry = (highest, jnp.zeros(shape), jnp.zeros((*shape, width)))
-    _, total, out = lax.fori_loop(0, blocks, body, carry)
-    out = (out / total[..., None]).reshape(heads, group, tokens, width)
+        def attend(i: jax.Array, carry: _Carry, *, masked: bool) -> _Carry:
+            highest, total, out = carry
+            k_block = lax.dynamic_slice_in_dim(keys, i * block, block, axis=1)
+            v_block = lax.dynamic_slice_in_dim(values, i * block, block, axis=0)
+            scores = jnp.matmul(queries, k_block, preferred_element_type=jnp.float32)
+            if masked:
+                seen = (i * block + jnp.arange(block))[None] <= position[:, None]
+                scores = jnp.where(seen, scores, -jnp.inf)
+            new = jnp.maximum(highest, scores.max(-1))
+            keep = jnp.exp(highest - new)
+            weights = jnp.exp(scores - new[:, None])
+            product = jnp.matmul(
+                weights.astype(values.dtype), v_block, preferred_element_type=jnp.float32
+            )
+            return new, total * keep + weights.sum(-1), out * keep[:, None] + product
+
+        lowest = jnp.full((group * tokens,), jnp.finfo(jnp.float32).min)
+        carry = (lowest, jnp.zeros_like(lowest), jnp.zeros((group * tokens, width)))
+        # Blocks that lie wholly before the chunk need no mask.
+        before, end = start // block, (start + tokens + block - 1) // block
+        carry = lax.fori_loop(0, before, functools.partial(attend, masked=False), carry)
+        carry = lax.fori_loop(before, end, functools.partial(attend, masked=True), carry)
+        return carry[2] / carry[1][:, None]
+
+    # One head at a time: XLA's CPU compiler runs two-dimensional products a third faster than
+    # batched ones, and the tile of scores stays in the cache.
+    out = lax.map(head, (rows, k, v)).reshape(heads, group, tokens, width)
     return out.transpose(2, 0, 1, 3).astype(q.dtype)

@@ -27,6 +27,7 @@ FLOORS = {
         pallas_kernels/page_moves.py
         pallas_kernels/page_scores_triton.py
         pallas_kernels/sparse_decode_triton.py
+        pallas_kernels/prefill_cudnn.py
         pallas_kernels/prefill.py
         pallas_kernels/dispatch.py
         pallas_kernels/targets.py

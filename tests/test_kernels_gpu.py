@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexijax.pallas_kernels import aot, dispatch, platform
+from flexijax.pallas_kernels import aot, dispatch, platform, prefill_cudnn
+from flexijax.pallas_kernels.prefill import prefill_attention
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, group_size
 from flexijax.pallas_kernels.targets import target, targets
 
@@ -134,6 +135,19 @@ def test_moves_are_zero_copy(width, gpu):
         for kernel in report.kernels:
             assert kernel.spill_bytes == 0
             assert not kernel.instructions or kernel.wide_loads > 0
+
+
+@needs_compiler
+def test_prefill_takes_cudnn_where_it_is():
+    q, k, v = shape(256, 2, 4, 128), shape(2, 128, 1024), shape(2, 1024, 128)
+    with platform.compiling_for("gpu"):
+        there = prefill_cudnn.fits(jnp.zeros((1, 128), jnp.bfloat16))
+    report = aot.compile_for(
+        functools.partial(prefill_attention, scale=0.1),
+        (q, k, v, integers()),
+        target=target("h100"),
+    )
+    assert ("cudnn" in report.hlo) == there
 
 
 def test_counting_in_the_program_text():
