@@ -1,0 +1,291 @@
+"""The cache against a plain NumPy model of it, under random admissions, finishes and reranks.
+
+The model keeps every request's keys and values densely, each request for itself, and follows the
+written rules with loops and sets; so it also says that no request disturbs another (law 6). Keys,
+values and queries are small whole numbers, so scores are exact and the choice of pages is too.
+"""
+
+import dataclasses
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from flexijax.cache import CacheLayout
+from flexijax.engine import Engine, Request
+from flexijax.models.config import AttentionShape
+from flexijax.models.language_model import LanguageModel
+from flexijax.policy import Flexi, MinMax
+from flexijax.prefill import Program
+from flexijax.sampling import Sampling
+
+LAYERS, KV_HEADS, GROUP, WIDTH, VOCAB = 2, 2, 2, 8, 13
+# R is no multiple of the page, so that one page or two fill up between reranks.
+PAGE, BUDGET, STEPS, PAGES, ROWS, BLOCKS = 4, 3, 6, 20, 2, 26
+SHAPE = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, WIDTH, 0.05)
+UNSTABLE = ((1,), ())
+
+
+@dataclasses.dataclass(frozen=True)
+class TableDecoder:
+    """Queries, keys and values are looked up by token and position; logits by what is attended."""
+
+    def hidden(self, params, tokens, positions, attend, state):
+        x = 0.0
+        for layer in range(LAYERS):
+            q, k, v = (
+                params[name][0][layer][tokens] + params[name][1][layer][positions] for name in "qkv"
+            )
+            out, state = attend(layer, q, k, v, state)
+            x = x + out.reshape(*tokens.shape, -1)
+        return x, state
+
+    def logits(self, params, x):
+        return x @ params["head"]
+
+
+def tables():
+    rng = np.random.default_rng(5)
+
+    def pair(heads):
+        return tuple(
+            rng.integers(-3, 4, (LAYERS, count, heads, WIDTH)).astype(np.float32)
+            for count in (VOCAB, PAGES * PAGE)
+        )
+
+    q, k, v = pair(KV_HEADS * GROUP), pair(KV_HEADS), pair(KV_HEADS)
+    head = rng.normal(size=(KV_HEADS * GROUP * WIDTH, VOCAB)).astype(np.float32)
+    return {"q": q, "k": k, "v": v, "head": head}
+
+
+TABLES = tables()
+
+
+def at(name, layer, token, position):
+    """The query, key or value of one token: [heads, H]."""
+    return TABLES[name][0][layer][token] + TABLES[name][1][layer][position]
+
+
+def ceil_pages(length):
+    return -(-length // PAGE)
+
+
+class Model:
+    """One request. slots: per layer and stable head, the page in each slot or -1."""
+
+    def __init__(self, prompt):
+        self.tokens = list(prompt)  # held by the cache
+        self.slots, self.overlap = {}, {}
+        self.reranks = self.promoted = self.offloaded = 0
+        for layer in range(LAYERS):
+            for head in set(range(KV_HEADS)) - set(UNSTABLE[layer]):
+                pages = min(PAGES, BUDGET + ceil_pages(STEPS))
+                self.slots[layer, head] = self._assigned(layer, head, [-1] * pages)[0]
+                self.overlap[layer, head] = 0.0
+
+    def dense(self, name, layer, head):
+        return np.stack([at(name, layer, t, p)[head] for p, t in enumerate(self.tokens)])
+
+    def best(self, layer, head):
+        """The budget's best pages for the last token's queries: a set."""
+        length, count = len(self.tokens), ceil_pages(len(self.tokens))
+        queries = at("q", layer, self.tokens[-1], length - 1)[head * GROUP : (head + 1) * GROUP]
+        keys, scores = self.dense("k", layer, head), {}
+        for page in range(count):
+            part = keys[page * PAGE : (page + 1) * PAGE]
+            low, high = part.min(0), part.max(0)
+            scores[page] = max(np.maximum(q * low, q * high).sum() for q in queries)
+        scores[0] = scores[count - 1] = np.inf
+        return set(sorted(scores, key=lambda page: (-scores[page], page))[:BUDGET])
+
+    def read(self, layer, head):
+        """The pages that a step attends."""
+        if head in UNSTABLE[layer]:
+            return self.best(layer, head)
+        return {
+            page for page in self.slots[layer, head] if 0 <= page < ceil_pages(len(self.tokens))
+        }
+
+    def logits(self, *, everything=False):
+        """Of the token that follows, float64[V]; everything: dense, as while reading a prompt."""
+        x, length = 0.0, len(self.tokens)
+        for layer in range(LAYERS):
+            outs = []
+            for n in range(KV_HEADS * GROUP):
+                head = n // GROUP
+                pages = range(ceil_pages(length)) if everything else self.read(layer, head)
+                seen = [t for t in range(length) if t // PAGE in pages]
+                q = at("q", layer, self.tokens[-1], length - 1)[n].astype(np.float64)
+                scores = self.dense("k", layer, head)[seen] @ q * SHAPE.scale
+                weights = np.exp(scores - scores.max())
+                outs.append(weights @ self.dense("v", layer, head)[seen] / weights.sum())
+            x = x + np.concatenate(outs)
+        return x @ TABLES["head"].astype(np.float64)
+
+    def rerank(self):
+        self.reranks += 1
+        length = len(self.tokens)
+        self.offloaded += len(self.slots) * (length // PAGE - (length - STEPS) // PAGE)
+        for key, slots in self.slots.items():
+            self.slots[key], promoted, overlap = self._assigned(*key, slots)
+            self.promoted += promoted
+            self.overlap[key] += overlap
+
+    def _assigned(self, layer, head, slots):
+        """(slots afterwards, pages that came, share that was there) of one head."""
+        begun, best = ceil_pages(len(self.tokens)), self.best(layer, head)
+        resident = {page for page in slots if 0 <= page < begun}
+        after = [page if page in best else -1 for page in slots]
+        coming = sorted(best - resident) + list(range(begun, PAGES))
+        for slot, page in enumerate(after):
+            if page < 0 and coming:
+                after[slot] = coming.pop(0)
+        return after, len(best - resident), len(best & resident) / len(best)
+
+
+def assert_same(engine, running, model):
+    """Laws 2 and 3 for one request: both tiers, summaries, slots and counters."""
+    cache, row, layout = jax.device_get(engine.cache), running.row, engine.program.layout
+    length, table = len(model.tokens), running.blocks
+    assert cache.lengths[row] == length
+    assert cache.block_table[row, : len(table)].tolist() == table
+    for layer, (held, host) in enumerate(zip(cache.layers, cache.host, strict=True)):
+        for i, head in enumerate(layout.slotted(layer)):
+            k, v = model.dense("k", layer, head), model.dense("v", layer, head)
+            slots = model.slots[layer, head]
+            assert held.slot_page[row, i].tolist() == slots
+            readable = set()
+            for slot, page in enumerate(slots):
+                if 0 <= page < ceil_pages(length):
+                    part = slice(page * PAGE, min((page + 1) * PAGE, length))
+                    count = part.stop - part.start
+                    np.testing.assert_array_equal(held.slots_k[row, i, :, slot, :count].T, k[part])
+                    np.testing.assert_array_equal(held.slots_v[row, i, slot, :count], v[part])
+                    readable.add(page)
+            for page in range(length // PAGE):
+                part = slice(page * PAGE, (page + 1) * PAGE)
+                np.testing.assert_array_equal(host.k[table[page], i], k[part])
+                np.testing.assert_array_equal(host.v[table[page], i], v[part])
+                bounds = [k[part].min(0), k[part].max(0)]
+                np.testing.assert_array_equal(held.slotted_summaries[table[page], i], bounds)
+                readable.add(page)
+            assert readable == set(range(ceil_pages(length)))
+        for i, head in enumerate(layout.paged[layer]):
+            k, v = model.dense("k", layer, head), model.dense("v", layer, head)
+            for page in range(ceil_pages(length)):
+                part = slice(page * PAGE, min((page + 1) * PAGE, length))
+                count = part.stop - part.start
+                np.testing.assert_array_equal(held.pages_k[table[page], i, :count], k[part])
+                np.testing.assert_array_equal(held.pages_v[table[page], i, :count], v[part])
+                if count == PAGE:
+                    bounds = [k[part].min(0), k[part].max(0)]
+                    np.testing.assert_array_equal(held.paged_summaries[table[page], i], bounds)
+    reranks, promoted, offloaded, kept = engine.counters(running)
+    assert (reranks, promoted, offloaded) == (model.reranks, model.promoted, model.offloaded)
+    for layer, head, total in kept:
+        assert total == pytest.approx(model.overlap[layer, head], abs=1e-5)
+
+
+def assert_drawn(running, drawn, logits):
+    """That token number `drawn` of the request is a most likely one, with its log-probability."""
+    token, logprob = running.tokens[drawn], running.logprobs[drawn]
+    assert logits[token] >= logits.max() - 1e-4
+    expected = logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    assert logprob == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def make_engine():
+    score = MinMax("float32")
+    policy = Flexi(score, UNSTABLE, BUDGET, ceil_pages(STEPS))
+    layout = CacheLayout(
+        shape=SHAPE,
+        paged=UNSTABLE,
+        rows=ROWS,
+        blocks=BLOCKS,
+        pages=PAGES,
+        slots=policy.slots(PAGES),
+        page_size=PAGE,
+        offloads=True,
+        dtype="float32",
+    )
+    lm = LanguageModel(
+        name="tables",
+        decoder=TableDecoder(),
+        params=jax.tree.map(jnp.asarray, TABLES),
+        attention=SHAPE,
+        vocab_size=VOCAB,
+        max_context=PAGES * PAGE,
+        dtype=jnp.dtype("float32"),
+        tokenizer=None,
+        fingerprint="tables",
+    )
+    program = Program(lm.decoder, layout, policy, STEPS, None, None)
+    return lambda: Engine(lm, program, progress=None)
+
+
+ADMIT = st.tuples(
+    st.just("admit"),
+    st.integers(1, 45),  # prompt tokens
+    st.integers(1, 30),  # most new tokens
+    st.booleans(),  # whether a token stops it
+    st.integers(0, 9999),  # seed of the prompt
+)
+ACTIONS = st.lists(
+    st.one_of(ADMIT, ADMIT, st.tuples(st.just("finish"), st.integers(0, 1))),
+    min_size=2,
+    max_size=5,
+)
+
+
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@hypothesis.given(actions=ACTIONS, steps=st.integers(1, 3))
+def test_cache_is_what_the_plain_model_says(make_engine, actions, steps):
+    """After every action `steps` chunks run, so requests come and go at all stages of others."""
+    engine, models = make_engine(), {}
+
+    def end(running):
+        del models[running.request.index]
+        engine.release(running)
+
+    for index, (action, *values) in enumerate(actions):
+        if action == "finish":
+            for running in list(engine.running.values())[values[0] :][:1]:
+                engine.stop(running)
+                end(running)
+        else:
+            length, most, stops, seed = values
+            request = Request(
+                index=index,
+                tokens=tuple(np.random.default_rng(seed).integers(0, VOCAB, length).tolist()),
+                max_new_tokens=most,
+                sampling=Sampling(),
+                seed=0,
+                stop_ids=(3, 7) if stops else (),
+            )
+            if engine.can_admit(request):
+                running = engine.admit(request, "")
+                models[index] = Model(request.tokens)
+                assert_drawn(running, 0, models[index].logits(everything=True))
+                if not running.active:
+                    end(running)
+        for chunk in range(steps + 1):
+            for running in list(engine.running.values()):
+                assert_same(engine, running, models[running.request.index])
+            if chunk == steps or not engine.running:
+                break
+            before = {row: len(running.tokens) for row, running in engine.running.items()}
+            for running in engine.step():
+                model, first = models[running.request.index], before[running.row]
+                assert len(running.tokens) - first == STEPS or not running.active
+                for drawn in range(first, len(running.tokens)):
+                    model.tokens.append(running.tokens[drawn - 1])
+                    assert_drawn(running, drawn, model.logits())
+                if running.active:
+                    model.rerank()
+                else:
+                    end(running)
+    assert all(running.active for running in engine.running.values())
