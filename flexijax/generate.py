@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -50,7 +52,9 @@ def generate(
     cache = cache or CacheConfig()
     single = isinstance(prompts, str)
     requests = _requests(lm, [prompts] if single else prompts, max_new_tokens, sampling, seed)
-    if max_batch is not None and (isinstance(max_batch, bool) or max_batch < 1):
+    if max_batch is not None and (
+        isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1
+    ):
         raise ValueError(f"max_batch={max_batch!r} must be None or a positive integer")
     if not requests:
         return []
@@ -243,7 +247,12 @@ def _tokens(lm: LanguageModel, prompt: str | Sequence[int], index: int) -> tuple
             raise ValueError(f"prompts[{index}] is text, but {lm.name} has no tokenizer: pass ids")
         tokens = tuple(lm.tokenizer.encode(prompt)) if prompt else ()
     else:
-        tokens = tuple(int(token) for token in prompt)
+        try:
+            tokens = tuple(operator.index(token) for token in prompt)
+        except TypeError:
+            raise ValueError(
+                f"prompts[{index}]={reprlib.repr(prompt)} must be a text or a list of token ids"
+            ) from None
     if not tokens:
         raise ValueError(f"prompts[{index}] is empty: a prompt needs at least one token")
     outside = next((t for t in tokens if not 0 <= t < lm.vocab_size), None)

@@ -22,7 +22,7 @@ from flexijax.tiers import offload
 
 # Tokens in a chunk: enough for the matrix products to run at full rate, few enough for a progress
 # bar that moves and for short prompts not to wait.
-CHUNK = 512
+CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
