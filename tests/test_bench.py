@@ -94,6 +94,32 @@ def test_wrong_tokens_show_no_number(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "x").exists()
 
 
+class MeasuringBench(Bench):
+    """Every system takes one millisecond more than the one before it."""
+
+    def run(self, cell, *, steps=None):
+        found = row(cell.system, ms=1.0 + decode.SYSTEMS.index(cell.system), batch=cell.batch)
+        return {**found, "tokens": [[1]]}
+
+
+def test_rows_ratios_and_environment_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(decode, "in_fresh_process", lambda *_, **__: {"tokens": list(range(2000))})
+    monkeypatch.setattr(decode, "Bench", MeasuringBench)
+    path = tmp_path / "rows.json"
+    sizes = ["--contexts", "64", "--batches", "1", "4", "--rounds", "2"]
+    assert decode.main([*sizes, "--json", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert len(content["rows"]) == 2 * len(decode.SYSTEMS)
+    assert {one["rounds"] for one in content["rows"]} == {2}
+    assert {"system", "context", "batch", "prefill_s", "decode_ms", "peak_bytes"} <= set(
+        content["rows"][0]
+    )
+    ratios = {one["ratio"]: one["value"] for one in content["ratios"] if one["batch"] == 4}
+    assert ratios["decode_ms: transformers / flexi"] == 4.0
+    assert content["environment"]["threads"] == 2
+    assert "decode_ms: transformers / flexi" in capsys.readouterr().out
+
+
 def test_requests_begin_in_different_places(tmp_path, monkeypatch):
     seen = {}
 
