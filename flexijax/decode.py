@@ -174,6 +174,9 @@ def rerank(
     run = layer or functools.partial(rerank_layer, program)
     counters = cache.counters
     tally = (counters.promoted, counters.offloaded)
+    reranks = counters.reranks
+    if program.layout.offloads:
+        reranks = reranks + active.astype(jnp.int32)
     new_layers, hosts, kept = [], [], []
     for held, host, overlap, q in zip(layers, cache.host, counters.kept, queries, strict=True):
         if host is not None:
@@ -188,7 +191,7 @@ def rerank(
         host=tuple(hosts),
         block_table=cache.block_table,
         lengths=lengths,
-        counters=Counters(counters.reranks + active.astype(jnp.int32), *tally, tuple(kept)),
+        counters=Counters(reranks, *tally, tuple(kept)),
     )
 
 
