@@ -11,6 +11,7 @@ import pytest
 import flexijax
 from flexijax import cache as kv
 from flexijax.compiled import Compiler, num_compiled, run_commit, run_forced
+from flexijax.config import MODES
 from flexijax.decode import decode_chunk
 from flexijax.engine import Engine, Request
 from flexijax.generate import make_program
@@ -68,7 +69,7 @@ def dense(lm):
     return prompt, text[0, len(prompt) :].tolist(), logits
 
 
-@pytest.mark.parametrize("mode", flexijax.config.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_with_budget_for_all_tokens_and_logits_are_the_dense_models(mode, lm, profile, dense):
     prompt, tokens, logits = dense
     roomy = flexijax.CacheConfig(mode=mode, page_size=PAGE, budget_tokens=96, rerank_interval=STEPS)
@@ -196,6 +197,7 @@ def test_pages_stay_readable_and_only_promoted_ones_move(lm, profile, dense_keys
         engine.step()
         if not all(running.active for running in requests):
             break
+        after = before
         for running in requests:
             text = [*running.request.tokens, *running.tokens]
             after = assert_every_page_is_readable(engine, running, dense_keys(text[:-1]))
