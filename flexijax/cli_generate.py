@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from flexijax.agreement import agreeing_tokens
 from flexijax.config import DTYPES, IMPLEMENTATIONS, MODES, SUMMARY_DTYPES, TRANSFERS, CacheConfig
 from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
@@ -148,10 +149,16 @@ def run(args: argparse.Namespace) -> int:
     results = {args.mode: answer(cache, show)}
     flush()
     print(flush=True)
+    chosen = None
     if args.compare_full and args.mode != "full":
         results["full"] = answer(replace(cache, mode="full"), None)
+        if args.temperature == 0 and lm.tokenizer is not None:
+            asked, told = lm.tokenizer.encode(prompt), results["full"].token_ids
+            chosen = agreeing_tokens(
+                lm, asked, told, cache=cache, profile=profile, progress=progress
+            )
     if not args.quiet:
-        print("\n" + table(report(results)))
+        print("\n" + table(report(results, chosen=chosen)))
     if args.json is not None:
         content = {
             "model": lm.name,
@@ -161,6 +168,7 @@ def run(args: argparse.Namespace) -> int:
             "environment": environment(),
             **vars(results.pop(args.mode)),
             **results,
+            **({} if chosen is None else {"full_tokens_chosen": chosen}),
         }
         write_json(args.json, content)
     return 0
@@ -174,8 +182,11 @@ def chat_prompt(lm: LanguageModel, text: str, *, system: str | None) -> str:
     return lm.tokenizer.chat([*first, {"role": "user", "content": text}])
 
 
-def report(results: dict[str, Generation]) -> list[list[str]]:
-    """The closing table: a column for each mode, and what they agree on where there are two."""
+def report(results: dict[str, Generation], *, chosen: int | None = None) -> list[list[str]]:
+    """The closing table: a column for each mode, and what they agree on where there are two.
+
+    chosen: how many of the second answer's tokens the first mode would have chosen as well.
+    """
     columns = [(mode, made, made.metrics) for mode, made in results.items()]
     rows = [
         ["", *(f"mode {mode}" for mode, *_ in columns)],
@@ -196,10 +207,11 @@ def report(results: dict[str, Generation]) -> list[list[str]]:
     ]
     if len(columns) == 2:
         (_, one, _), (_, other, _) = columns
-        same = [a == b for a, b in zip(one.token_ids, other.token_ids, strict=False)]
-        prefix = next((at for at, equal in enumerate(same) if not equal), len(same))
-        rows.append(["tokens that agree", f"{sum(same)} of {len(same)}", ""])
-        rows.append(["equal from the start", f"{prefix}", ""])
+        pairs = list(zip(one.token_ids, other.token_ids, strict=False))
+        same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        rows.append(["tokens equal from the start", f"{same} of {len(pairs)}", ""])
+        if chosen is not None:
+            rows.append(["tokens of full that agree", f"{chosen} of {len(other.token_ids)}", ""])
     return rows
 
 

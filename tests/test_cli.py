@@ -52,6 +52,9 @@ class Model:
     def tokenizer(self) -> "Model":
         return self
 
+    def encode(self, text: str) -> list[int]:
+        return [len(text)]
+
     def chat(self, messages: list[dict]) -> str:
         return "|".join(f"{message['role']}:{message['content']}" for message in messages)
 
@@ -80,6 +83,7 @@ def model(monkeypatch) -> Model:
     monkeypatch.setenv("FLEXIJAX_CACHE_DIR", "")
     monkeypatch.setattr(cli_generate, "load", lambda source, *, dtype, progress: model)
     monkeypatch.setattr(cli_generate, "generate", model.generate)
+    monkeypatch.setattr(cli_generate, "agreeing_tokens", lambda *_, **__: 2)
     return model
 
 
@@ -136,10 +140,12 @@ def test_comparison_with_full(model, capsys, tmp_path):
     assert run("--prompt", "Hi", "--compare-full", "--json", str(file)) == 0
     rows = capsys.readouterr().out
     assert "mode flexi" in rows and "mode full" in rows
-    assert "2 of 3" in rows
+    assert "tokens equal from the start      2 of 3" in rows
+    assert "tokens of full that agree        2 of 3" in rows
     assert [call["cache"].mode for call in model.calls] == ["flexi", "full"]
     written = json.loads(file.read_text())
     assert (written["token_ids"], written["full"]["token_ids"]) == ([5, 6, 7], [5, 6, 9])
+    assert written["full_tokens_chosen"] == 2
 
 
 def test_prompts_from_files_and_standard_input(model, tmp_path, monkeypatch, capsys):

@@ -69,6 +69,7 @@ FLOORS = {
         flexijax/compiled.py
         flexijax/engine.py
         flexijax/generate.py
+        flexijax/agreement.py
         flexijax/compile_report.py
         profiles/documents.py
         profiles/stability.py
@@ -81,6 +82,7 @@ FLOORS = {
         flexijax/terminal.py
         flexijax/cli_generate.py
         flexijax/cli_profile.py
+        flexijax/cli_compile_report.py
         flexijax/cli.py
         flexijax/demo.py
         flexijax/server.py

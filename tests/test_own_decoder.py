@@ -5,7 +5,8 @@ import pytest
 
 import flexijax
 from examples import own_decoder
-from flexijax.config import MODES
+from flexijax.agreement import agreeing_tokens
+from flexijax.config import MODES, CacheConfig
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,21 @@ def dense(lm, prompt) -> list[int]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_tokens_equal_the_models_own_attention(mode, lm, prompt, profile, dense):
-    cache = flexijax.CacheConfig(mode=mode, page_size=8, budget_tokens=256, rerank_interval=8)
+    cache = CacheConfig(mode=mode, page_size=8, budget_tokens=256, rerank_interval=8)
     out = flexijax.generate(lm, [prompt], max_new_tokens=40, cache=cache, profile=profile)
     assert list(out[0].token_ids) == dense
 
 
+def test_agreement_counts_choices_on_a_given_text(lm, prompt, profile, dense):
+    """All of its own choices, and none of tokens that it never chose."""
+    cache = CacheConfig(page_size=8, budget_tokens=256, rerank_interval=8)
+    assert agreeing_tokens(lm, prompt, dense[:19], cache=cache, profile=profile) == 19
+    other = [(token + 1) % own_decoder.VOCAB for token in dense[:1]]
+    assert agreeing_tokens(lm, prompt, other, cache=cache, profile=profile) == 0
+
+
 def test_a_small_budget_keeps_less_on_the_device(lm, prompt, profile):
-    cache = flexijax.CacheConfig(page_size=8, budget_tokens=32, rerank_interval=8)
+    cache = CacheConfig(page_size=8, budget_tokens=32, rerank_interval=8)
     out = flexijax.generate(lm, [prompt], max_new_tokens=40, cache=cache, profile=profile)[0]
     assert len(out.token_ids) == 40
     assert out.metrics.device_kv_bytes - out.metrics.summary_bytes < out.metrics.full_kv_bytes
