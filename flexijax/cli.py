@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from flexijax import cli_generate, cli_profile
+from flexijax import cli_compile_report, cli_generate, cli_profile
 from flexijax.terminal import one_line, use_compilation_cache
 
 # A subcommand is a module with NAME, HELP, add_arguments(parser) and run(args) -> exit code.
-SUBCOMMANDS = (cli_generate, cli_profile)
+SUBCOMMANDS = (cli_generate, cli_profile, cli_compile_report)
 
 
 class _Parser(argparse.ArgumentParser):

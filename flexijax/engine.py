@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,8 +66,7 @@ class Engine:
         self._workspace = new_workspace(layout)
         self._allocator = BlockAllocator(layout.blocks)
         self.running: dict[int, Running] = {}
-        greedy = [Sampling()] * layout.rows
-        self._rows = jax.tree.map(np.array, _rows(greedy, layout.rows))
+        self._rows = jax.tree.map(np.array, free_rows(layout.rows))
 
     def _summaries(self, heads: int) -> Any:
         layout, score = self.program.layout, self.program.policy.score
@@ -221,7 +220,8 @@ def _first_token(
     return sample(logits, rows, step_keys(seeds, jnp.zeros_like(rows.top_k)))
 
 
-def _rows(requests: Sequence[Sampling], count: int) -> Rows:
+def free_rows(count: int) -> Rows:
+    """Rows of a batch in which nothing runs."""
     return Rows(
         tokens=jnp.zeros(count, jnp.int32),
         active=jnp.zeros(count, bool),
@@ -229,5 +229,5 @@ def _rows(requests: Sequence[Sampling], count: int) -> Rows:
         drawn=jnp.zeros(count, jnp.int32),
         seeds=jnp.zeros(count, jnp.uint32),
         stop_ids=jnp.full((count, MAX_STOP_IDS), -1, jnp.int32),
-        sampling=SamplingRows.of(requests),
+        sampling=SamplingRows.of([Sampling()] * count),
     )

@@ -12,6 +12,7 @@ from flexijax.cache import CacheLayout
 from flexijax.config import CacheConfig
 from flexijax.engine import MAX_STOP_IDS, Engine, Progress, Request, Running
 from flexijax.memory import available_bytes, cache_bytes, request_bytes
+from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.policy import Policy, make
 from flexijax.prefill import Program
@@ -86,22 +87,10 @@ def make_program(
     dtype = cache.dtype or str(lm.dtype)
     found = _profile(lm, cache, profile)
     policy = make(cache, profile=found, num_layers=shape.num_layers, dtype=dtype)
-    paged = tuple(
-        policy.paged_heads(layer, shape.num_kv_heads) for layer in range(shape.num_layers)
-    )
-    pages = _bucket(-(-max_tokens // cache.page_size))
 
     def layout(rows: int) -> CacheLayout:
-        return CacheLayout(
-            shape=shape,
-            paged=paged,
-            rows=rows,
-            blocks=rows * pages,
-            pages=pages,
-            slots=policy.slots(pages),
-            page_size=cache.page_size,
-            offloads=policy.offloads,
-            dtype=dtype,
+        return make_layout(
+            policy, shape, page_size=cache.page_size, max_tokens=max_tokens, rows=rows, dtype=dtype
         )
 
     rows = 1 << (rows - 1).bit_length()
@@ -116,6 +105,32 @@ def make_program(
         rerank_interval=cache.rerank_interval,
         implementation=cache.implementation,
         transfer=cache.transfer,
+    )
+
+
+def make_layout(
+    policy: Policy,
+    shape: AttentionShape,
+    *,
+    page_size: int,
+    max_tokens: int,
+    rows: int,
+    dtype: str,
+) -> CacheLayout:
+    """The sizes of a cache for `rows` requests of up to max_tokens each, rounded up to buckets."""
+    pages = _bucket(-(-max_tokens // page_size))
+    return CacheLayout(
+        shape=shape,
+        paged=tuple(
+            policy.paged_heads(layer, shape.num_kv_heads) for layer in range(shape.num_layers)
+        ),
+        rows=rows,
+        blocks=rows * pages,
+        pages=pages,
+        slots=policy.slots(pages),
+        page_size=page_size,
+        offloads=policy.offloads,
+        dtype=dtype,
     )
 
 

@@ -111,6 +111,7 @@ def compile_for(
     target: Target,
     donate_argnums: tuple[int, ...] = (),
     out_shardings: Any = None,
+    kernels_named: str = "",
 ) -> CompiledReport:
     """Compiles `function` for `target` and reports on it.
 
@@ -119,6 +120,7 @@ def compile_for(
       shapes: one pytree of `jax.ShapeDtypeStruct` per argument; memory kinds are taken from
         shardings made by `platform.sharding` ("device" for a leaf that has none).
       donate_argnums, out_shardings: as in `jax.jit`; outputs in host memory must be named.
+      kernels_named: report only on kernels that have this in their name.
     Raises:
       RuntimeError: the `aot` extra is missing, or jax looked for devices before `prepare`.
     """
@@ -148,7 +150,7 @@ def compile_for(
     with tempfile.TemporaryDirectory() as folder:
         executable = _compile(lowered.mlir_module(), gpu, folder)
         compile_seconds = time.perf_counter() - started
-        kernels = disassembly.kernels(Path(folder), target=target)
+        kernels = disassembly.kernels(Path(folder), target=target, named=kernels_named)
     stats = executable.get_compiled_memory_stats()
     return CompiledReport(
         target=target,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flexijax.pallas_kernels.targets import Target
 
+_PTX_ENTRY = re.compile(r"\.entry (\w+)")
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -71,9 +72,11 @@ def tool(name: str) -> str | None:
     return shutil.which(name)
 
 
-def kernels(dump: Path, *, target: Target) -> tuple[KernelReport, ...]:
+def kernels(dump: Path, *, target: Target, named: str = "") -> tuple[KernelReport, ...]:
     """Reports on every kernel that XLA launched, from the folder given to `xla_dump_to`.
 
+    named: look only at kernels that have this in their name; assembling all of a model's takes
+    longer than compiling it.
     RuntimeError names the extra to install when there is no ptxas, or what ptxas complained of.
     """
     ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
@@ -82,10 +85,11 @@ def kernels(dump: Path, *, target: Target) -> tuple[KernelReport, ...]:
     launches: dict[str, tuple[int, ...]] = {}
     for path in dump.glob("*thunk_sequence.txt"):
         for name, *numbers in _LAUNCH.findall(path.read_text()):
-            launches[name] = tuple(map(int, numbers))
+            if named in name:
+                launches[name] = tuple(map(int, numbers))
     reports = []
     for ptx in sorted(dump.glob("*.ptx")):
-        if ptx.stat().st_size:
+        if any(entry in launches for entry in _PTX_ENTRY.findall(ptx.read_text())):
             reports += _assemble(ptx, launches, ptxas, nvdisasm, target)
     return tuple(reports)
 

@@ -1,0 +1,97 @@
+"""What a program for a GPU costs: counted from the layout, and compiled where the extra is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flexijax import cli, cli_compile_report
+from flexijax.compile_report import (
+    abstract_cache,
+    assumed_profile,
+    compile_report,
+    make_program,
+    shipped_profile,
+    step_bytes,
+)
+from flexijax.config import CacheConfig
+from flexijax.models import presets
+from flexijax.pallas_kernels.targets import target
+
+LLAMA = presets.config("llama-3.1-8b")
+
+
+def program(mode, *, summary_dtype=None, config=LLAMA):
+    cache = CacheConfig(mode=mode, summary_dtype=summary_dtype)
+    profile = shipped_profile("llama-3.1-8b", 64) if mode == "flexi" else None
+    return make_program(config, cache, profile=profile, context=32768, batch=16)
+
+
+@pytest.mark.parametrize("preset", presets.NAMES)
+def test_every_preset_has_a_profile_that_fits(preset):
+    config, cache = presets.config(preset), CacheConfig()
+    profile = shipped_profile(preset, 64)
+    assert (profile is None) == (preset == "qwen3-8b")
+    profile = profile or assumed_profile(config, cache)
+    profile.check(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
+    heads = config.num_layers * config.num_kv_heads
+    assert len(profile.unstable) == pytest.approx(heads / 4, abs=1)
+
+
+def test_an_assumed_profile_spreads_evenly():
+    profile = assumed_profile(dataclasses.replace(LLAMA, num_layers=4), CacheConfig())
+    assert {len(profile.unstable_heads(layer)) for layer in range(4)} == {2}
+
+
+def test_bytes_of_a_step_by_hand():
+    page, bound, rows = 8192, 512, 16  # bytes of a page, of its min and max, and requests
+    full = step_bytes(program("full"))
+    assert dataclasses.astuple(full) == (0, rows * 256 * 2048 * page, 0)
+    quest = step_bytes(program("quest"))
+    assert dataclasses.astuple(quest) == (rows * 256 * 64 * page, 0, rows * 256 * 2048 * bound)
+    flexi = step_bytes(program("flexi"))
+    assert flexi.pages == rows * 64 * 64 * page
+    assert flexi.slots == rows * 192 * 65 * page
+    assert flexi.scoring == rows * (64 + 192 / 16) * 2048 * bound
+    assert flexi.total <= full.total / 16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [(None, 0.33, 0.345), ("int8", 0.30, 0.31)], ids=["16", "8"]
+)
+def test_the_cache_lies_where_it_should(dtype, least, most):
+    found = program("flexi", summary_dtype=dtype)
+    cache = abstract_cache(found)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(cache.host)} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(cache.layers)} == {"device"}
+    full = 256 * found.layout.blocks * found.layout.page_bytes
+    held = [
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(cache.layers)
+        if leaf.dtype != jnp.int32
+    ]
+    assert least < sum(held) / full <= most
+
+
+def test_a_bad_size_is_refused_before_compiling():
+    for wrong in ({"context": 0}, {"batch": True}, {"context": 10**7}):
+        sizes = {"context": 4096, "batch": 1, **wrong}
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            compile_report(
+                LLAMA,
+                name="llama",
+                cache=CacheConfig(mode="quest"),
+                profile=None,
+                target=target("h100"),
+                **sizes,
+            )
+
+
+def test_without_the_extra_one_line_names_it(monkeypatch, capsys):
+    def missing():
+        raise RuntimeError("needs pip install 'flexijax[aot]'")
+
+    monkeypatch.setattr(cli_compile_report.aot, "prepare", missing)
+    assert cli.main(["compile-report", "--model", "llama-3.1-8b"]) == 2
+    assert "flexijax[aot]" in capsys.readouterr().err
