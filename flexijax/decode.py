@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,7 @@ def rerank(
     layers, lengths, queries: of `decode_steps`. active: bool[B]; rows that have ended take no part
     and keep what they hold until they are reused. layer: runs `rerank_layer`, by default inlined.
     """
-    run = layer or functools.partial(rerank_layer, program)
+    run = layer or cast(LayerProgram, functools.partial(rerank_layer, program))
     counters = cache.counters
     tally = (counters.promoted, counters.offloaded)
     reranks = counters.reranks
@@ -186,12 +186,13 @@ def rerank(
         new_layers.append(held)
         hosts.append(host)
         kept.append(overlap)
+    promoted, offloaded = tally
     return Cache(
         layers=tuple(new_layers),
         host=tuple(hosts),
         block_table=cache.block_table,
         lengths=lengths,
-        counters=Counters(reranks, *tally, tuple(kept)),
+        counters=Counters(reranks, promoted, offloaded, tuple(kept)),
     )
 
 

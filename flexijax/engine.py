@@ -182,7 +182,7 @@ class Engine:
         running.logprobs += drawn.logprobs[emitted, running.row].tolist()
         running.active = bool(self._rows.active[running.row])
         # A request that ends inside a chunk took its share of the chunk's steps.
-        running.decode_s += took * emitted.sum() / emitted.size
+        running.decode_s += took * float(emitted.sum()) / emitted.size
         return bool(emitted.any())
 
     def stop(self, running: Running) -> None:
