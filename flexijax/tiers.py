@@ -1,7 +1,7 @@
 """Moving pages between the tiers: `zero_copy` kernels on pinned memory, or `staged` copies.
 
 Both move exactly the pages that the plan names. Staged copies go page by page in a loop whose
-length is the number of pages, so nothing is padded; on a CPU that is as fast as the memory.
+length is the number of pages, so nothing is padded.
 """
 
 from __future__ import annotations
