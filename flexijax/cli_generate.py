@@ -12,6 +12,7 @@ from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.profiles import lookup
+from flexijax.profiles.choose import AUTO
 from flexijax.results import Generation
 from flexijax.sampling import Sampling
 from flexijax.terminal import (
@@ -58,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES)
     cache.add_argument("--implementation", choices=IMPLEMENTATIONS)
     cache.add_argument("--transfer", choices=TRANSFERS)
-    cache.add_argument("--profile", help="unstable heads: a shipped profile's name or a JSON file")
+    cache.add_argument(
+        "--profile",
+        help="unstable heads: a shipped profile's name, a JSON file, or auto: the shipped one of "
+        "the model, else measured on the prompt (default: the shipped one)",
+    )
     cache.add_argument(
         "--compare-full", action="store_true", help="run mode full as well and compare"
     )
@@ -101,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_writable(args.json)
     prompt = _prompt(args)
-    profile = None if args.profile is None else lookup.load(args.profile)
+    named = args.profile not in (None, AUTO)
+    profile = lookup.load(args.profile) if named else args.profile
 
     progress = Progress(quiet=args.quiet)
     loading = f"loading {args.model}"
@@ -149,6 +155,10 @@ def run(args: argparse.Namespace) -> int:
     results = {args.mode: answer(cache, show)}
     flush()
     print(flush=True)
+    # What was measured is not measured again.
+    profile = results[args.mode].profile or profile
+    if args.profile == AUTO and not args.quiet and (origin := results[args.mode].metrics.profile):
+        print(f"profile: {origin}", file=sys.stderr)
     chosen = None
     if args.compare_full and args.mode != "full":
         results["full"] = answer(replace(cache, mode="full"), None)
@@ -160,13 +170,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print("\n" + table(report(results, chosen=chosen)))
     if args.json is not None:
+        mine = results.pop(args.mode)
         content = {
             "model": lm.name,
             "fingerprint": lm.fingerprint,
             "cache": cache,
             "sampling": sampling,
             "environment": environment(),
-            **vars(results.pop(args.mode)),
+            **vars(_without_measurements(mine)),
             **results,
             **({} if chosen is None else {"full_tokens_chosen": chosen}),
         }
@@ -213,6 +224,13 @@ def report(results: dict[str, Generation], *, chosen: int | None = None) -> list
         if chosen is not None:
             rows.append(["tokens of full that agree", f"{chosen} of {len(other.token_ids)}", ""])
     return rows
+
+
+def _without_measurements(made: Generation) -> Generation:
+    """As it is, but with no more of the profile than tells which heads are unstable."""
+    if made.profile is None:
+        return made
+    return replace(made, profile=replace(made.profile, rco=None, measured={}))
 
 
 def _share(value: float | None) -> str:

@@ -175,7 +175,7 @@ def rerank(
     counters = cache.counters
     tally = (counters.promoted, counters.offloaded)
     reranks = counters.reranks
-    if program.layout.offloads:
+    if any(host is not None for host in cache.host):
         reranks = reranks + active.astype(jnp.int32)
     new_layers, hosts, kept = [], [], []
     for held, host, overlap, q in zip(layers, cache.host, counters.kept, queries, strict=True):

@@ -16,7 +16,7 @@ from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.policy import Policy, make
 from flexijax.prefill import Program
-from flexijax.profiles import lookup
+from flexijax.profiles.choose import Choice, choose
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.results import Generation, Metrics
 from flexijax.sampling import Sampling, request_seed
@@ -42,10 +42,11 @@ def generate(
     """Continues every prompt; those that do not fit at once run in waves.
 
     prompts: texts, or token ids. max_new_tokens: each. cache: default `CacheConfig()`. profile:
-    unstable heads for mode "flexi", a shipped name or a file; None looks the model up. sampling:
-    one for all or one each; default greedy. stream: called with (index, piece of text). progress:
-    called with (stage, done, total). seed: of draws whose `Sampling` names none. max_batch: most
-    requests decoded together.
+    unstable heads for mode "flexi", a shipped name or a file; None looks the model up; "auto" does
+    so too and, where none is shipped, measures one on the prompts (see `profiles.choose`): pass
+    the result's `profile` on to measure only once. sampling: one for all or one each; default
+    greedy. stream: called with (index, piece of text). progress: called with (stage, done, total).
+    seed: of draws whose `Sampling` names none. max_batch: most requests decoded together.
     Returns one `Generation` per prompt, in order.
     Raises ValueError before any tracing: a bad size, an empty or too long prompt, too little
     memory, a profile of another model.
@@ -59,15 +60,25 @@ def generate(
         raise ValueError(f"max_batch={max_batch!r} must be None or a positive integer")
     if not requests:
         return []
+    choice = None
+    if cache.mode == "flexi":
+        choice = choose(
+            lm,
+            profile,
+            page_size=cache.page_size,
+            budget_pages=cache.budget_pages,
+            prompts=[request.tokens for request in requests],
+            progress=progress,
+        )
     program = make_program(
         lm,
         cache,
-        profile=profile,
+        profile=choice.profile if choice is not None else None,
         max_tokens=max(len(r.tokens) + r.max_new_tokens for r in requests),
         rows=min(len(requests), max_batch or MAX_BATCH),
     )
     engine = Engine(lm, program, progress=progress)
-    return _run(engine, requests, stream)
+    return _run(engine, requests, stream, choice)
 
 
 def make_program(
@@ -85,7 +96,11 @@ def make_program(
     """
     shape = lm.attention
     dtype = cache.dtype or str(lm.dtype)
-    found = _profile(lm, cache, profile)
+    found = None
+    if cache.mode == "flexi":
+        found = choose(
+            lm, profile, page_size=cache.page_size, budget_pages=cache.budget_pages
+        ).profile
     policy = make(cache, profile=found, num_layers=shape.num_layers, dtype=dtype)
 
     def layout(rows: int) -> CacheLayout:
@@ -135,7 +150,10 @@ def make_layout(
 
 
 def _run(
-    engine: Engine, requests: list[Request], stream: Callable[[int, str], None] | None
+    engine: Engine,
+    requests: list[Request],
+    stream: Callable[[int, str], None] | None,
+    choice: Choice | None,
 ) -> list[Generation]:
     waiting = deque(requests)
     texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
@@ -158,7 +176,7 @@ def _run(
                 break
         if not running.active:
             emit(request.index, text.finish())
-            done[request.index] = _result(engine, running, text)
+            done[request.index] = _result(engine, running, text, choice)
             engine.release(running)
 
     while waiting or engine.running:
@@ -173,7 +191,9 @@ def _run(
     return [done[request.index] for request in requests]
 
 
-def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
+def _result(
+    engine: Engine, running: Running, text: RunningText, choice: Choice | None
+) -> Generation:
     request, layout, policy = running.request, engine.program.layout, engine.program.policy
     stopped = running.tokens[-1] in request.stop_ids
     tokens = running.tokens[:-1] if stopped else running.tokens
@@ -201,6 +221,7 @@ def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
         offloaded_bytes=offloaded * layout.page_bytes,
         mean_overlap=math.fsum(o for *_, o in overlaps) / len(overlaps) if overlaps else None,
         head_overlap=overlaps,
+        profile=choice.origin if choice is not None else None,
     )
     return Generation(
         text=text.text,
@@ -208,6 +229,7 @@ def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
         logprobs=tuple(logprobs) if request.sampling.logprobs else None,
         finish_reason="stop" if stopped or text.stopped else "length",
         metrics=metrics,
+        profile=choice.profile if choice is not None else None,
     )
 
 
@@ -274,28 +296,6 @@ def _tokens(lm: LanguageModel, prompt: str | Sequence[int], index: int) -> tuple
     if outside is not None:
         raise ValueError(f"prompts[{index}] holds token {outside}, not in 0..{lm.vocab_size - 1}")
     return tokens
-
-
-def _profile(
-    lm: LanguageModel, cache: CacheConfig, profile: HeadProfile | str | None
-) -> HeadProfile | None:
-    if cache.mode != "flexi":
-        return None
-    if isinstance(profile, str):
-        profile = lookup.load(profile)
-    if profile is None:
-        profile = lookup.find(lm, cache.budget_pages)
-    if profile is None:
-        raise ValueError(
-            f"profile=None: no profile of {lm.name!r} is shipped; measure one with `flexijax "
-            "profile`, pass a HeadProfile, or use mode='quest' or 'full'"
-        )
-    profile.check(
-        num_layers=lm.attention.num_layers,
-        num_kv_heads=lm.attention.num_kv_heads,
-        fingerprint=lm.fingerprint,
-    )
-    return profile
 
 
 def _bucket(pages: int) -> int:

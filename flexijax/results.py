@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexijax.profiles.head_profile import HeadProfile
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
@@ -19,6 +21,7 @@ class Metrics:
     mean_overlap: share of chosen pages that were already resident, over reranks and stable heads;
     None before the first rerank. head_overlap: the same per layer and stable KV head, as
     (layer, head, overlap).
+    profile: in words, where the list of unstable heads came from; None in modes that need none.
     """
 
     prompt_tokens: int
@@ -38,6 +41,7 @@ class Metrics:
     offloaded_bytes: int
     mean_overlap: float | None
     head_overlap: tuple[tuple[int, int, float], ...] = ()
+    profile: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class Generation:
 
     text: empty when the model has no tokenizer. token_ids: without the stop token. logprobs: of
     each token, None unless `Sampling.logprobs`. finish_reason: "stop" (a stop token or string) or
-    "length".
+    "length". profile: that was used, None in modes that need none.
     """
 
     text: str
@@ -54,3 +58,4 @@ class Generation:
     logprobs: tuple[float, ...] | None
     finish_reason: str
     metrics: Metrics
+    profile: HeadProfile | None = None

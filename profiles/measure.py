@@ -16,6 +16,9 @@ from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.recorder import SCORES, Recording, record
 
 LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48)
+# A prompt must hold this many times the budget before its heads are told apart: with less to choose
+# from, all of them keep most of their pages.
+CHOICE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +154,17 @@ def measure_documents(
 
 
 def measure_prompt(
-    lm: LanguageModel, tokens: list[int], settings: Settings, *, document: Document | None = None
+    lm: LanguageModel,
+    tokens: list[int],
+    settings: Settings,
+    *,
+    document: Document | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DocumentRecord:
-    """Records one prompt of token ids; document only names it in the result."""
+    """Records one prompt of token ids; document only names it in the result.
+
+    progress: called with (tokens done, of how many).
+    """
     recording = record(
         lm,
         tokens,
@@ -163,6 +174,7 @@ def measure_prompt(
         capacity=max(len(tokens), min(settings.max_tokens, lm.max_context - settings.steps))
         + settings.steps,
         score=settings.score,
+        progress=progress,
     )
     return DocumentRecord(
         task=document.task if document is not None else "prompt",
@@ -261,23 +273,36 @@ def averages(records: Sequence[DocumentRecord], settings: Settings, *, budget: i
     )
 
 
+def least_tokens(*, page_size: int, budget_pages: int) -> int:
+    """The fewest tokens of a prompt that says something about the choice of `budget_pages`."""
+    return CHOICE * budget_pages * page_size
+
+
 def profile_prompt(
-    lm: LanguageModel, tokens: list[int], *, page_size: int, budget_pages: int, steps: int = 64
+    lm: LanguageModel,
+    tokens: list[int],
+    *,
+    page_size: int,
+    budget_pages: int,
+    steps: int = 64,
+    progress: Callable[[int, int], None] | None = None,
 ) -> HeadProfile:
     """A profile from nothing but one prompt, for a model that nobody has profiled.
 
-    tokens: the prompt's ids, more than `budget_pages` pages of them, with room for `steps` more
-    in the model's context. Raises ValueError when they are too few to say anything.
+    tokens: the prompt's ids, at least `least_tokens` of them, with room for `steps` more in the
+    model's context. progress: called with (tokens done, of how many). Raises ValueError when they
+    are too few to say anything.
     """
-    if len(tokens) <= page_size * budget_pages:
+    least = least_tokens(page_size=page_size, budget_pages=budget_pages)
+    if len(tokens) < least:
         raise ValueError(
             f"a prompt of {len(tokens)} tokens says nothing about the choice of {budget_pages} "
-            f"pages of {page_size} tokens; it must be longer than {page_size * budget_pages}"
+            f"pages of {page_size} tokens; it must have at least {least}"
         )
     settings = Settings(
         page_size=page_size, budgets=(budget_pages,), steps=steps, max_tokens=len(tokens)
     )
-    entry = measure_prompt(lm, tokens, settings)
+    entry = measure_prompt(lm, tokens, settings, progress=progress)
     return make_profile(lm, [entry], settings, budget=budget_pages)
 
 

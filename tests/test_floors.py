@@ -60,6 +60,11 @@ FLOORS = {
         models/load.py
     """,
     "4 running": """
+        profiles/documents.py
+        profiles/stability.py
+        profiles/recorder.py
+        profiles/measure.py
+        profiles/choose.py
         flexijax/sampling.py
         flexijax/results.py
         flexijax/text.py
@@ -71,10 +76,6 @@ FLOORS = {
         flexijax/generate.py
         flexijax/agreement.py
         flexijax/compile_report.py
-        profiles/documents.py
-        profiles/stability.py
-        profiles/recorder.py
-        profiles/measure.py
         profiles/plots.py
         profiles/report.py
     """,
