@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from flexijax.cache import CacheLayout
 from flexijax.config import CacheConfig
-from flexijax.engine import MAX_STOP_IDS, Engine, Progress, Request, Running
+from flexijax.engine import MAX_STOP_IDS, Counted, Engine, Progress, Request, Running
 from flexijax.memory import available_bytes, cache_bytes, request_bytes
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
@@ -18,7 +19,8 @@ from flexijax.policy import Policy, make
 from flexijax.prefill import Program
 from flexijax.profiles.choose import Choice, choose
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.results import Generation, Metrics
+from flexijax.profiles.staleness import MOST_DIFFERENCE, HeadStability, fit
+from flexijax.results import Generation, Metrics, StaleProfileWarning
 from flexijax.sampling import Sampling, request_seed
 from flexijax.text import RunningText
 
@@ -47,7 +49,8 @@ def generate(
     the result's `profile` on to measure only once. sampling: one for all or one each; default
     greedy. stream: called with (index, piece of text). progress: called with (stage, done, total).
     seed: of draws whose `Sampling` names none. max_batch: most requests decoded together.
-    Returns one `Generation` per prompt, in order.
+    Returns one `Generation` per prompt, in order. Warns with `StaleProfileWarning` when the profile
+    does not describe a text, see `profiles.staleness`.
     Raises ValueError before any tracing: a bad size, an empty or too long prompt, too little
     memory, a profile of another model.
     """
@@ -78,7 +81,9 @@ def generate(
         rows=min(len(requests), max_batch or MAX_BATCH),
     )
     engine = Engine(lm, program, progress=progress)
-    return _run(engine, requests, stream, choice)
+    results = _run(engine, requests, stream, choice)
+    _warn_if_stale(results)
+    return results
 
 
 def make_program(
@@ -117,7 +122,7 @@ def make_program(
         decoder=lm.decoder,
         layout=layout(rows),
         policy=policy,
-        rerank_interval=cache.rerank_interval,
+        rerank_interval=cache.chunk_steps,
         implementation=cache.implementation,
         transfer=cache.transfer,
     )
@@ -146,6 +151,7 @@ def make_layout(
         page_size=page_size,
         offloads=policy.offloads,
         dtype=dtype,
+        paced=policy.intervals is not None,
     )
 
 
@@ -200,8 +206,10 @@ def _result(
     logprobs = running.logprobs[: len(tokens)]
     length = len(request.tokens) + len(running.tokens) - 1  # the last one drawn is not held
     device, summaries, host, full = request_bytes(layout, policy, length)
-    reranks, promoted, offloaded, kept = engine.counters(running)
-    overlaps = tuple((layer, head, total / reranks) for layer, head, total in kept if reranks)
+    counted = engine.counted(running)
+    reranked = [found for found in counted.heads if found.reranks]
+    overlaps = tuple((found.layer, found.head, found.overlap / found.reranks) for found in reranked)
+    seen = _stability(counted, engine.program.rerank_interval)
     decode_s = running.decode_s
     metrics = Metrics(
         prompt_tokens=len(request.tokens),
@@ -215,13 +223,16 @@ def _result(
         summary_bytes=summaries,
         host_kv_bytes=host,
         full_kv_bytes=full,
-        reranks=reranks,
-        promoted_pages=promoted,
-        promoted_bytes=promoted * layout.page_bytes,
-        offloaded_bytes=offloaded * layout.page_bytes,
-        mean_overlap=math.fsum(o for *_, o in overlaps) / len(overlaps) if overlaps else None,
+        reranks=counted.reranks,
+        promoted_pages=counted.promoted,
+        promoted_bytes=counted.promoted * layout.page_bytes,
+        offloaded_bytes=counted.offloaded * layout.page_bytes,
+        mean_overlap=_mean([overlap for *_, overlap in overlaps]),
         head_overlap=overlaps,
+        mean_interval=_mean([found.interval for found in seen]),
+        head_rco=tuple((found.layer, found.head, found.rco) for found in seen),
         profile=choice.origin if choice is not None else None,
+        profile_fit=fit(choice.profile, seen) if choice is not None else None,
     )
     return Generation(
         text=text.text,
@@ -231,6 +242,44 @@ def _result(
         metrics=metrics,
         profile=choice.profile if choice is not None else None,
     )
+
+
+def _stability(counted: Counted, steps: int) -> list[HeadStability]:
+    """What was seen of the heads that had a choice; steps: of one chunk."""
+    return [
+        HeadStability(
+            layer=found.layer,
+            head=found.head,
+            rco=found.rco / found.choices,
+            interval=counted.reranks * steps / found.reranks,
+            reranks=found.choices,
+        )
+        for found in counted.heads
+        if found.choices
+    ]
+
+
+def _warn_if_stale(results: Sequence[Generation]) -> None:
+    """One warning for all results of a call."""
+    stale = [
+        (index, found)
+        for index, made in enumerate(results)
+        if (found := made.metrics.profile_fit) is not None and found.stale
+    ]
+    if stale:
+        index, worst = max(stale, key=lambda entry: entry[1].difference)
+        warnings.warn(
+            f"the profile does not describe {len(stale)} of {len(results)} texts: the stable heads "
+            f"of prompts[{index}] have a mean RCO of {worst.seen:.2f} (profile: "
+            f"{worst.promised:.2f}) and differ from the profile by {worst.difference:.2f} (at most "
+            f"{MOST_DIFFERENCE}); measure one on text like yours with `flexijax profile`",
+            StaleProfileWarning,
+            stacklevel=3,
+        )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def _requests(

@@ -208,6 +208,7 @@ def make_profile(
     matrix = stability.cross_overlap(lists)
     pairs = [matrix[a][b] for a in matrix for b in matrix if a < b]
     recall = stability.split_half_recall(windows, count=count)
+    at_lag = averages(records, settings, budget=budget).lags
     rco = np.mean([_nanmean([1 - w for w in found]) for found in windows.values()], axis=0)
     names = ", ".join(f"{task} ({len(entries)})" for task, entries in tasks.items())
     measured = {
@@ -220,6 +221,7 @@ def make_profile(
         "mean_cross_task_overlap": _rounded(float(np.mean(pairs)) if pairs else None),
         "least_cross_task_overlap": _rounded(min(pairs, default=None)),
         "split_half_recall": _rounded(recall),
+        "rco_at_lag": {str(lag): _rounded(found) for lag, found in at_lag.items()},
         "mean_attention_mass": _rounded(
             float(np.mean([entry.at_budget[budget].mass.mean() for entry in records]))
         ),

@@ -9,6 +9,7 @@ import pytest
 # A file imports only from lower floors, or from files listed above it on its own floor.
 FLOORS = {
     "0 plain data": """
+        flexijax/intervals.py
         flexijax/config.py
         models/__init__.py
         models/config.py
@@ -60,6 +61,7 @@ FLOORS = {
         models/load.py
     """,
     "4 running": """
+        profiles/staleness.py
         profiles/documents.py
         profiles/stability.py
         profiles/recorder.py
