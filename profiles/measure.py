@@ -165,7 +165,19 @@ def measure_prompt(
 
     progress: called with (tokens done, of how many).
     """
-    recording = record(
+    recording = record_prompt(lm, tokens, settings, progress=progress)
+    return reduced(recording, len(tokens), settings, document=document)
+
+
+def record_prompt(
+    lm: LanguageModel,
+    tokens: list[int],
+    settings: Settings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recording:
+    """What the heads choose after a prompt; those of one `max_tokens` share one compilation."""
+    return record(
         lm,
         tokens,
         steps=settings.steps,
@@ -176,10 +188,16 @@ def measure_prompt(
         score=settings.score,
         progress=progress,
     )
+
+
+def reduced(
+    recording: Recording, tokens: int, settings: Settings, *, document: Document | None = None
+) -> DocumentRecord:
+    """The statistics of a recording of a prompt of `tokens` tokens."""
     return DocumentRecord(
         task=document.task if document is not None else "prompt",
         index=document.index if document is not None else 0,
-        tokens=len(tokens),
+        tokens=tokens,
         pages=float(recording.pages.mean()),
         at_budget=statistics(recording, settings),
     )
