@@ -22,7 +22,7 @@ class CacheLayout:
     read through the block table; the others are slotted: they keep `slots` pages each in buffers of
     their own. rows: requests at once (B). blocks: rows of each pool. pages: the most pages of one
     request (P). offloads: slotted heads keep every page on the host as well. dtype of keys and
-    values.
+    values. paced: each slotted head has a rerank interval of its own.
     """
 
     shape: AttentionShape
@@ -34,6 +34,7 @@ class CacheLayout:
     page_size: int
     offloads: bool
     dtype: str
+    paced: bool = False
 
     def slotted(self, layer: int) -> tuple[int, ...]:
         """KV heads of a layer that are not paged, ascending."""
@@ -57,6 +58,15 @@ class CacheLayout:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Pace:
+    """When each slotted head of a layer is reranked next."""
+
+    interval: jax.Array  # int32[B, K_s], steps from its last rerank to the next
+    wait: jax.Array  # int32[B, K_s], how many of them are left
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LayerCache:
     """The device tier of one layer; a kind of head that the layer has none of holds None.
 
@@ -71,6 +81,7 @@ class LayerCache:
     slots_v: jax.Array | None  # [B, K_s, S, page, H]
     slot_page: jax.Array | None  # int32[B, K_s, S], logical page in each slot, -1 empty
     slotted_summaries: Any  # leaves [blocks, K_s, ...], or None
+    pace: Pace | None = None  # None: all heads are reranked after every chunk
 
 
 @jax.tree_util.register_dataclass
@@ -84,13 +95,24 @@ class LayerHost:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class HeadCounters:
+    """The reranks of a layer's slotted heads since a request was admitted; see `schedule.Plan`."""
+
+    reranks: jax.Array  # int32[B, K_s]
+    overlap: jax.Array  # float32[B, K_s], sum
+    rco: jax.Array  # float32[B, K_s], sum over those reranks at which there was a choice
+    choices: jax.Array  # int32[B, K_s], how many those were
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Counters:
     """What moved since a request was admitted, counted inside the program."""
 
-    reranks: jax.Array  # int32[B]
+    reranks: jax.Array  # int32[B], chunks after which slotted heads were looked at
     promoted: jax.Array  # int32[B], pages host -> device
     offloaded: jax.Array  # int32[B], pages device -> host
-    kept: tuple[jax.Array | None, ...]  # per layer float32[B, K_s], sum of overlaps, see schedule
+    heads: tuple[HeadCounters | None, ...]  # per layer, None without slotted heads
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +141,7 @@ def init(layout: CacheLayout, summaries: Callable[[int], Any]) -> Cache:
         # NumPy's zeros take no memory until they are copied; jax cannot fill a host array itself.
         return jax.device_put(np.zeros(shape, dtype), platform.sharding(memory))
 
-    layers, host, kept = [], [], []
+    layers, host, counted = [], [], []
     for layer in range(layout.shape.num_layers):
         paged = len(layout.paged[layer])
         slotted = heads - paged
@@ -135,6 +157,12 @@ def init(layout: CacheLayout, summaries: Callable[[int], Any]) -> Cache:
                 if slotted
                 else None,
                 slotted_summaries=summaries(slotted) if slotted and layout.offloads else None,
+                pace=Pace(
+                    zeros(layout.rows, slotted, dtype="int32"),
+                    zeros(layout.rows, slotted, dtype="int32"),
+                )
+                if slotted and layout.paced
+                else None,
             )
         )
         on_host = slotted and layout.offloads
@@ -144,7 +172,12 @@ def init(layout: CacheLayout, summaries: Callable[[int], Any]) -> Cache:
             if on_host
             else None
         )
-        kept.append(zeros(layout.rows, slotted, dtype="float32") if on_host else None)
+        dtypes = ("int32", "float32", "float32", "int32")
+        counted.append(
+            HeadCounters(*(zeros(layout.rows, slotted, dtype=dtype) for dtype in dtypes))
+            if on_host
+            else None
+        )
     rows = (layout.rows,)
     return Cache(
         layers=tuple(layers),
@@ -155,6 +188,6 @@ def init(layout: CacheLayout, summaries: Callable[[int], Any]) -> Cache:
             zeros(*rows, dtype="int32"),
             zeros(*rows, dtype="int32"),
             zeros(*rows, dtype="int32"),
-            tuple(kept),
+            tuple(counted),
         ),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,26 @@ class Request:
     sampling: Sampling
     seed: int
     stop_ids: tuple[int, ...]
+
+
+class CountedHead(NamedTuple):
+    """One slotted head of a request; fields as in `cache.HeadCounters`."""
+
+    layer: int
+    head: int
+    reranks: int
+    overlap: float
+    rco: float
+    choices: int
+
+
+class Counted(NamedTuple):
+    """What was counted of a request; fields as in `cache.Counters`."""
+
+    reranks: int
+    promoted: int
+    offloaded: int
+    heads: tuple[CountedHead, ...]
 
 
 @dataclasses.dataclass
@@ -154,20 +174,27 @@ class Engine:
         del self.running[running.row]
         self._allocator.release(running.blocks)
 
-    def counters(self, running: Running) -> tuple[int, int, int, list[tuple[int, int, float]]]:
-        """(reranks, promoted pages, offloaded pages, overlap sums per stable head) of a request."""
+    def counted(self, running: Running) -> Counted:
+        """What the program has counted of a request."""
         counters, row = jax.device_get(self.cache.counters), running.row
-        kept = [
-            (layer, head, float(sums[row, at]))
-            for layer, sums in enumerate(counters.kept)
-            if sums is not None
+        heads = tuple(
+            CountedHead(
+                layer,
+                head,
+                int(of.reranks[row, at]),
+                float(of.overlap[row, at]),
+                float(of.rco[row, at]),
+                int(of.choices[row, at]),
+            )
+            for layer, of in enumerate(counters.heads)
+            if of is not None
             for at, head in enumerate(self.program.layout.slotted(layer))
-        ]
-        return (
+        )
+        return Counted(
             int(counters.reranks[row]),
             int(counters.promoted[row]),
             int(counters.offloaded[row]),
-            kept,
+            heads,
         )
 
 

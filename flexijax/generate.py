@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from flexijax.cache import CacheLayout
 from flexijax.config import CacheConfig
-from flexijax.engine import MAX_STOP_IDS, Engine, Progress, Request, Running
+from flexijax.engine import MAX_STOP_IDS, Counted, Engine, Progress, Request, Running
 from flexijax.memory import available_bytes, cache_bytes, request_bytes
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.policy import Policy, make
 from flexijax.prefill import Program
-from flexijax.profiles import lookup
+from flexijax.profiles.choose import Choice, choose
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.results import Generation, Metrics
+from flexijax.profiles.staleness import MOST_DIFFERENCE, HeadStability, fit
+from flexijax.results import Generation, Metrics, StaleProfileWarning
 from flexijax.sampling import Sampling, request_seed
 from flexijax.text import RunningText
 
@@ -42,11 +44,13 @@ def generate(
     """Continues every prompt; those that do not fit at once run in waves.
 
     prompts: texts, or token ids. max_new_tokens: each. cache: default `CacheConfig()`. profile:
-    unstable heads for mode "flexi", a shipped name or a file; None looks the model up. sampling:
-    one for all or one each; default greedy. stream: called with (index, piece of text). progress:
-    called with (stage, done, total). seed: of draws whose `Sampling` names none. max_batch: most
-    requests decoded together.
-    Returns one `Generation` per prompt, in order.
+    unstable heads for mode "flexi", a shipped name or a file; None looks the model up; "auto" does
+    so too and, where none is shipped, measures one on the prompts (see `profiles.choose`): pass
+    the result's `profile` on to measure only once. sampling: one for all or one each; default
+    greedy. stream: called with (index, piece of text). progress: called with (stage, done, total).
+    seed: of draws whose `Sampling` names none. max_batch: most requests decoded together.
+    Returns one `Generation` per prompt, in order. Warns with `StaleProfileWarning` when the profile
+    does not describe a text, see `profiles.staleness`.
     Raises ValueError before any tracing: a bad size, an empty or too long prompt, too little
     memory, a profile of another model.
     """
@@ -59,15 +63,27 @@ def generate(
         raise ValueError(f"max_batch={max_batch!r} must be None or a positive integer")
     if not requests:
         return []
+    choice = None
+    if cache.mode == "flexi":
+        choice = choose(
+            lm,
+            profile,
+            page_size=cache.page_size,
+            budget_pages=cache.budget_pages,
+            prompts=[request.tokens for request in requests],
+            progress=progress,
+        )
     program = make_program(
         lm,
         cache,
-        profile=profile,
+        profile=choice.profile if choice is not None else None,
         max_tokens=max(len(r.tokens) + r.max_new_tokens for r in requests),
         rows=min(len(requests), max_batch or MAX_BATCH),
     )
     engine = Engine(lm, program, progress=progress)
-    return _run(engine, requests, stream)
+    results = _run(engine, requests, stream, choice)
+    _warn_if_stale(results)
+    return results
 
 
 def make_program(
@@ -85,7 +101,11 @@ def make_program(
     """
     shape = lm.attention
     dtype = cache.dtype or str(lm.dtype)
-    found = _profile(lm, cache, profile)
+    found = None
+    if cache.mode == "flexi":
+        found = choose(
+            lm, profile, page_size=cache.page_size, budget_pages=cache.budget_pages
+        ).profile
     policy = make(cache, profile=found, num_layers=shape.num_layers, dtype=dtype)
 
     def layout(rows: int) -> CacheLayout:
@@ -102,7 +122,7 @@ def make_program(
         decoder=lm.decoder,
         layout=layout(rows),
         policy=policy,
-        rerank_interval=cache.rerank_interval,
+        rerank_interval=cache.chunk_steps,
         implementation=cache.implementation,
         transfer=cache.transfer,
     )
@@ -131,11 +151,15 @@ def make_layout(
         page_size=page_size,
         offloads=policy.offloads,
         dtype=dtype,
+        paced=policy.intervals is not None,
     )
 
 
 def _run(
-    engine: Engine, requests: list[Request], stream: Callable[[int, str], None] | None
+    engine: Engine,
+    requests: list[Request],
+    stream: Callable[[int, str], None] | None,
+    choice: Choice | None,
 ) -> list[Generation]:
     waiting = deque(requests)
     texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
@@ -158,7 +182,7 @@ def _run(
                 break
         if not running.active:
             emit(request.index, text.finish())
-            done[request.index] = _result(engine, running, text)
+            done[request.index] = _result(engine, running, text, choice)
             engine.release(running)
 
     while waiting or engine.running:
@@ -173,15 +197,19 @@ def _run(
     return [done[request.index] for request in requests]
 
 
-def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
+def _result(
+    engine: Engine, running: Running, text: RunningText, choice: Choice | None
+) -> Generation:
     request, layout, policy = running.request, engine.program.layout, engine.program.policy
     stopped = running.tokens[-1] in request.stop_ids
     tokens = running.tokens[:-1] if stopped else running.tokens
     logprobs = running.logprobs[: len(tokens)]
     length = len(request.tokens) + len(running.tokens) - 1  # the last one drawn is not held
     device, summaries, host, full = request_bytes(layout, policy, length)
-    reranks, promoted, offloaded, kept = engine.counters(running)
-    overlaps = tuple((layer, head, total / reranks) for layer, head, total in kept if reranks)
+    counted = engine.counted(running)
+    reranked = [found for found in counted.heads if found.reranks]
+    overlaps = tuple((found.layer, found.head, found.overlap / found.reranks) for found in reranked)
+    seen = _stability(counted, engine.program.rerank_interval)
     decode_s = running.decode_s
     metrics = Metrics(
         prompt_tokens=len(request.tokens),
@@ -195,12 +223,16 @@ def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
         summary_bytes=summaries,
         host_kv_bytes=host,
         full_kv_bytes=full,
-        reranks=reranks,
-        promoted_pages=promoted,
-        promoted_bytes=promoted * layout.page_bytes,
-        offloaded_bytes=offloaded * layout.page_bytes,
-        mean_overlap=math.fsum(o for *_, o in overlaps) / len(overlaps) if overlaps else None,
+        reranks=counted.reranks,
+        promoted_pages=counted.promoted,
+        promoted_bytes=counted.promoted * layout.page_bytes,
+        offloaded_bytes=counted.offloaded * layout.page_bytes,
+        mean_overlap=_mean([overlap for *_, overlap in overlaps]),
         head_overlap=overlaps,
+        mean_interval=_mean([found.interval for found in seen]),
+        head_rco=tuple((found.layer, found.head, found.rco) for found in seen),
+        profile=choice.origin if choice is not None else None,
+        profile_fit=fit(choice.profile, seen) if choice is not None else None,
     )
     return Generation(
         text=text.text,
@@ -208,7 +240,46 @@ def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
         logprobs=tuple(logprobs) if request.sampling.logprobs else None,
         finish_reason="stop" if stopped or text.stopped else "length",
         metrics=metrics,
+        profile=choice.profile if choice is not None else None,
     )
+
+
+def _stability(counted: Counted, steps: int) -> list[HeadStability]:
+    """What was seen of the heads that had a choice; steps: of one chunk."""
+    return [
+        HeadStability(
+            layer=found.layer,
+            head=found.head,
+            rco=found.rco / found.choices,
+            interval=counted.reranks * steps / found.reranks,
+            reranks=found.choices,
+        )
+        for found in counted.heads
+        if found.choices
+    ]
+
+
+def _warn_if_stale(results: Sequence[Generation]) -> None:
+    """One warning for all results of a call."""
+    stale = [
+        (index, found)
+        for index, made in enumerate(results)
+        if (found := made.metrics.profile_fit) is not None and found.stale
+    ]
+    if stale:
+        index, worst = max(stale, key=lambda entry: entry[1].difference)
+        warnings.warn(
+            f"the profile does not describe {len(stale)} of {len(results)} texts: the stable heads "
+            f"of prompts[{index}] have a mean RCO of {worst.seen:.2f} (profile: "
+            f"{worst.promised:.2f}) and differ from the profile by {worst.difference:.2f} (at most "
+            f"{MOST_DIFFERENCE}); measure one on text like yours with `flexijax profile`",
+            StaleProfileWarning,
+            stacklevel=3,
+        )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def _requests(
@@ -274,28 +345,6 @@ def _tokens(lm: LanguageModel, prompt: str | Sequence[int], index: int) -> tuple
     if outside is not None:
         raise ValueError(f"prompts[{index}] holds token {outside}, not in 0..{lm.vocab_size - 1}")
     return tokens
-
-
-def _profile(
-    lm: LanguageModel, cache: CacheConfig, profile: HeadProfile | str | None
-) -> HeadProfile | None:
-    if cache.mode != "flexi":
-        return None
-    if isinstance(profile, str):
-        profile = lookup.load(profile)
-    if profile is None:
-        profile = lookup.find(lm, cache.budget_pages)
-    if profile is None:
-        raise ValueError(
-            f"profile=None: no profile of {lm.name!r} is shipped; measure one with `flexijax "
-            "profile`, pass a HeadProfile, or use mode='quest' or 'full'"
-        )
-    profile.check(
-        num_layers=lm.attention.num_layers,
-        num_kv_heads=lm.attention.num_kv_heads,
-        fingerprint=lm.fingerprint,
-    )
-    return profile
 
 
 def _bucket(pages: int) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.attention import PrefillAttention, PrefillState, Workspace
-from flexijax.cache import Cache, CacheLayout, LayerCache, LayerHost
+from flexijax.cache import Cache, CacheLayout, LayerCache, LayerHost, Pace
 from flexijax.models.decoder import DecoderLike, Params
 from flexijax.pallas_kernels import platform
 from flexijax.policy import Policy, forced
@@ -27,7 +27,11 @@ CHUNK = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Everything static about a run; hashable, a static argument of each jitted function."""
+    """Everything static about a run; hashable, a static argument of each jitted function.
+
+    rerank_interval: steps in one decode chunk, after which slotted heads are reranked: all of them,
+    or those that are due by `policy.intervals`.
+    """
 
     decoder: DecoderLike
     layout: CacheLayout
@@ -117,7 +121,7 @@ def commit(
             reranks=counters.reranks.at[row].set(0),
             promoted=counters.promoted.at[row].set(0),
             offloaded=counters.offloaded.at[row].set(0),
-            kept=tuple(None if k is None else k.at[row].set(0.0) for k in counters.kept),
+            heads=jax.tree.map(lambda count: count.at[row].set(0), counters.heads),
         ),
     )
 
@@ -231,7 +235,14 @@ def _commit_slotted(
     )
     chosen = program.policy.plan(forced(scores, length[None], page_size=layout.page_size))
     empty = jnp.full((1, heads, layout.slots), -1, jnp.int32)
-    plan = plan_rerank(chosen, empty, length[None], pages=layout.pages, page_size=layout.page_size)
+    plan = plan_rerank(
+        chosen,
+        empty,
+        length[None],
+        jnp.zeros((1, heads), jnp.int32),
+        pages=layout.pages,
+        page_size=layout.page_size,
+    )
     source = jnp.maximum(plan.slot_page, 0)
     slot_k = jnp.take_along_axis(k, source[:, :, None, :, None], axis=3)
     slot_v = jnp.take_along_axis(v, source[:, :, :, None, None], axis=2)
@@ -241,8 +252,18 @@ def _commit_slotted(
         slots_v=lax.dynamic_update_slice_in_dim(held.slots_v, slot_v, row, axis=0),
         slot_page=lax.dynamic_update_slice_in_dim(held.slot_page, plan.slot_page, row, axis=0),
         slotted_summaries=summaries,
+        pace=_first_pace(program, held.pace, row),
     )
     return held, host
+
+
+def _first_pace(program: Program, pace: Pace | None, row: jax.Array) -> Pace | None:
+    """The pace of a row whose prompt has just ranked its heads."""
+    intervals = program.policy.intervals
+    if pace is None or intervals is None:
+        return pace
+    first = intervals.first
+    return Pace(pace.interval.at[row].set(first), pace.wait.at[row].set(first))
 
 
 def _scatter(pools: Any, at: jax.Array, rows: Any) -> Any:

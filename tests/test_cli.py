@@ -37,6 +37,7 @@ METRICS: dict[str, Any] = {
     "reranks": 2,
     "mean_overlap": 0.25,
     "head_overlap": ((0, 1, float("nan")),),
+    "profile": "shipped for toy",
 }
 
 
