@@ -44,7 +44,15 @@ class Recent:
         """A placeholder for each page."""
         return jnp.zeros((blocks, heads, 1), jnp.int8)
 
-    def summarize(self, k_pages: jax.Array) -> jax.Array:
+    def empty_state(self, rows: int, heads: int, head_dim: int) -> tuple[()]:
+        """Nothing."""
+        return ()
+
+    def fit(self, k_pages: jax.Array, length: jax.Array) -> tuple[()]:
+        """Nothing."""
+        return ()
+
+    def summarize(self, k_pages: jax.Array, state: Any = ()) -> jax.Array:
         """Nothing: zeros [..., 1]."""
         return jnp.zeros((*k_pages.shape[:-2], 1), jnp.int8)
 
@@ -52,10 +60,12 @@ class Recent:
         self,
         q: jax.Array,
         summaries: jax.Array,
+        state: Any,
         block_table: jax.Array,
         lengths: jax.Array,
         *,
         page_size: int,
+        scale: float,
         implementation: str | None,
     ) -> jax.Array:
         """The page's number as float32[B, K, P], -inf beyond the request."""
@@ -117,13 +127,7 @@ def forced_logits(
     found = {}
     for system, program in made.items():
         compiler, layout, score = Compiler(program, None), program.layout, program.policy.score
-        width = layout.shape.head_dim
-        cache = kv.init(
-            layout,
-            lambda heads, score=score, layout=layout, width=width: (
-                None if score is None else score.empty(layout.blocks, heads, width)
-            ),
-        )
+        cache = kv.init(layout, score)
         blocks = jnp.arange(layout.pages, dtype=jnp.int32)
         length = jnp.int32(len(prompt))
         cache = run_commit(compiler, cache, workspace, jnp.int32(0), blocks, length, queries)

@@ -7,7 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from flexijax.agreement import agreeing_tokens
-from flexijax.config import DTYPES, IMPLEMENTATIONS, MODES, SUMMARY_DTYPES, TRANSFERS, CacheConfig
+from flexijax.config import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    MODES,
+    SCORES,
+    SUMMARY_DTYPES,
+    TRANSFERS,
+    CacheConfig,
+)
 from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
@@ -55,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help = f"{meaning} (%(default)s)"
         cache.add_argument(option, type=int, default=value, metavar="N", help=help)
     cache.add_argument("--cache-dtype", choices=DTYPES)
-    cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES)
+    cache.add_argument("--score", choices=SCORES, default=default.score, help="(%(default)s)")
+    cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES, help="of minima and maxima")
     cache.add_argument("--implementation", choices=IMPLEMENTATIONS)
     cache.add_argument("--transfer", choices=TRANSFERS)
     cache.add_argument("--profile", help="unstable heads: a shipped profile's name or a JSON file")
@@ -81,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         budget_tokens=args.budget_tokens,
         rerank_interval=args.rerank_interval,
         dtype=args.cache_dtype,
+        score=args.score,
         summary_dtype=args.summary_dtype,
         implementation=args.implementation,
         transfer=args.transfer,

@@ -62,15 +62,11 @@ class Engine:
         self.compiler = Compiler(program, progress)
         self._progress = progress
         layout = program.layout
-        self.cache = kv.init(layout, self._summaries)
+        self.cache = kv.init(layout, program.policy.score)
         self._workspace = new_workspace(layout)
         self._allocator = BlockAllocator(layout.blocks)
         self.running: dict[int, Running] = {}
         self._rows = jax.tree.map(np.array, free_rows(layout.rows))
-
-    def _summaries(self, heads: int) -> Any:
-        layout, score = self.program.layout, self.program.policy.score
-        return None if score is None else score.empty(layout.blocks, heads, layout.shape.head_dim)
 
     def blocks_of(self, request: Request) -> int:
         """Blocks that a request may come to need."""

@@ -18,9 +18,10 @@ from flexijax.cache import CacheLayout
 from flexijax.engine import Engine, Request
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
-from flexijax.policy import Flexi, MinMax
+from flexijax.policy import Flexi
 from flexijax.prefill import Program
 from flexijax.sampling import Sampling
+from flexijax.score_minmax import MinMax
 
 LAYERS, KV_HEADS, GROUP, WIDTH, VOCAB = 2, 2, 2, 8, 13
 # R is no multiple of the page, so that one page or two fill up between reranks.

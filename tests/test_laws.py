@@ -18,8 +18,8 @@ from flexijax.decode import decode_chunk
 from flexijax.engine import Engine, Request
 from flexijax.generate import make_program
 from flexijax.models.dense import dense_attend
-from flexijax.policy import MinMax
 from flexijax.prefill import new_workspace, prefill_chunk
+from flexijax.score_minmax import MinMax
 from tests.tiny_models import tiny_model
 
 PAGE, STEPS = 4, 8
@@ -87,7 +87,7 @@ def test_with_budget_for_all_tokens_and_logits_are_the_dense_models(mode, lm, pr
 
 def forced_logits(lm, program, prompt, tokens):
     """Logits after each of R given tokens, float32[R, V]."""
-    layout, score, compiler = program.layout, program.policy.score, Compiler(program, None)
+    layout, compiler = program.layout, Compiler(program, None)
     padded = np.zeros((1, program.chunk), np.int32)
     padded[0, : len(prompt)] = prompt
     length = jnp.int32(len(prompt))
@@ -101,8 +101,7 @@ def forced_logits(lm, program, prompt, tokens):
         length - 1,
         new_workspace(layout),
     )
-    width = layout.shape.head_dim
-    cache = kv.init(layout, lambda n: score and score.empty(layout.blocks, n, width))
+    cache = kv.init(layout, program.policy.score)
     blocks = jnp.arange(layout.pages, dtype=jnp.int32)
     cache = run_commit(compiler, cache, workspace, jnp.int32(0), blocks, length, queries)
     fed = jnp.asarray(tokens, jnp.int32)[:, None]
@@ -231,9 +230,11 @@ def test_a_score_bounds_every_product(summaries, dtype):
     got = score.scores(
         q,
         score.summarize(k),
+        (),
         jnp.arange(blocks, dtype=jnp.int32)[None],
         jnp.asarray([blocks * page], jnp.int32),
         page_size=page,
+        scale=0.1,
         implementation="xla",
     )
     q64, k64 = np.asarray(q[0], np.float64), np.asarray(k, np.float64)
