@@ -208,38 +208,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = programs(lm, systems, max_tokens=args.max_tokens + args.steps, profile=args.profile)
     known = _known(args.records)
     rows: list[dict[str, Any]] = []
-    for path in args.data:
-        measured = 0
-        for document in read_documents(path):
-            if measured == args.documents:
-                break
-            key = _key(lm, document, args)
-            place = {"key": key, "task": document.task, "index": document.index}
-            mine = [row for row in known if row["key"] == key]
-            # A document that full attention answers with nothing is recorded without a system.
-            missing = [s for s in systems if all(row["system"] not in (s, None) for row in mine)]
-            if missing:
-                prompt = prompt_ids(document, lm.tokenizer, max_tokens=args.max_tokens)
-                some = {name: made[name] for name in ("full", *missing)}
-                new = []
-                for row in measure_document(lm, some, prompt, steps=args.steps):
-                    new.append({**place, **row})
-                    _append(args.records, new[-1:])
-                    said = f"{row['system']} {row['agreement']:.2f} {row['kl']:.4f}"
-                    where = f"{document.task}[{document.index}]"
-                    print(f"{where}: {said}", file=sys.stderr, flush=True)
-                if not new:
-                    new = [{**place, "system": None}]
-                    _append(args.records, new)
-                known += new
-                mine += new
-            mine = [row for row in mine if row["system"] in systems]
-            measured += bool(mine)
-            rows += mine
-            if rows:
-                _write(args, rows, systems)
+    waiting = [iter(read_documents(path)) for path in args.data]
+    # One document of every file in turn, so that what is there early speaks for all of them.
+    for _ in range(args.documents):
+        for documents in waiting:
+            for document in documents:
+                mine = _measured(lm, made, document, known, args)
+                if mine:
+                    rows += mine
+                    _write(args, rows, systems)
+                    break
     print(table(summary(rows, systems), COLUMNS))
     return 0
+
+
+def _measured(
+    lm: LanguageModel,
+    made: dict[str, Program],
+    document: Document,
+    known: list[dict[str, Any]],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Rows of a document, from `known` or new; none where full attention answers with nothing."""
+    assert lm.tokenizer is not None
+    place = {"key": _key(lm, document, args), "task": document.task, "index": document.index}
+    mine = [row for row in known if row["key"] == place["key"]]
+    # A document without an answer is recorded as one row without a system.
+    done = {row["system"] for row in mine}
+    missing = {
+        name: program for name, program in made.items() if name == "full" or not done & {name, None}
+    }
+    if len(missing) > 1:
+        prompt = prompt_ids(document, lm.tokenizer, max_tokens=args.max_tokens)
+        for row in measure_document(lm, missing, prompt, steps=args.steps):
+            mine.append({**place, **row})
+            _append(args.records, mine[-1])
+            said = f"{row['system']} {row['agreement']:.2f} {row['kl']:.4f}"
+            print(f"{document.task}[{document.index}]: {said}", file=sys.stderr, flush=True)
+        if not mine:
+            _append(args.records, {**place, "system": None})
+    return [row for row in mine if row["system"] in made]
 
 
 def _write(args: argparse.Namespace, rows: list[dict[str, Any]], systems: list[str]) -> None:
@@ -269,11 +277,11 @@ def _known(path: Path | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _append(path: Path | None, rows: list[dict[str, Any]]) -> None:
+def _append(path: Path | None, row: dict[str, Any]) -> None:
     if path is not None:
         with path.open("a", encoding="utf-8") as file:
             # A new line first, in case an interrupt left the last one unfinished.
-            file.write("".join(f"\n{json.dumps(row)}\n" for row in rows))
+            file.write(f"\n{json.dumps(row)}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

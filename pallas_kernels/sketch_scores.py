@@ -15,7 +15,7 @@ from flexijax.pallas_kernels.platform import pltriton
 from flexijax.pallas_kernels.sketches import WORD, SketchQuery
 
 # Tokens in the tile of one program.
-BLOCK_TOKENS = 256
+BLOCK_TOKENS = 128
 _COLUMNS = 16
 
 
