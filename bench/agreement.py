@@ -43,7 +43,15 @@ class Recent:
         """A placeholder for each page."""
         return jnp.zeros((blocks, heads, 1), jnp.int8)
 
-    def summarize(self, k_pages: jax.Array) -> jax.Array:
+    def empty_state(self, rows: int, heads: int, head_dim: int) -> tuple[()]:
+        """Nothing."""
+        return ()
+
+    def fit(self, k_pages: jax.Array, length: jax.Array) -> tuple[()]:
+        """Nothing."""
+        return ()
+
+    def summarize(self, k_pages: jax.Array, state: Any = ()) -> jax.Array:
         """Nothing: zeros [..., 1]."""
         return jnp.zeros((*k_pages.shape[:-2], 1), jnp.int8)
 
@@ -51,10 +59,12 @@ class Recent:
         self,
         q: jax.Array,
         summaries: jax.Array,
+        state: Any,
         block_table: jax.Array,
         lengths: jax.Array,
         *,
         page_size: int,
+        scale: float,
         implementation: str | None,
     ) -> jax.Array:
         """The page's number as float32[B, K, P], -inf beyond the request."""

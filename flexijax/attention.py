@@ -142,7 +142,7 @@ class DecodeAttention:
         pages_v = cache.pages_v.at[written, :, offset].set(v, mode="drop")
         # A page is summarised once, when it is full; until then it is the newest, chosen by rule.
         full = jnp.where(offset == page_size - 1, written, blocks)
-        filled = score.summarize(jnp.take(pages_k, block, axis=0, mode="clip"))
+        filled = score.summarize(jnp.take(pages_k, block, axis=0, mode="clip"), cache.paged_state)
         summaries = jax.tree.map(
             lambda pool, rows: pool.at[full].set(rows, mode="drop"), cache.paged_summaries, filled
         )
@@ -150,9 +150,11 @@ class DecodeAttention:
         scores = score.scores(
             q,
             summaries,
+            cache.paged_state,
             state.block_table,
             lengths,
             page_size=page_size,
+            scale=self.layout.shape.scale,
             implementation=self.implementation,
         )
         pages = self.policy.select(forced(scores, lengths, page_size=page_size))

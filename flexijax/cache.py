@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels import platform
+from flexijax.score import Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,12 @@ class LayerCache:
     pages_k: jax.Array | None  # [blocks, K_u, page, H]
     pages_v: jax.Array | None  # [blocks, K_u, page, H]
     paged_summaries: Any  # leaves [blocks, K_u, ...], or None
+    paged_state: Any  # leaves [B, K_u, ...], or None
     slots_k: jax.Array | None  # [B, K_s, H, S, page]
     slots_v: jax.Array | None  # [B, K_s, S, page, H]
     slot_page: jax.Array | None  # int32[B, K_s, S], logical page in each slot, -1 empty
     slotted_summaries: Any  # leaves [blocks, K_s, ...], or None
+    slotted_state: Any  # leaves [B, K_s, ...], or None
     pace: Pace | None = None  # None: all heads are reranked after every chunk
 
 
@@ -127,10 +129,10 @@ class Cache:
     counters: Counters
 
 
-def init(layout: CacheLayout, summaries: Callable[[int], Any]) -> Cache:
+def init(layout: CacheLayout, score: Score | None) -> Cache:
     """An empty cache, each leaf allocated on its own so that all can be donated.
 
-    summaries: heads -> leaves [blocks, heads, ...], what the policy keeps of pages, or None.
+    score: says what is kept of pages and requests; None where no head ever chooses.
     """
     heads = layout.shape.num_kv_heads
     page, width = layout.page_size, layout.shape.head_dim
@@ -141,22 +143,36 @@ def init(layout: CacheLayout, summaries: Callable[[int], Any]) -> Cache:
         # NumPy's zeros take no memory until they are copied; jax cannot fill a host array itself.
         return jax.device_put(np.zeros(shape, dtype), platform.sharding(memory))
 
+    def kept_of(heads: int) -> tuple[Any, Any]:
+        """Summaries and states of so many heads; None where there are none."""
+        if score is None or not heads:
+            return None, None
+        return (
+            score.empty(layout.blocks, heads, width),
+            score.empty_state(layout.rows, heads, width),
+        )
+
     layers, host, counted = [], [], []
     for layer in range(layout.shape.num_layers):
         paged = len(layout.paged[layer])
         slotted = heads - paged
+        on_host = slotted and layout.offloads
+        paged_summaries, paged_state = kept_of(paged)
+        slotted_summaries, slotted_state = kept_of(slotted if on_host else 0)
         pool = (layout.blocks, paged, page, width)
         layers.append(
             LayerCache(
                 pages_k=zeros(*pool) if paged else None,
                 pages_v=zeros(*pool) if paged else None,
-                paged_summaries=summaries(paged) if paged else None,
+                paged_summaries=paged_summaries,
+                paged_state=paged_state,
                 slots_k=zeros(layout.rows, slotted, width, layout.slots, page) if slotted else None,
                 slots_v=zeros(layout.rows, slotted, layout.slots, page, width) if slotted else None,
                 slot_page=zeros(layout.rows, slotted, layout.slots, dtype="int32") - 1
                 if slotted
                 else None,
-                slotted_summaries=summaries(slotted) if slotted and layout.offloads else None,
+                slotted_summaries=slotted_summaries,
+                slotted_state=slotted_state,
                 pace=Pace(
                     zeros(layout.rows, slotted, dtype="int32"),
                     zeros(layout.rows, slotted, dtype="int32"),
@@ -165,7 +181,6 @@ def init(layout: CacheLayout, summaries: Callable[[int], Any]) -> Cache:
                 else None,
             )
         )
-        on_host = slotted and layout.offloads
         pool = (layout.blocks, slotted, page, width)
         host.append(
             LayerHost(zeros(*pool, memory="pinned_host"), zeros(*pool, memory="pinned_host"))

@@ -13,6 +13,7 @@ from flexijax.config import (
     DTYPES,
     IMPLEMENTATIONS,
     MODES,
+    SCORES,
     SUMMARY_DTYPES,
     TRANSFERS,
     CacheConfig,
@@ -72,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="steps between choices of stable heads, or adaptive (%(default)s)",
     )
     cache.add_argument("--cache-dtype", choices=DTYPES)
-    cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES)
+    cache.add_argument("--score", choices=SCORES, default=default.score, help="(%(default)s)")
+    cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES, help="of minima and maxima")
     cache.add_argument("--implementation", choices=IMPLEMENTATIONS)
     cache.add_argument("--transfer", choices=TRANSFERS)
     cache.add_argument(
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         budget_tokens=args.budget_tokens,
         rerank_interval=args.rerank_interval,
         dtype=args.cache_dtype,
+        score=args.score,
         summary_dtype=args.summary_dtype,
         implementation=args.implementation,
         transfer=args.transfer,

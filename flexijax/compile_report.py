@@ -224,10 +224,7 @@ def abstract_cache(program: Program) -> kv.Cache:
     layout, score = program.layout, program.policy.score
 
     def empty() -> kv.Cache:
-        return kv.init(
-            layout,
-            lambda heads: score and score.empty(layout.blocks, heads, layout.shape.head_dim),
-        )
+        return kv.init(layout, score)
 
     cache = _placed(jax.eval_shape(empty), "device")
     return dataclasses.replace(cache, host=_placed(cache.host, "pinned_host"))

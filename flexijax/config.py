@@ -7,6 +7,7 @@ from flexijax.intervals import Adaptive
 MODES = ("flexi", "quest", "full")
 DTYPES = ("float32", "bfloat16", "float16")
 SUMMARY_DTYPES = (*DTYPES, "int8")
+SCORES = ("minmax", "sketch1", "sketch2", "sketch4")
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
 TRANSFERS = ("zero_copy", "staged")
 ADAPTIVE = "adaptive"
@@ -23,7 +24,9 @@ class CacheConfig:
     rerank_interval: decode steps between two rerankings of the stable heads; "adaptive" gives each
         head an interval of its own, longer while it keeps choosing the same pages.
     dtype: of the keys and values; None is the model's own.
-    summary_dtype: of the page summaries; None is `dtype`, "int8" is 8 bit with a scale.
+    score: how pages are chosen; "minmax" by an upper bound of every product in a page, "sketch1",
+        "sketch2", "sketch4" by the attention that its keys would get, rounded to so many bits.
+    summary_dtype: of minima and maxima; None is `dtype`, "int8" is 8 bit with a scale.
     implementation: of the kernels; None lets each kernel choose what suits the device.
     transfer: how pages cross between device and host; None lets the device choose.
 
@@ -35,6 +38,7 @@ class CacheConfig:
     budget_tokens: int = 1024
     rerank_interval: int | str = 16
     dtype: str | None = None
+    score: str = "minmax"
     summary_dtype: str | None = None
     implementation: str | None = None
     transfer: str | None = None
@@ -42,6 +46,13 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} must be one of {_listed(MODES)}")
+        if self.score not in SCORES:
+            raise ValueError(f"score={self.score!r} must be one of {_listed(SCORES)}")
+        if self.summary_dtype is not None and self.score != "minmax":
+            raise ValueError(
+                f"summary_dtype={self.summary_dtype!r} goes with score='minmax' only: "
+                f"score={self.score!r} says by itself how wide its summaries are"
+            )
         for name in ("page_size", "budget_tokens"):
             _require_positive_int(name, getattr(self, name))
         if self.rerank_interval != ADAPTIVE:

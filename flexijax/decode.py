@@ -232,16 +232,18 @@ def rerank_layer(
         source = jnp.maximum(slot[:, :, e], 0)[:, :, None, None, None]
         keys = jnp.take_along_axis(held.slots_k, source, axis=3)[:, :, :, 0]  # [B, K_s, H, page]
         at = jnp.where(filled[:, e] >= 0, block[:, e], layout.blocks)
-        rows = score.summarize(keys.swapaxes(-1, -2))
+        rows = score.summarize(keys.swapaxes(-1, -2), held.slotted_state)
         summaries = jax.tree.map(
             lambda pool, new, at=at: pool.at[at].set(new, mode="drop"), summaries, rows
         )
     scores = score.scores(
         queries,
         summaries,
+        held.slotted_state,
         block_table,
         lengths,
         page_size=page_size,
+        scale=layout.shape.scale,
         implementation=program.implementation,
     )
     chosen = program.policy.plan(forced(scores, lengths, page_size=page_size))

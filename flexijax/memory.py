@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -19,6 +21,7 @@ def cache_bytes(layout: kv.CacheLayout, policy: Policy) -> tuple[int, int]:
     device = (paged + slotted + heads * layout.pages) * layout.page_bytes
     summarized = layout.num_paged + (layout.num_slotted if layout.offloads else 0)
     device += summarized * layout.blocks * summary_bytes(layout, policy)
+    device += summarized * layout.rows * state_bytes(layout, policy)
     host = layout.num_slotted * layout.blocks * layout.page_bytes if layout.offloads else 0
     return device, host
 
@@ -31,7 +34,7 @@ def request_bytes(layout: kv.CacheLayout, policy: Policy, length: int) -> tuple[
     slots = min(layout.slots, pages)
     device = (layout.num_paged * pages + layout.num_slotted * slots) * layout.page_bytes
     summarized = layout.num_paged + (layout.num_slotted if layout.offloads else 0)
-    summaries = summarized * pages * summary_bytes(layout, policy)
+    summaries = summarized * (pages * summary_bytes(layout, policy) + state_bytes(layout, policy))
     host = layout.num_slotted * pages * layout.page_bytes if layout.offloads else 0
     return device + summaries, summaries, host, full
 
@@ -39,9 +42,17 @@ def request_bytes(layout: kv.CacheLayout, policy: Policy, length: int) -> tuple[
 def summary_bytes(layout: kv.CacheLayout, policy: Policy) -> int:
     """Bytes that the policy keeps of one page of one KV head."""
     score = policy.score
-    if score is None:
-        return 0
-    leaves = jax.eval_shape(lambda: score.empty(1, 1, layout.shape.head_dim))
+    return 0 if score is None else _bytes(score.empty, layout)
+
+
+def state_bytes(layout: kv.CacheLayout, policy: Policy) -> int:
+    """Bytes that the policy keeps of one KV head of one request, beside its pages' summaries."""
+    score = policy.score
+    return 0 if score is None else _bytes(score.empty_state, layout)
+
+
+def _bytes(empty: Callable[[int, int, int], Any], layout: kv.CacheLayout) -> int:
+    leaves = jax.eval_shape(lambda: empty(1, 1, layout.shape.head_dim))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
 
 

@@ -7,7 +7,7 @@ decode) asks it and knows no policy by name; a new one is a class with these met
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,87 +15,10 @@ from jax import lax
 
 from flexijax.config import CacheConfig
 from flexijax.intervals import Adaptive
-from flexijax.pallas_kernels import dispatch, platform
-from flexijax.pallas_kernels.summaries import quantize, summarize
 from flexijax.profiles.head_profile import HeadProfile
-
-
-class Score(Protocol):
-    """What is kept of a page in order to score it, and the scores."""
-
-    def empty(self, blocks: int, heads: int, head_dim: int) -> Any:
-        """Leaves [blocks, heads, ...] of unwritten summaries, in device memory."""
-        ...
-
-    def summarize(self, k_pages: jax.Array) -> Any:
-        """Full pages [..., page, H] -> leaves [..., ...], one summary each."""
-        ...
-
-    def scores(
-        self,
-        q: jax.Array,
-        summaries: Any,
-        block_table: jax.Array,
-        lengths: jax.Array,
-        *,
-        page_size: int,
-        implementation: str | None,
-    ) -> jax.Array:
-        """q [B, K, G, H] -> float32[B, K, P], -inf beyond the request."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class MinMax:
-    """Quest's upper bound of q.k over a page, from the elementwise min and max of its keys.
-
-    dtype: of the summaries; "int8" shares a power-of-two scale among 32 channels.
-    Source: https://arxiv.org/abs/2406.10774, equation 2.
-    """
-
-    dtype: str
-
-    def empty(self, blocks: int, heads: int, head_dim: int) -> Any:
-        """See `Score.empty`: [blocks, heads, 2, head_dim], minimum then maximum."""
-        shape, device = (blocks, heads, 2, head_dim), platform.sharding()
-        if self.dtype != "int8":
-            return jnp.zeros(shape, self.dtype, device=device)
-        leaves = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=device), leaves)
-
-    def summarize(self, k_pages: jax.Array) -> Any:
-        """See `Score.summarize`."""
-        bounds = summarize(k_pages, jnp.full(k_pages.shape[:-2], k_pages.shape[-2], jnp.int32))
-        return quantize(bounds) if self.dtype == "int8" else _outward(bounds, self.dtype)
-
-    def scores(
-        self,
-        q: jax.Array,
-        summaries: Any,
-        block_table: jax.Array,
-        lengths: jax.Array,
-        *,
-        page_size: int,
-        implementation: str | None,
-    ) -> jax.Array:
-        """See `Score.scores`."""
-        return dispatch.page_scores(
-            q, summaries, block_table, lengths, page_size=page_size, implementation=implementation
-        )
-
-
-def _outward(bounds: jax.Array, dtype: str) -> jax.Array:
-    """Min and max [..., 2, H] in `dtype`, rounded away from each other: still bounds."""
-    if bounds.dtype == jnp.dtype(dtype) or jnp.dtype(dtype).itemsize >= bounds.dtype.itemsize:
-        return bounds.astype(dtype)
-    rounded = bounds.astype(dtype)
-    low, high = rounded[..., 0, :], rounded[..., 1, :]
-    below = jnp.nextafter(low, jnp.asarray(-jnp.inf, low.dtype))
-    above = jnp.nextafter(high, jnp.asarray(jnp.inf, high.dtype))
-    exact_low, exact_high = bounds[..., 0, :], bounds[..., 1, :]
-    low = jnp.where(low.astype(bounds.dtype) > exact_low, below, low)
-    high = jnp.where(high.astype(bounds.dtype) < exact_high, above, high)
-    return jnp.stack([low, high], axis=-2)
+from flexijax.score import Score
+from flexijax.score_minmax import MinMax
+from flexijax.score_sketch import Sketch
 
 
 def forced(scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
@@ -244,7 +167,7 @@ def make(
     """
     if config.mode == "full":
         return Full()
-    score = MinMax(config.summary_dtype or dtype)
+    score = _score(config, dtype)
     if config.mode == "quest":
         return Quest(score, config.budget_pages)
     if profile is None:
@@ -253,3 +176,10 @@ def make(
     return Flexi(
         score, unstable, config.budget_pages, config.tail_pages, intervals=config.intervals
     )
+
+
+def _score(config: CacheConfig, dtype: str) -> Score:
+    """What `config.score` names."""
+    if config.score == "minmax":
+        return MinMax(config.summary_dtype or dtype)
+    return Sketch(bits=int(config.score.removeprefix("sketch")), page_size=config.page_size)

@@ -151,7 +151,7 @@ def commit_layer(
     used = -(-length // layout.page_size)
     if paged.size:
         table = jnp.where(page < used, blocks, layout.blocks)  # beyond: out of bounds, dropped
-        held = _commit_paged(program, held, k[0, paged], v[0, paged], table)
+        held = _commit_paged(program, held, k[0, paged], v[0, paged], row, table, length)
     if slotted.size and host is None:
         held = _commit_full(held, k[:, slotted], v[:, slotted], row)
     elif slotted.size and host is not None:
@@ -171,17 +171,25 @@ def commit_layer(
 
 
 def _commit_paged(
-    program: Program, held: LayerCache, k: jax.Array, v: jax.Array, table: jax.Array
+    program: Program,
+    held: LayerCache,
+    k: jax.Array,
+    v: jax.Array,
+    row: jax.Array,
+    table: jax.Array,
+    length: jax.Array,
 ) -> LayerCache:
     """k [K_u, H, P, page], v [K_u, P, page, H] into the rows `table` of the pools."""
     score = program.policy.score
     assert score is not None and held.pages_k is not None and held.pages_v is not None
     k_pages = k.transpose(2, 0, 3, 1)  # [P, K_u, page, H]
+    state = score.fit(k_pages, length)
     return dataclasses.replace(
         held,
         pages_k=held.pages_k.at[table].set(k_pages, mode="drop"),
         pages_v=held.pages_v.at[table].set(v.swapaxes(0, 1), mode="drop"),
-        paged_summaries=_scatter(held.paged_summaries, table, score.summarize(k_pages)),
+        paged_summaries=_scatter(held.paged_summaries, table, score.summarize(k_pages, state)),
+        paged_state=_scatter(held.paged_state, row, state),
     )
 
 
@@ -221,16 +229,20 @@ def _commit_slotted(
     page = jnp.arange(layout.pages, dtype=jnp.int32)
     every = jnp.broadcast_to(page[None, None], (1, heads, layout.pages))
     host = offload(host, k, v, full[None], every, transfer=program.transfer)
-    rows = score.summarize(k[0].transpose(2, 0, 3, 1))  # of [P, K_s, page, H]
+    k_pages = k[0].transpose(2, 0, 3, 1)  # [P, K_s, page, H]
+    state = score.fit(k_pages, length)
+    rows = score.summarize(k_pages, state)
     at = jnp.where(full >= 0, full, layout.blocks)
     summaries = _scatter(held.slotted_summaries, at, rows)
     # Blocks of the newest page may not be in `full`; scoring it is not needed, it is forced.
     scores = score.scores(
         queries,
         summaries,
+        jax.tree.map(lambda leaf: leaf[None], state),
         jnp.maximum(full, 0)[None],
         length[None],
         page_size=layout.page_size,
+        scale=layout.shape.scale,
         implementation=program.implementation,
     )
     chosen = program.policy.plan(forced(scores, length[None], page_size=layout.page_size))
@@ -252,6 +264,7 @@ def _commit_slotted(
         slots_v=lax.dynamic_update_slice_in_dim(held.slots_v, slot_v, row, axis=0),
         slot_page=lax.dynamic_update_slice_in_dim(held.slot_page, plan.slot_page, row, axis=0),
         slotted_summaries=summaries,
+        slotted_state=_scatter(held.slotted_state, row, state),
         pace=_first_pace(program, held.pace, row),
     )
     return held, host

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +100,4 @@ class Reader:
 
 def new_cache(program: Program) -> Cache:
     """An empty cache of the program's layout, with room for what its policy keeps of pages."""
-    layout, score = program.layout, program.policy.score
-
-    def summaries(heads: int) -> Any:
-        return None if score is None else score.empty(layout.blocks, heads, layout.shape.head_dim)
-
-    return kv.init(layout, summaries)
+    return kv.init(program.layout, program.policy.score)

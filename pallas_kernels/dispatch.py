@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from flexijax.pallas_kernels import page_moves, platform
 from flexijax.pallas_kernels import page_scores as _pallas_scores
+from flexijax.pallas_kernels import sketch_scores as _pallas_sketches
 from flexijax.pallas_kernels import sparse_decode as _pallas_decode
 from flexijax.pallas_kernels.partials import merge as merge
+from flexijax.pallas_kernels.sketches import SPACING, SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
 
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
@@ -69,6 +71,57 @@ def page_scores(
     chosen = _choose(implementation)
     module = _pallas_scores if chosen == "pallas" else _module(chosen, "page_scores_triton")
     return module.page_scores(q, summaries, block_table, lengths, page_size=page_size)
+
+
+def sketch_scores(
+    query: SketchQuery,
+    codes: jax.Array,
+    block_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    page_size: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Log of the sum of exp(offset + unit * sum over H of weight * code) over a page's tokens.
+
+    Args:
+      query: `SketchQuery` of weights int8[B, K, G, H] and offset, unit float32[B, K, G].
+      codes: uint32[blocks, K, bits, W, page], bit planes packed as `sketches` says.
+      block_table: int32[B, P], the block of each page; read for full pages only.
+      lengths: int32[B], tokens of each request.
+      page_size: tokens a page.
+    Returns:
+      float32[B, K, G, P]; -inf for a page that is not full.
+    Raises:
+      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
+    """
+    sizes = _sizes(
+        weights=(query.weights, "B K G H"),
+        offset=(query.offset, "B K G"),
+        unit=(query.unit, "B K G"),
+        codes=(codes, f"blocks K bits {words(query.weights.shape[-1])} {page_size}"),
+        block_table=(block_table, "B P"),
+        lengths=(lengths, "B"),
+    )
+    if sizes["bits"] not in SPACING:
+        raise ValueError(
+            f"codes has shape {codes.shape}: bits must be one of {tuple(SPACING)}, "
+            f"got {sizes['bits']}"
+        )
+    _check_dtype("weights", query.weights, jnp.int8)
+    _check_dtype("offset", query.offset, jnp.float32)
+    _check_dtype("unit", query.unit, jnp.float32)
+    _check_dtype("codes", codes, jnp.uint32)
+    _check_dtype("block_table", block_table, jnp.int32)
+    _check_dtype("lengths", lengths, jnp.int32)
+    _check_page(page_size)
+    chosen = _choose(implementation)
+    module = (
+        _pallas_sketches
+        if chosen == "pallas"
+        else _module(chosen, "sketch_scores_triton", xla="sketch_scores_xla")
+    )
+    return module.sketch_scores(query, codes, block_table, lengths, page_size=page_size)
 
 
 def paged_decode(
@@ -222,9 +275,9 @@ def _choose(implementation: str | None) -> str:
     return chosen
 
 
-def _module(chosen: str, twin: str) -> ModuleType:
+def _module(chosen: str, twin: str, *, xla: str = "xla") -> ModuleType:
     """XLA's module or the named Triton twin, imported when first used: triton is optional."""
-    name = "xla" if chosen == "xla" else twin
+    name = xla if chosen == "xla" else twin
     return importlib.import_module(f"flexijax.pallas_kernels.{name}")
 
 

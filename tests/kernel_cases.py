@@ -74,6 +74,35 @@ SCORE_CASES = (
 )
 
 
+@dataclass(frozen=True)
+class SketchCase:
+    """Full pages of requests with `lengths` tokens, scored from codes of `bits` bits."""
+
+    name: str
+    lengths: tuple[int, ...]
+    bits: int = 2
+    heads: int = 2
+    group: int = 3
+    width: int = 64
+    page: int = 16
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SKETCH_CASES = (
+    SketchCase("tokens", TOKEN_LENGTHS),
+    SketchCase("pages", tuple(16 * n for n in TOKEN_LENGTHS), heads=1),
+    SketchCase("1-bit", (0, 47), bits=1),
+    SketchCase("4-bit", (95, 16), bits=4, width=32),
+    SketchCase("one-query-head-width-128", (65,), group=1, width=128),
+    SketchCase("more-rows-than-16", (33,), group=17, heads=1),
+    SketchCase("width-80-page-32", (64, 65), width=80, page=32),
+    SketchCase("width-8-page-4-1-bit", (21, 3), bits=1, width=8, page=4),
+    SketchCase("page-64-4-bit", (129,), bits=4, heads=1, page=64),
+)
+
+
 def numpy_dtype(name: str) -> np.dtype:
     """NumPy's dtype of that name, bfloat16 included."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
@@ -142,6 +171,33 @@ def score_inputs(case: ScoreCase) -> dict[str, np.ndarray]:
     q = rng.normal(size=(batch, case.heads, case.group, case.width)).astype(dtype)
     lengths = np.array(case.lengths, np.int32)
     return {"q": q, "low_high": low_high, "block_table": table, "lengths": lengths}
+
+
+def sketch_inputs(case: SketchCase) -> dict[str, np.ndarray]:
+    """Arguments of `sketch_scores`; what belongs to no full page is garbage, or NaN."""
+    rng = np.random.default_rng(len(case.name))
+    batch = len(case.lengths)
+    full = [length // case.page for length in case.lengths]
+    most = max(full) + 2
+    blocks = batch * most + 2
+    table = rng.permutation(blocks)[: batch * most].reshape(batch, most).astype(np.int32)
+    shape = (blocks, case.heads, case.bits, -(-case.width // 32), case.page)
+    heads = (batch, case.heads, case.group)
+    inputs = {
+        "weights": rng.integers(-31, 32, (*heads, case.width)).astype(np.int8),
+        "offset": rng.normal(size=heads).astype(np.float32),
+        # Large enough that a few tokens win.
+        "unit": (rng.uniform(0.5, 2, heads) / (20 * case.width**0.5 * 2**case.bits)),
+        "codes": rng.integers(0, 2**32, shape, dtype=np.uint32),
+        "block_table": table,
+        "lengths": np.array(case.lengths, np.int32),
+    }
+    inputs["unit"] = inputs["unit"].astype(np.float32)
+    for b, count in enumerate(full):
+        table[b, count:] = 2**30
+        if not count:
+            inputs["offset"][b] = inputs["unit"][b] = np.nan
+    return inputs
 
 
 def assert_rows_close(actual, expected: np.ndarray, tolerance: float) -> None:

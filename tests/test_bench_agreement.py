@@ -33,7 +33,9 @@ def test_recent_chooses_the_first_and_the_newest_pages():
     q, table = jnp.zeros((2, 3, 2, 8)), jnp.zeros((2, 10), jnp.int32)
     lengths = jnp.array([35, 9], jnp.int32)
     summaries = score.empty(10, 3, 8)
-    found = score.scores(q, summaries, table, lengths, page_size=4, implementation=None)
+    found = score.scores(
+        q, summaries, (), table, lengths, page_size=4, scale=1.0, implementation=None
+    )
     pages = np.asarray(top_pages(forced(found, lengths, page_size=4), 4))
     assert (np.sort(pages[0]) == [0, 6, 7, 8]).all()
     assert (np.sort(pages[1]) == [-1, 0, 1, 2]).all()

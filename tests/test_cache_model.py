@@ -19,9 +19,10 @@ from flexijax.engine import CountedHead, Engine, Request
 from flexijax.intervals import Adaptive
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
-from flexijax.policy import Flexi, MinMax
+from flexijax.policy import Flexi
 from flexijax.prefill import Program
 from flexijax.sampling import Sampling
+from flexijax.score_minmax import MinMax
 
 LAYERS, KV_HEADS, GROUP, WIDTH, VOCAB = 2, 2, 2, 8, 13
 # R is no multiple of the page, so that one page or two fill up between reranks.

@@ -22,11 +22,15 @@ FLOORS = {
         pallas_kernels/reference.py
         pallas_kernels/partials.py
         pallas_kernels/summaries.py
+        pallas_kernels/sketches.py
         pallas_kernels/xla.py
+        pallas_kernels/sketch_scores_xla.py
         pallas_kernels/page_scores.py
+        pallas_kernels/sketch_scores.py
         pallas_kernels/sparse_decode.py
         pallas_kernels/page_moves.py
         pallas_kernels/page_scores_triton.py
+        pallas_kernels/sketch_scores_triton.py
         pallas_kernels/sparse_decode_triton.py
         pallas_kernels/prefill_cudnn.py
         pallas_kernels/prefill.py
@@ -38,6 +42,9 @@ FLOORS = {
     """,
     "2 cache": """
         flexijax/blocks.py
+        flexijax/score.py
+        flexijax/score_minmax.py
+        flexijax/score_sketch.py
         flexijax/cache.py
         flexijax/policy.py
         flexijax/schedule.py

@@ -9,6 +9,7 @@ import pytest
 
 from flexijax.pallas_kernels import aot, dispatch, platform, prefill_cudnn
 from flexijax.pallas_kernels.prefill import prefill_attention
+from flexijax.pallas_kernels.sketches import SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, group_size
 from flexijax.pallas_kernels.targets import target, targets
 
@@ -103,6 +104,28 @@ def test_scores_fit_the_gpu(quantized):
     assert report.device.temporaries == 0
     if kernel.instructions:
         assert kernel.tensor_core_instructions > 0 and kernel.wide_loads > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize(("bits", "width"), [(1, 80), (2, 128), (4, 128)])
+def test_sketch_scores_fit_the_gpu(bits, width):
+    heads = (16, 2, 4)
+    query = SketchQuery(
+        shape(*heads, width, dtype=jnp.int8),
+        shape(*heads, dtype=jnp.float32),
+        shape(*heads, dtype=jnp.float32),
+    )
+    codes = shape(4096, 2, bits, words(width), 16, dtype=jnp.uint32)
+    report = aot.compile_for(
+        functools.partial(dispatch.sketch_scores, page_size=16),
+        (query, codes, integers(16, 2048), integers(16)),
+        target=target("h100"),
+    )
+    [kernel] = report.kernels
+    assert kernel.spill_bytes == 0 and kernel.registers <= 128
+    assert report.device.temporaries == 0
+    if kernel.instructions:
+        assert kernel.tensor_core_instructions > 0
 
 
 @needs_compiler

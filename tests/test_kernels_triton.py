@@ -12,10 +12,12 @@ from flexijax.pallas_kernels import reference
 from tests.kernel_cases import (
     DECODE_CASES,
     SCORE_CASES,
+    SKETCH_CASES,
     assert_numbers_close,
     assert_rows_close,
     decode_inputs,
     score_inputs,
+    sketch_inputs,
     slot_inputs,
 )
 
@@ -25,7 +27,11 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, Triton's own included
 pytest.importorskip("triton")
 
-from flexijax.pallas_kernels import page_scores_triton, sparse_decode_triton  # noqa: E402
+from flexijax.pallas_kernels import (  # noqa: E402
+    page_scores_triton,
+    sketch_scores_triton,
+    sparse_decode_triton,
+)
 from flexijax.pallas_kernels.summaries import group_size  # noqa: E402
 
 # bfloat16 is not one of NumPy's types, and the interpreter is slow: a few cases of each kind.
@@ -111,6 +117,25 @@ def test_page_scores(case):
     assert_numbers_close(scores.cpu().numpy(), expected, 1e-5)
 
 
+@pytest.mark.parametrize("case", [c for c in SKETCH_CASES if max(c.lengths) < 100], ids=str)
+def test_sketch_scores(case):
+    inputs = sketch_inputs(case)
+    expected = reference.sketch_scores(**inputs, page_size=case.page)
+    # PyTorch has few operations for uint32, and the kernel reads the bits alone.
+    inputs["codes"] = inputs["codes"].view(np.int32)
+    pages = inputs["block_table"].shape[1]
+    batch, heads, group, width = inputs["weights"].shape
+    numbers = sketch_scores_triton.options(
+        group=group, width=width, pages=pages, page=case.page, bits=case.bits
+    )
+    scores = torch.full((batch, heads, group, pages), torch.nan, device=DEVICE)
+    names = ("weights", "offset", "unit", "codes", "block_table", "lengths")
+    sketch_scores_triton.flexijax_sketches[(-(-pages // numbers["TILE"]), heads, batch)](
+        *(tensor(inputs[name]) for name in names), scores, **numbers
+    )
+    assert_numbers_close(scores.cpu().numpy(), expected, 1e-5)
+
+
 COMPILE = """
 import functools
 from flexijax.pallas_kernels import aot
@@ -131,6 +156,13 @@ scores = functools.partial(dispatch.page_scores, page_size=16, implementation="t
 table, lengths = shape(2, 64, dtype=jnp.int32), shape(2, dtype=jnp.int32)
 arguments = (shape(2, 2, 4, 128), shape(64, 2, 2, 128), table, lengths)
 report = aot.compile_for(scores, arguments, target=target("a100"))
+assert "triton_kernel_call" in report.hlo
+from flexijax.pallas_kernels.sketches import SketchQuery
+numbers = shape(2, 2, 4, dtype=jnp.float32)
+query = SketchQuery(shape(2, 2, 4, 128, dtype=jnp.int8), numbers, numbers)
+sketches = functools.partial(dispatch.sketch_scores, page_size=16, implementation="triton")
+arguments = (query, shape(64, 2, 2, 4, 16, dtype=jnp.uint32), table, lengths)
+report = aot.compile_for(sketches, arguments, target=target("h100"))
 assert "triton_kernel_call" in report.hlo
 print("compiled")
 """

@@ -18,7 +18,7 @@ from flexijax.decode import decode_chunk
 from flexijax.engine import Engine, Request
 from flexijax.generate import make_program
 from flexijax.models.dense import dense_attend
-from flexijax.policy import MinMax
+from flexijax.score_minmax import MinMax
 from tests.tiny_models import tiny_model
 
 PAGE, STEPS = 4, 8
@@ -213,9 +213,11 @@ def test_a_score_bounds_every_product(summaries, dtype):
     got = score.scores(
         q,
         score.summarize(k),
+        (),
         jnp.arange(blocks, dtype=jnp.int32)[None],
         jnp.asarray([blocks * page], jnp.int32),
         page_size=page,
+        scale=0.1,
         implementation="xla",
     )
     q64, k64 = np.asarray(q[0], np.float64), np.asarray(k, np.float64)

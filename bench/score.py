@@ -1,0 +1,303 @@
+"""How close each page score keeps the model to full attention: `python -m bench.score`.
+
+Every system, a mode with a score and a budget, is fed full attention's own greedy continuation of
+real documents, token by token. Compared are the next-token distributions: do they agree on the best
+token, and what is the Kullback-Leibler divergence from full to the system (nats a token). A prompt
+is read once for all systems, and a document that is in the records file is not measured again.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import forced
+from bench.agreement import compare
+from bench.score_candidates import named
+from bench.timing import environment, table
+from flexijax.config import CacheConfig
+from flexijax.generate import make_program
+from flexijax.memory import request_bytes, summary_bytes
+from flexijax.models.language_model import LanguageModel
+from flexijax.models.load import load
+from flexijax.policy import Flexi, Quest
+from flexijax.prefill import Program
+from flexijax.profiles import lookup
+from flexijax.profiles.documents import Document, prompt_ids, read_documents
+from flexijax.terminal import use_compilation_cache
+
+SYSTEMS = (
+    *(f"flexi:{score}:1024" for score in ("minmax16", "minmax8", "sketch1", "sketch2", "sketch4")),
+    *(f"quest:{score}:1024" for score in ("minmax16", "minmax8", "sketch1", "sketch2", "sketch4")),
+    *(
+        f"flexi:{score}:{tokens}"
+        for score in ("minmax16", "sketch2")
+        for tokens in (256, 512, 2048)
+    ),
+)
+# What every other system of the same mode and budget is divided by.
+BASE = "minmax16"
+COLUMNS = (
+    "system",
+    "kl",
+    "kl_low",
+    "kl_high",
+    "ratio",
+    "ratio_high",
+    "agreement",
+    "worst_task_ratio",
+    "page_bytes",
+    "device_mb",
+    "documents",
+)
+_DRAWS = 10_000
+
+
+def programs(
+    lm: LanguageModel, systems: Sequence[str], *, max_tokens: int, profile: str | None
+) -> dict[str, Program]:
+    """The static part of "full" and of every system, all with caches of one size."""
+    found = None if profile is None else lookup.load(profile)
+
+    def made(mode: str, budget: int) -> Program:
+        cache = CacheConfig(mode=mode, budget_tokens=budget)
+        return make_program(lm, cache, profile=found, max_tokens=max_tokens, rows=1)
+
+    result = {"full": made("full", 1024)}
+    for system in systems:
+        mode, score, budget = split(system)
+        program = made(mode, budget)
+        assert isinstance(program.policy, Flexi | Quest)
+        policy = dataclasses.replace(program.policy, score=named(program.layout.page_size)[score])
+        result[system] = dataclasses.replace(program, policy=policy)
+    return result
+
+
+def split(system: str) -> tuple[str, str, int]:
+    """ "flexi:sketch2:1024" -> ("flexi", "sketch2", 1024); ValueError where that is no system."""
+    parts = system.split(":")
+    if len(parts) != 3 or parts[0] not in ("flexi", "quest") or not parts[2].isdigit():
+        raise ValueError(f"--systems {system!r} must be flexi or quest:score:budget in tokens")
+    if parts[1] not in named(16):
+        raise ValueError(f"--systems {system!r}: the score must be one of {', '.join(named(16))}")
+    return parts[0], parts[1], int(parts[2])
+
+
+def measure_document(
+    lm: LanguageModel, made: dict[str, Program], prompt: Sequence[int], *, steps: int
+) -> Iterator[dict[str, Any]]:
+    """One row a system: mean agreement and KL over the tokens up to full's first stop token."""
+    reading = forced.read(lm, made["full"], prompt)
+    said = forced.greedy(lm, made["full"], reading, steps=steps)
+    stop_ids = lm.tokenizer.stop_ids if lm.tokenizer is not None else ()
+    counted = min((at for at, token in enumerate(said) if token in stop_ids), default=steps)
+    if not counted:
+        return
+    full = forced.feed(lm, made["full"], reading, said)
+    # Logits after token i say what comes as token i + 1: full's own choice, or the bench is wrong.
+    if not np.array_equal(full.argmax(-1)[:-1], np.array(said[1:])):
+        raise RuntimeError("full attention, fed its own tokens, does not choose them again")
+    for system, program in made.items():
+        if system == "full":
+            continue
+        logits = forced.feed(lm, program, reading, said)
+        same, kl = compare(full[:counted], logits[:counted])
+        layout, policy = program.layout, program.policy
+        yield {
+            "system": system,
+            "context": len(prompt),
+            "tokens": counted,
+            "agreement": float(same.mean()),
+            "kl": float(kl.mean()),
+            "page_bytes": summary_bytes(layout, policy),
+            "device_bytes": request_bytes(layout, policy, len(prompt))[0],
+        }
+
+
+def summary(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a system: means over documents with 95 % intervals from resampling documents.
+
+    ratio: of mean KL to that of `BASE` in the same mode at the same budget on the same documents.
+    """
+    kls = {
+        system: {(r["task"], r["index"]): r["kl"] for r in rows if r["system"] == system}
+        for system in systems
+    }
+    found = []
+    for system in systems:
+        mine = [row for row in rows if row["system"] == system]
+        if not mine:
+            continue
+        mode, _, budget = split(system)
+        base = kls.get(f"{mode}:{BASE}:{budget}", {})
+        shared = sorted(key for key in kls[system] if key in base)
+        row: dict[str, Any] = {"system": system, "documents": len(mine)}
+        for name in ("kl", "agreement"):
+            values = np.array([one[name] for one in mine])
+            low, high = interval(values, np.ones_like(values))
+            row |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+        if shared:
+            over = np.array([kls[system][key] for key in shared])
+            under = np.array([base[key] for key in shared])
+            row["ratio"] = float(over.mean() / under.mean())
+            row["ratio_low"], row["ratio_high"] = interval(over, under)
+            tasks = {
+                task: float(
+                    np.mean([kls[system][key] for key in shared if key[0] == task])
+                    / np.mean([base[key] for key in shared if key[0] == task])
+                )
+                for task, _ in shared
+            }
+            row["task_ratios"], row["worst_task_ratio"] = tasks, max(tasks.values())
+        row["page_bytes"] = mine[0]["page_bytes"]
+        row["device_mb"] = float(np.mean([one["device_bytes"] for one in mine])) / 1e6
+        found.append(row)
+    return found
+
+
+def interval(over: np.ndarray, under: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval over documents of mean(over) / mean(under), pairs kept together."""
+    draws = np.random.default_rng(0).integers(0, len(over), (_DRAWS, len(over)))
+    low, high = np.quantile(over[draws].mean(1) / under[draws].mean(1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL against device bytes, a curve for each mode and score, a point for each budget."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    curves = sorted({split(row["system"])[:2] for row in rows})
+    for mode, score in curves:
+        mine = sorted(
+            (row for row in rows if split(row["system"])[:2] == (mode, score)),
+            key=lambda row: row["device_mb"],
+        )
+        x, y = [row["device_mb"] for row in mine], [row["kl"] for row in mine]
+        error = [
+            [row["kl"] - row["kl_low"] for row in mine],
+            [row["kl_high"] - row["kl"] for row in mine],
+        ]
+        marker = "o" if mode == "flexi" else "s"
+        axes.errorbar(x, y, yerr=error, marker=marker, capsize=2, label=f"{mode}, {score}")
+        for row in mine:
+            at = (row["device_mb"], row["kl"])
+            axes.annotate(
+                str(split(row["system"])[2]), at, (4, 4), textcoords="offset points", fontsize=7
+            )
+    axes.set(yscale="log", xlabel="KV bytes on the device, MB", ylabel="KL to full, nats a token")
+    axes.set_title("Closeness to full attention; numbers are budgets in tokens", fontsize=10)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    use_compilation_cache()
+    lm = load(args.model)
+    if lm.tokenizer is None:
+        raise ValueError(f"--model {args.model} has no tokenizer, so it cannot read documents")
+    systems = list(dict.fromkeys(args.systems))
+    made = programs(lm, systems, max_tokens=args.max_tokens + args.steps, profile=args.profile)
+    known = _known(args.records)
+    rows: list[dict[str, Any]] = []
+    waiting = [iter(read_documents(path)) for path in args.data]
+    # One document of every file in turn, so that what is there early speaks for all of them.
+    for _ in range(args.documents):
+        for documents in waiting:
+            for document in documents:
+                mine = _measured(lm, made, document, known, args)
+                if mine:
+                    rows += mine
+                    _write(args, rows, systems)
+                    break
+    print(table(summary(rows, systems), COLUMNS))
+    return 0
+
+
+def _measured(
+    lm: LanguageModel,
+    made: dict[str, Program],
+    document: Document,
+    known: list[dict[str, Any]],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Rows of a document, from `known` or new; none where full attention answers with nothing."""
+    assert lm.tokenizer is not None
+    place = {"key": _key(lm, document, args), "task": document.task, "index": document.index}
+    mine = [row for row in known if row["key"] == place["key"]]
+    # A document without an answer is recorded as one row without a system.
+    done = {row["system"] for row in mine}
+    missing = {
+        name: program for name, program in made.items() if name == "full" or not done & {name, None}
+    }
+    if len(missing) > 1:
+        prompt = prompt_ids(document, lm.tokenizer, max_tokens=args.max_tokens)
+        for row in measure_document(lm, missing, prompt, steps=args.steps):
+            mine.append({**place, **row})
+            _append(args.records, mine[-1])
+            said = f"{row['system']} {row['agreement']:.2f} {row['kl']:.4f}"
+            print(f"{document.task}[{document.index}]: {said}", file=sys.stderr, flush=True)
+        if not mine:
+            _append(args.records, {**place, "system": None})
+    return [row for row in mine if row["system"] in made]
+
+
+def _write(args: argparse.Namespace, rows: list[dict[str, Any]], systems: list[str]) -> None:
+    found = summary(rows, systems)
+    if args.json is not None:
+        content = {"rows": found, "documents": rows, "environment": environment(threads=2)}
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if args.plot is not None:
+        draw(found, args.plot)
+
+
+def _key(lm: LanguageModel, document: Document, args: argparse.Namespace) -> str:
+    parts = [lm.fingerprint, document.task, document.text, document.instruction]
+    parts += [args.profile, args.max_tokens, args.steps]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _known(path: Path | None) -> list[dict[str, Any]]:
+    """Rows of finished systems; a line that an interrupt cut short is passed over."""
+    rows = []
+    if path is not None and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def _append(path: Path | None, row: dict[str, Any]) -> None:
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            # A new line first, in case an interrupt left the last one unfinished.
+            file.write(f"\n{json.dumps(row)}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.score", description=__doc__)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--records", type=Path, metavar="FILE", help="of finished documents")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture, .png or .svg")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--profile", help="name or file; default: the shipped one of the model")
+    parser.add_argument("--documents", type=int, default=1, help="of each file")
+    parser.add_argument("--max-tokens", type=int, default=5600, help="of a prompt")
+    parser.add_argument("--steps", type=int, default=64, help="tokens compared, a multiple of 16")
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, metavar="MODE:SCORE:TOKENS")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

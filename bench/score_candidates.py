@@ -1,0 +1,157 @@
+"""Page scores that are only compared with those of the package, and the names of all.
+
+A `PageScore` keeps bfloat16 numbers of every page and needs no state; its three functions say which
+numbers, and what a query makes of them. Pages then compete by the attention mass that this gives.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexijax.pallas_kernels import platform
+from flexijax.score import Score
+from flexijax.score_minmax import MinMax
+from flexijax.score_sketch import Sketch, log_mass
+
+
+@dataclasses.dataclass(frozen=True)
+class PageScore:
+    """kept: (page, H) -> shape of what is kept of a page. of_page: keys [..., page, H] -> that.
+
+    logits: q [B, K, G, H], scaled, and what is kept [B, P, K, ...] -> [B, K, G, P].
+    """
+
+    page_size: int
+    kept: Callable[[int, int], tuple[int, ...]]
+    of_page: Callable[[jax.Array], jax.Array]
+    logits: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def empty(self, blocks: int, heads: int, head_dim: int) -> jax.Array:
+        """See `Score.empty`."""
+        shape = (blocks, heads, *self.kept(self.page_size, head_dim))
+        return jnp.zeros(shape, jnp.bfloat16, device=platform.sharding())
+
+    def empty_state(self, rows: int, heads: int, head_dim: int) -> tuple[()]:
+        """See `Score.empty_state`."""
+        return ()
+
+    def fit(self, k_pages: jax.Array, length: jax.Array) -> tuple[()]:
+        """See `Score.fit`."""
+        return ()
+
+    def summarize(self, k_pages: jax.Array, state: Any) -> jax.Array:
+        """See `Score.summarize`."""
+        return self.of_page(k_pages.astype(jnp.float32)).astype(jnp.bfloat16)
+
+    def scores(
+        self,
+        q: jax.Array,
+        summaries: jax.Array,
+        state: Any,
+        block_table: jax.Array,
+        lengths: jax.Array,
+        *,
+        page_size: int,
+        scale: float,
+        implementation: str | None,
+    ) -> jax.Array:
+        """See `Score.scores`."""
+        rows = jnp.take(summaries, block_table, axis=0, mode="clip").astype(jnp.float32)
+        logits = self.logits(q.astype(jnp.float32) * scale, rows)
+        full = jnp.arange(1, block_table.shape[1] + 1)[None] * page_size <= lengths[:, None]
+        return log_mass(jnp.where(full[:, None, None], logits, -jnp.inf))
+
+
+def _product(q: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.einsum("BKGH,BPKH->BKGP", q, rows)
+
+
+def _mean(keys: jax.Array) -> jax.Array:
+    return keys.mean(-2)
+
+
+def _mean_and_radius(keys: jax.Array) -> jax.Array:
+    """The mean, and behind it the root of the mean squared distance from it: [..., H + 1]."""
+    mean = keys.mean(-2)
+    radius = jnp.sqrt(((keys - mean[..., None, :]) ** 2).sum(-1).mean(-1))
+    return jnp.concatenate([mean, radius[..., None]], axis=-1)
+
+
+def _radius_logits(q: jax.Array, rows: jax.Array) -> jax.Array:
+    """In a random direction a page of 16 reaches about 1.8 deviations: 1.8 |q| radius / sqrt(H)."""
+    width = q.shape[-1]
+    length = jnp.linalg.norm(q, axis=-1)[..., None]  # [B, K, G, 1]
+    radius = rows[..., width].transpose(0, 2, 1)[:, :, None]
+    return _product(q, rows[..., :width]) + 1.8 * width**-0.5 * length * radius
+
+
+def _mean_and_variance(keys: jax.Array) -> jax.Array:
+    return jnp.stack([keys.mean(-2), keys.var(-2)], axis=-2)
+
+
+def _cumulant_logits(q: jax.Array, rows: jax.Array) -> jax.Array:
+    """Log of the mean exponential of a Gaussian: q.mean + q^2.variance / 2."""
+    return _product(q, rows[..., 0, :]) + 0.5 * _product(q * q, rows[..., 1, :])
+
+
+def _bounds_and_mean(keys: jax.Array) -> jax.Array:
+    return jnp.stack([keys.min(-2), keys.max(-2), keys.mean(-2)], axis=-2)
+
+
+def _half_bound_logits(q: jax.Array, rows: jax.Array) -> jax.Array:
+    low, high, mean = (rows[..., i, :] for i in range(3))
+    bound = _product(jnp.minimum(q, 0), low) + _product(jnp.maximum(q, 0), high)
+    return 0.5 * (bound + _product(q, mean))
+
+
+def _exact_logits(q: jax.Array, rows: jax.Array) -> jax.Array:
+    return jax.nn.logsumexp(jnp.einsum("BKGH,BPKSH->BKGPS", q, rows), axis=-1)
+
+
+def named(page_size: int) -> dict[str, Score]:
+    """Every score by the name that the bench takes; "exact" is the oracle that keeps all keys."""
+
+    def one(kept, of_page, logits) -> PageScore:
+        return PageScore(page_size, kept, of_page, logits)
+
+    return {
+        "minmax32": MinMax("float32"),
+        "minmax16": MinMax("bfloat16"),
+        "minmax8": MinMax("int8"),
+        "sketch1": Sketch(1, page_size),
+        "sketch2": Sketch(2, page_size),
+        "sketch4": Sketch(4, page_size),
+        "sketch2max": Sketch(2, page_size, reduction="max"),
+        "mean": one(_row, _mean, _product),
+        "radius": one(_row_and_one, _mean_and_radius, _radius_logits),
+        "cumulant": one(_two_rows, _mean_and_variance, _cumulant_logits),
+        "halfbound": one(_three_rows, _bounds_and_mean, _half_bound_logits),
+        "exact": one(_everything, _everything_of, _exact_logits),
+    }
+
+
+def _row(page: int, width: int) -> tuple[int, ...]:
+    return (width,)
+
+
+def _row_and_one(page: int, width: int) -> tuple[int, ...]:
+    return (width + 1,)
+
+
+def _two_rows(page: int, width: int) -> tuple[int, ...]:
+    return (2, width)
+
+
+def _three_rows(page: int, width: int) -> tuple[int, ...]:
+    return (3, width)
+
+
+def _everything(page: int, width: int) -> tuple[int, ...]:
+    return (page, width)
+
+
+def _everything_of(keys: jax.Array) -> jax.Array:
+    return keys
