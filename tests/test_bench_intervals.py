@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import flexijax
-from bench import reload, rerank
+from bench import profile_cost, reload, rerank
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.measure import Settings
 from tests.planted import WORDS, planted_model, text_document, words_tokenizer
@@ -60,6 +60,22 @@ def test_intervals_are_compared_on_one_text(tmp_path):
     assert found["8"]["promoted"] > found["16"]["promoted"] > 0
     assert all(row["kl"] > 0 and row["tokens"] == 48 for row in rows)
     assert rerank.measure_document(lm, made, document, max_tokens=300, steps=48) == rows
+
+
+def test_the_cost_of_profiling_is_that_of_the_same_tokens(monkeypatch):
+    lm = dataclasses.replace(tiny_model(vocab_size=len(WORDS)), tokenizer=words_tokenizer())
+    settings = Settings(budgets=(4,), steps=32, max_tokens=300)
+    row = profile_cost.measure_document(lm, text_document("a", 0), settings)
+    assert row["ratio"] == row["profile_s"] / row["full_s"] > 0
+    really = profile_cost.record_prompt
+
+    def another_text(*args):
+        recording = really(*args)
+        return recording._replace(tokens=recording.tokens[::-1] + 1)
+
+    monkeypatch.setattr(profile_cost, "record_prompt", another_text)
+    with pytest.raises(RuntimeError, match=r"disagree on what follows a\[0\]"):
+        profile_cost.measure_document(lm, text_document("a", 0), settings)
 
 
 def test_means_are_relative_to_sixteen_steps():
