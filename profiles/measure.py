@@ -264,13 +264,15 @@ class Averages:
 
     curve: RCO against offset from a window's first step, float[window - 1, L, K]. lags: RCO at each
     of `LAGS` below the steps, float[lags, L, K]. mass: attention held, float[L, K]. pages: of the
-    context.
+    context. budget: pages that a head chooses; page_size: tokens in a page.
     """
 
     curve: np.ndarray
     lags: dict[int, np.ndarray]
     mass: np.ndarray
     pages: float
+    budget: int
+    page_size: int
 
 
 def averages(records: Sequence[DocumentRecord], settings: Settings, *, budget: int) -> Averages:
@@ -290,6 +292,8 @@ def averages(records: Sequence[DocumentRecord], settings: Settings, *, budget: i
         lags=dict(zip(used, mean("lags"), strict=True)),
         mass=mean("mass"),
         pages=float(np.mean([entry.pages for entry in records])),
+        budget=budget,
+        page_size=settings.page_size,
     )
 
 

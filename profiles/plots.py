@@ -113,9 +113,9 @@ def reload_bytes(profile: HeadProfile, found: Averages, *, interval: int, page_b
     loads = stability.predicted_loads(
         found.lags[interval],
         lag=interval,
-        budget=profile.budget_pages,
+        budget=found.budget,
         pages=found.pages,
-        page_size=profile.page_size,
+        page_size=found.page_size,
     )
     return float(loads[~_unstable_mask(profile)].sum()) * page_bytes
 
