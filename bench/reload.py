@@ -74,7 +74,7 @@ def measure_document(
     fed = Continuation(lm, program, read(lm, program, prompt))
     fed.feed(recording.tokens[:steps].tolist())
     heads = [of for of in fed.cache.counters.heads if of is not None]
-    seen = np.concatenate([np.asarray(of.rco[0] / of.choices[0]) for of in heads])
+    seen = np.concatenate([np.asarray(of.rco[0]) / np.asarray(of.choices[0]) for of in heads])
     page_bytes = program.layout.page_bytes
     each = reload_bytes(profile, found, interval=interval, page_bytes=page_bytes)
     stable = [

@@ -113,9 +113,9 @@ def reload_bytes(profile: HeadProfile, found: Averages, *, interval: int, page_b
     loads = stability.predicted_loads(
         found.lags[interval],
         lag=interval,
-        budget=profile.budget_pages,
+        budget=found.budget,
         pages=found.pages,
-        page_size=profile.page_size,
+        page_size=found.page_size,
     )
     return float(loads[~_unstable_mask(profile)].sum()) * page_bytes
 
@@ -171,7 +171,7 @@ def _reload(axes: Any, profile: HeadProfile, found: Averages, page_bytes: int) -
     for lag, value in zip(lags, values, strict=True):
         axes.annotate(f"{value:.2f}", (lag, value), (3, 5), textcoords="offset points", fontsize=8)
     axes.set(xlabel="rerank interval (steps)", ylabel="MB loaded per token")
-    axes.set_ylim(0, 1.1 * max(values))
+    axes.set_ylim(0, 1.1 * max(values) or 1)
     axes.set_xlim(right=1.2 * lags[-1])
     axes.grid(alpha=0.3)
 

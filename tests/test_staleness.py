@@ -22,10 +22,9 @@ def planted():
     lm, unstable = planted_model()
     right = profile_prompt(lm, prompt_of(150), page_size=PAGE, budget_pages=BUDGET)
     assert right.unstable == unstable
-    rolled = {
-        lag: [row[1:] + row[:1] for row in map(list, rows)]
-        for lag, rows in right.measured["rco_at_lag"].items()
-    }
+    at_lag = right.measured["rco_at_lag"]
+    assert isinstance(at_lag, dict)
+    rolled = {lag: [row[1:] + row[:1] for row in map(list, rows)] for lag, rows in at_lag.items()}
     wrong = dataclasses.replace(
         right,
         unstable=tuple((layer, (head - 1) % 4) for layer, head in unstable),
@@ -74,7 +73,10 @@ def test_a_fit_by_hand():
 
     assert seen(0.5) == (0.5, 0.6, pytest.approx(0.1), False)
     assert seen(0.4) == (0.4, 0.6, pytest.approx(0.2), True)
-    assert seen(0.9).stale, "a text that leaves the profile's order is not described by it either"
+    better = seen(0.9)
+    assert better is not None and better.stale, (
+        "a text that leaves the profile's order is not described by it either"
+    )
     assert seen(0.4, reranks=2) is None
     assert fit(by_hand(None), [HeadStability(0, 1, 0.4, 16, 3)]) is None
     assert fit(profile, []) is None
@@ -120,6 +122,7 @@ def test_adaptive_intervals_part_stable_heads_from_others(planted):
     asked = dict(cache=dataclasses.replace(CACHE, rerank_interval="adaptive"), max_new_tokens=400)
     good, mixed = run(lm, right, **asked).metrics, run(lm, wrong, **asked).metrics
     fixed = run(lm, right, **(asked | {"cache": CACHE})).metrics
+    assert good.mean_interval and mixed.mean_interval
     assert fixed.mean_interval == 8 < mixed.mean_interval < good.mean_interval
     assert good.mean_interval > 40
     # The stable ones keep their choice for good, so all that is promoted is of the others.
