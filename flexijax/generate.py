@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
-import reprlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from flexijax.cache import CacheLayout
 from flexijax.config import CacheConfig
-from flexijax.engine import MAX_STOP_IDS, Counted, Engine, Progress, Request, Running
+from flexijax.engine import Counted, Engine, Progress, Request, Running
 from flexijax.memory import available_bytes, cache_bytes, request_bytes
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
@@ -20,8 +18,9 @@ from flexijax.prefill import Program
 from flexijax.profiles.choose import Choice, choose
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.staleness import MOST_DIFFERENCE, HeadStability, fit
+from flexijax.requests import check_cache, make_requests, whole_number
 from flexijax.results import Generation, Metrics, StaleProfileWarning
-from flexijax.sampling import Sampling, request_seed
+from flexijax.sampling import Sampling
 from flexijax.text import RunningText
 
 # Requests decoded together when the caller names no number and memory allows.
@@ -54,13 +53,12 @@ def generate(
     Raises ValueError before any tracing: a bad size, an empty or too long prompt, too little
     memory, a profile of another model.
     """
-    cache = cache or CacheConfig()
+    cache = CacheConfig() if cache is None else cache
+    check_cache(lm, cache)
     single = isinstance(prompts, str)
-    requests = _requests(lm, [prompts] if single else prompts, max_new_tokens, sampling, seed)
-    if max_batch is not None and (
-        isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1
-    ):
-        raise ValueError(f"max_batch={max_batch!r} must be None or a positive integer")
+    requests = make_requests(lm, [prompts] if single else prompts, max_new_tokens, sampling, seed)
+    if max_batch is not None:
+        max_batch = whole_number("max_batch", max_batch, least=1)
     if not requests:
         return []
     choice = None
@@ -280,71 +278,6 @@ def _warn_if_stale(results: Sequence[Generation]) -> None:
 
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
-
-
-def _requests(
-    lm: LanguageModel,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling | Sequence[Sampling] | None,
-    seed: int,
-) -> list[Request]:
-    """Checks and tokenizes; raises ValueError that names the prompt."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a positive integer")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if sampling is None or isinstance(sampling, Sampling):
-        each = [sampling or Sampling()] * len(prompts)
-    else:
-        each = list(sampling)
-    if len(each) != len(prompts):
-        raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
-    requests = []
-    for index, (prompt, wish) in enumerate(zip(prompts, each, strict=True)):
-        tokens = _tokens(lm, prompt, index)
-        if len(tokens) + max_new_tokens > lm.max_context:
-            raise ValueError(
-                f"prompts[{index}] has {len(tokens)} tokens, and max_new_tokens={max_new_tokens} "
-                f"more would pass the {lm.max_context} that {lm.name} can read: shorten either"
-            )
-        if wish.stop and lm.tokenizer is None:
-            raise ValueError(f"stop={wish.stop!r} needs a tokenizer, and {lm.name} has none")
-        own = () if wish.ignore_eos or lm.tokenizer is None else lm.tokenizer.stop_ids
-        stops = tuple(sorted({*own, *wish.stop_ids}))
-        if len(stops) > MAX_STOP_IDS:
-            raise ValueError(f"stop_ids has {len(stops)} tokens, at most {MAX_STOP_IDS} can stop")
-        requests.append(
-            Request(
-                index=index,
-                tokens=tokens,
-                max_new_tokens=max_new_tokens,
-                sampling=wish,
-                seed=request_seed(wish, seed=seed, index=index),
-                stop_ids=stops,
-            )
-        )
-    return requests
-
-
-def _tokens(lm: LanguageModel, prompt: str | Sequence[int], index: int) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        if lm.tokenizer is None:
-            raise ValueError(f"prompts[{index}] is text, but {lm.name} has no tokenizer: pass ids")
-        tokens = tuple(lm.tokenizer.encode(prompt)) if prompt else ()
-    else:
-        try:
-            tokens = tuple(operator.index(token) for token in prompt)
-        except TypeError:
-            raise ValueError(
-                f"prompts[{index}]={reprlib.repr(prompt)} must be a text or a list of token ids"
-            ) from None
-    if not tokens:
-        raise ValueError(f"prompts[{index}] is empty: a prompt needs at least one token")
-    outside = next((t for t in tokens if not 0 <= t < lm.vocab_size), None)
-    if outside is not None:
-        raise ValueError(f"prompts[{index}] holds token {outside}, not in 0..{lm.vocab_size - 1}")
-    return tokens
 
 
 def _bucket(pages: int) -> int:

@@ -84,6 +84,7 @@ FLOORS = {
         flexijax/reading.py
         flexijax/engine.py
         flexijax/continuation.py
+        flexijax/requests.py
         flexijax/generate.py
         flexijax/agreement.py
         flexijax/compile_report.py
