@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexijax.blocks import BlockAllocator
+from flexijax.cache import Cache
 from flexijax.compiled import Compiler, run_decode
 from flexijax.decode import Drawn, Rows
 from flexijax.models.language_model import LanguageModel
 from flexijax.prefill import Program
-from flexijax.reading import Progress, Reader, new_cache
+from flexijax.reading import Progress, Reader
 from flexijax.sampling import Sampling, SamplingRows, sample, step_keys
 
 # Stop tokens a request may name; a fixed width, so that programs are compiled once.
@@ -79,7 +80,8 @@ class Engine:
         self.lm, self.program = lm, program
         self.compiler = Compiler(program, progress)
         layout = program.layout
-        self.cache = new_cache(program)
+        # Made when the first prompt has been read, so that it need not stand beside the reading.
+        self.cache: Cache | None = None
         self._reader = Reader(lm.params, self.compiler, progress)
         self._allocator = BlockAllocator(layout.blocks)
         self.running: dict[int, Running] = {}
@@ -104,7 +106,7 @@ class Engine:
         blocks = self._allocator.allocate(self.blocks_of(request))
         admitted, compiled = time.perf_counter(), self.compiler.seconds
         reading = self._reader.read(request.tokens, label)
-        self.cache = reading.commit(self.compiler, self.cache, row=row, blocks=blocks)
+        self.cache = reading.commit(self.compiler, self.cache, row=row, blocks=blocks, release=True)
         drawn = self.compiler.run(
             _first_token,
             "first token",
@@ -149,6 +151,7 @@ class Engine:
         """One decode chunk over all rows; returns the requests that drew tokens in it."""
         started, compiled = time.perf_counter(), self.compiler.seconds
         rows = jax.tree.map(jnp.asarray, self._rows)
+        assert self.cache is not None, "nothing has been admitted"
         self.cache, rows, drawn = run_decode(self.compiler, self.lm.params, self.cache, rows)
         rows, drawn = jax.device_get((rows, drawn))
         self._rows = jax.tree.map(np.array, rows)
@@ -176,6 +179,7 @@ class Engine:
 
     def counted(self, running: Running) -> Counted:
         """What the program has counted of a request."""
+        assert self.cache is not None
         counters, row = jax.device_get(self.cache.counters), running.row
         heads = tuple(
             CountedHead(

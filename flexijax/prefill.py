@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,27 +91,38 @@ def commit(
     blocks: jax.Array,
     length: jax.Array,
     queries: tuple[jax.Array, ...],
-    layer: Callable[..., tuple[LayerCache, LayerHost | None]] | None = None,
 ) -> Cache:
     """Moves a prompt from the workspace into row `row` of the cache (donated).
 
     blocks: int32[P], block of each page, used below ceil(length / page). length: int32[], tokens.
-    queries: per layer [1, K, G, H] of the last token; they rank the slotted heads' pages. layer:
-    runs `commit_layer`, by default inlined.
+    queries: per layer [1, K, G, H] of the last token; they rank the slotted heads' pages.
     """
-    run = layer or functools.partial(commit_layer, program)
     layers, hosts = [], []
-    for at, (held, host) in enumerate(zip(cache.layers, cache.host, strict=True)):
-        paged = jnp.asarray(program.layout.paged[at], jnp.int32)
-        slotted = jnp.asarray(program.layout.slotted(at), jnp.int32)
+    for at, pair in enumerate(zip(cache.layers, cache.host, strict=True)):
         k, v = workspace.k[at], workspace.v[at]
-        held, host = run(held, host, k, v, row, blocks, length, queries[at], paged, slotted)
+        held, host = commit_layer(
+            program, *pair, k, v, row, blocks, length, queries[at], *heads(program, at)
+        )
         layers.append(held)
         hosts.append(host)
+    return enter(
+        dataclasses.replace(cache, layers=tuple(layers), host=tuple(hosts)), row, blocks, length
+    )
+
+
+def heads(program: Program, layer: int) -> tuple[jax.Array, jax.Array]:
+    """A layer's paged and slotted heads, int32 each, as `commit_layer` takes them."""
+    layout = program.layout
+    return jnp.asarray(layout.paged[layer], jnp.int32), jnp.asarray(
+        layout.slotted(layer), jnp.int32
+    )
+
+
+def enter(cache: Cache, row: jax.Array, blocks: jax.Array, length: jax.Array) -> Cache:
+    """A cache whose row `row` holds `length` tokens in `blocks` and of which nothing is counted."""
     counters = cache.counters
-    return Cache(
-        layers=tuple(layers),
-        host=tuple(hosts),
+    return dataclasses.replace(
+        cache,
         block_table=cache.block_table.at[row].set(blocks),
         lengths=cache.lengths.at[row].set(length),
         counters=dataclasses.replace(

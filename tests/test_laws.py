@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import flexijax
+from flexijax import cache as kv
 from flexijax.config import MODES
 from flexijax.continuation import Continuation, read
 from flexijax.decode import decode_chunk
@@ -289,8 +290,9 @@ def compiled_chunk(request, lm, profile):
     engine = Engine(lm, program, progress=None)
     rows = jax.tree.map(jnp.asarray, engine._rows)
     jitted = jax.jit(decode_chunk, static_argnums=0, donate_argnums=2)
-    compiled = jitted.lower(program, lm.params, engine.cache, rows).compile()
-    return engine.cache, compiled
+    cache = kv.init(program.layout, program.policy.score)
+    compiled = jitted.lower(program, lm.params, cache, rows).compile()
+    return cache, compiled
 
 
 def test_every_cache_leaf_is_updated_in_place(compiled_chunk):
