@@ -6,6 +6,7 @@ result as the last line.
 
 import json
 import sys
+import time
 from typing import Any
 
 from bench.timing import median, peak_bytes
@@ -17,32 +18,49 @@ def measure(
     """Prefill seconds, ms of a decode step, KV bytes, peak memory and the tokens.
 
     prompts: B lists of token ids, all of one length. steps: decode steps after the prefill's own
-    token. Compiling is outside of the clock; peak memory counts it, and the loading too.
+    token, whole chunks of 16. A step's time is the median over chunks, their rerank included.
+    Compiling is outside of the clock; peak memory counts it, and the loading too.
     """
     from flexijax.config import CacheConfig
-    from flexijax.generate import generate
+    from flexijax.engine import Engine
+    from flexijax.generate import make_program
+    from flexijax.memory import request_bytes
     from flexijax.models.load import load
+    from flexijax.profiles import lookup
+    from flexijax.requests import make_requests
     from flexijax.sampling import Sampling
     from flexijax.terminal import return_freed_memory, use_compilation_cache
 
     # As the command line does.
     return_freed_memory()
     use_compilation_cache()
-    made = generate(
-        load("smollm2"),
-        prompts,
-        max_new_tokens=steps + 1,
-        cache=CacheConfig(mode=mode, budget_tokens=budget_tokens),
-        sampling=Sampling(ignore_eos=True),
+    lm, cache = load("smollm2"), CacheConfig(mode=mode, budget_tokens=budget_tokens)
+    program = make_program(
+        lm,
+        cache,
+        profile=lookup.find(lm, cache.budget_pages) if mode == "flexi" else None,
+        max_tokens=len(prompts[0]) + steps + 1,
+        rows=len(prompts),
     )
-    metrics = [one.metrics for one in made]
+    if steps % program.rerank_interval:
+        raise ValueError(f"steps={steps} must be whole chunks of {program.rerank_interval}")
+    engine = Engine(lm, program, progress=None)
+    requests = make_requests(lm, prompts, steps + 1, Sampling(ignore_eos=True), 0)
+    running = [engine.admit(request, "") for request in requests]
+    chunk_ms = []
+    while any(one.active for one in running):
+        compiled, started = engine.compiler.seconds, time.perf_counter()
+        engine.step()
+        took = time.perf_counter() - started - (engine.compiler.seconds - compiled)
+        chunk_ms.append(1e3 * took / program.rerank_interval)
+    length = len(prompts[0]) + steps
     return {
         # Prompts are read one after the other, and decoded together.
-        "prefill_s": sum(one.prefill_s for one in metrics),
-        "decode_ms": median(one.tpot_ms for one in metrics),
-        "device_kv_bytes": sum(one.device_kv_bytes for one in metrics),
+        "prefill_s": sum(one.prefill_s for one in running),
+        "decode_ms": median(chunk_ms),
+        "device_kv_bytes": len(prompts) * request_bytes(program.layout, program.policy, length)[0],
         "peak_bytes": peak_bytes(),
-        "tokens": [one.token_ids for one in made],
+        "tokens": [one.tokens for one in running],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import reprlib
 from collections.abc import Sequence
+from typing import SupportsIndex, cast
 
 from flexijax.config import CacheConfig
 from flexijax.engine import MAX_STOP_IDS, Request
@@ -24,12 +25,12 @@ def make_requests(
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
     seed = whole_number("seed", seed, least=0)
     try:
-        prompts = list(prompts)
+        given = list(prompts)
     except TypeError:
         raise ValueError(f"prompts={prompts!r} must be a list of texts or of token ids") from None
     requests = []
-    for index, wish in enumerate(_samplings(sampling, len(prompts))):
-        tokens = _tokens(lm, prompts[index], index)
+    for index, wish in enumerate(_samplings(sampling, len(given))):
+        tokens = _tokens(lm, given[index], index)
         if len(tokens) + max_new_tokens > lm.max_context:
             raise ValueError(
                 f"prompts[{index}] has {len(tokens)} tokens, and max_new_tokens={max_new_tokens} "
@@ -69,7 +70,7 @@ def whole_number(name: str, value: object, *, least: int) -> int:
     """The value as an int, NumPy's included. Raises ValueError naming it where it is none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-    number = operator.index(value)
+    number = operator.index(cast(SupportsIndex, value))
     if number < least:
         raise ValueError(f"{name}={number} must be at least {least}")
     return number
@@ -79,10 +80,11 @@ def _samplings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> li
     if sampling is None or isinstance(sampling, Sampling):
         return [sampling or Sampling()] * count
     try:
-        each = list(sampling)
+        each = [wish for wish in sampling if isinstance(wish, Sampling)]
+        others = len(each) != len(sampling)
     except TypeError:
-        each = [sampling]
-    if not all(isinstance(wish, Sampling) for wish in each):
+        each, others = [], True
+    if others:
         raise ValueError(f"sampling={reprlib.repr(sampling)} must be a Sampling, or a list of them")
     if len(each) != count:
         raise ValueError(f"sampling has {len(each)} entries for {count} prompts")

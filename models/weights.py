@@ -148,8 +148,8 @@ def plan(config: ModelConfig, table: NameTable, source: TensorSource) -> tuple[P
     """
     if config.num_layers > len(source.shapes):
         # A damaged count may be in the billions: not worth a line for each of their tensors.
-        found = f"{len(source.shapes)} tensors in all"
-        return {}, [f"the config says {config.num_layers} layers, and there are {found}"]
+        all_of_them = f"{len(source.shapes)} tensors in all"
+        return {}, [f"the config says {config.num_layers} layers, and there are {all_of_them}"]
     ends, layer = end_parts(config), layer_parts(config)
     wanted: dict[tuple[int | None, str], Part] = {(None, k): spec for k, spec in ends.items()}
     for index in range(config.num_layers):
