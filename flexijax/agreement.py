@@ -1,21 +1,15 @@
-"""How often a cache would choose the next token of a given text, fed that text token by token.
-
-Two greedy texts part for good at their first difference, however close the models are; feeding both
-the same text compares every one of their choices.
-"""
+"""How often a cache would choose the next token of a given text, fed that text token by token."""
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
-from flexijax.compiled import run_forced
 from flexijax.config import CacheConfig
-from flexijax.engine import Engine, Progress, Request
+from flexijax.continuation import Continuation, read
 from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.sampling import Sampling
+from flexijax.reading import Progress
 
 
 def agreeing_tokens(
@@ -35,21 +29,8 @@ def agreeing_tokens(
     interval = cache.rerank_interval
     steps = -(-len(tokens) // interval) * interval
     program = make_program(lm, cache, profile=profile, max_tokens=len(prompt) + steps, rows=1)
-    engine = Engine(lm, program, progress=progress)
-    request = Request(
-        index=0,
-        tokens=tuple(prompt),
-        max_new_tokens=steps,
-        sampling=Sampling(),
-        seed=0,
-        stop_ids=(),
-    )
-    chosen = engine.admit(request, "the prompt again").tokens
-    fed = np.resize(np.asarray(tokens, np.int32), steps)
-    for start in range(0, steps, interval):
-        piece = jnp.asarray(fed[start : start + interval, None])
-        engine.cache, logits = run_forced(
-            engine.compiler, lm.params, engine.cache, piece, jnp.ones(1, bool)
-        )
-        chosen += np.asarray(logits[:, 0]).argmax(axis=-1).tolist()
-    return sum(a == b for a, b in zip(chosen, tokens, strict=False))
+    reading = read(lm, program, prompt, progress=progress, label="the prompt again")
+    fed = Continuation(lm, program, reading, progress=progress)
+    logits = fed.feed(np.resize(np.asarray(tokens, np.int32), steps).tolist())
+    chosen = [fed.first_logits.argmax(), *logits.argmax(axis=-1)]
+    return sum(int(a) == b for a, b in zip(chosen, tokens, strict=False))

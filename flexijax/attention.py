@@ -18,10 +18,14 @@ from flexijax.schedule import find_slots
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Workspace:
-    """Dense keys and values of one request while its prompt is read, per layer, in slot layout."""
+    """Dense keys and values of one request while its prompt is read, per layer.
 
-    k: tuple[jax.Array, ...]  # [1, K, H, P, page]
-    v: tuple[jax.Array, ...]  # [1, K, P, page, H]
+    Flat over tokens: seen as pages (a mere reshape), XLA's CPU compiler copies an array that is
+    written and read in one program, which took twice the workspace and a tenth of the time.
+    """
+
+    k: tuple[jax.Array, ...]  # [K, H, S], channels before tokens as in slots
+    v: tuple[jax.Array, ...]  # [K, S, H]
 
 
 @jax.tree_util.register_dataclass
@@ -49,30 +53,25 @@ class PrefillAttention:
         self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: PrefillState
     ) -> tuple[jax.Array, PrefillState]:
         """q [1, T, N, H], k and v [1, T, K, H] -> out [1, T, N, H]."""
-        shape, page = self.layout.shape, self.layout.page_size
-        tokens = q.shape[1]
-        grouped = q.reshape(1, tokens, shape.num_kv_heads, shape.group_size, shape.head_dim)
-        flat = self.layout.pages * page
-        old_k, old_v = state.workspace.k[layer], state.workspace.v[layer]
-        keys = old_k.reshape(1, shape.num_kv_heads, shape.head_dim, flat)
-        values = old_v.reshape(1, shape.num_kv_heads, flat, shape.head_dim)
-        new_k = k.astype(keys.dtype).transpose(0, 2, 3, 1)
-        new_v = v.astype(values.dtype).transpose(0, 2, 1, 3)
-        keys = jax.lax.dynamic_update_slice(keys, new_k, (0, 0, 0, state.start))
-        values = jax.lax.dynamic_update_slice(values, new_v, (0, 0, state.start, 0))
+        shape, tokens = self.layout.shape, q.shape[1]
+        grouped = q.reshape(tokens, shape.num_kv_heads, shape.group_size, shape.head_dim)
+        keys, values = state.workspace.k[layer], state.workspace.v[layer]
+        new_k = k[0].astype(keys.dtype).transpose(1, 2, 0)
+        new_v = v[0].astype(values.dtype).transpose(1, 0, 2)
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, new_k, state.start, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, new_v, state.start, axis=1)
         out = prefill_attention(
-            grouped[0],
-            keys[0],
-            values[0],
+            grouped,
+            keys,
+            values,
             state.start,
             scale=shape.scale,
             implementation=self.implementation,
         )
         workspace = Workspace(
-            _replaced(state.workspace.k, layer, keys.reshape(old_k.shape)),
-            _replaced(state.workspace.v, layer, values.reshape(old_v.shape)),
+            _replaced(state.workspace.k, layer, keys), _replaced(state.workspace.v, layer, values)
         )
-        last = jax.lax.dynamic_index_in_dim(grouped[0], state.last, keepdims=False)[None]
+        last = jax.lax.dynamic_index_in_dim(grouped, state.last, keepdims=False)[None]
         queries = (*state.queries, last)
         return out.reshape(q.shape), dataclasses.replace(
             state, workspace=workspace, queries=queries

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax import cache as kv
 from flexijax.blocks import BlockAllocator
-from flexijax.compiled import Compiler, run_commit, run_decode
+from flexijax.compiled import Compiler, run_decode
 from flexijax.decode import Drawn, Rows
 from flexijax.models.language_model import LanguageModel
-from flexijax.prefill import Program, new_workspace, prefill_chunk
+from flexijax.prefill import Program
+from flexijax.reading import Progress, Reader, new_cache
 from flexijax.sampling import Sampling, SamplingRows, sample, step_keys
 
-Progress = Callable[[str, int, int], None]
 # Stop tokens a request may name; a fixed width, so that programs are compiled once.
 MAX_STOP_IDS = 16
 
@@ -60,10 +58,9 @@ class Engine:
     def __init__(self, lm: LanguageModel, program: Program, *, progress: Progress | None) -> None:
         self.lm, self.program = lm, program
         self.compiler = Compiler(program, progress)
-        self._progress = progress
         layout = program.layout
-        self.cache = kv.init(layout, program.policy.score)
-        self._workspace = new_workspace(layout)
+        self.cache = new_cache(program)
+        self._reader = Reader(lm.params, self.compiler, progress)
         self._allocator = BlockAllocator(layout.blocks)
         self.running: dict[int, Running] = {}
         self._rows = jax.tree.map(np.array, free_rows(layout.rows))
@@ -86,24 +83,14 @@ class Engine:
         row = next(r for r in range(layout.rows) if r not in self.running)
         blocks = self._allocator.allocate(self.blocks_of(request))
         admitted, compiled = time.perf_counter(), self.compiler.seconds
-        x, queries = self._read(request, label)
-        table = np.zeros(layout.pages, np.int32)
-        table[: len(blocks)] = blocks
-        self.cache = run_commit(
-            self.compiler,
-            self.cache,
-            self._workspace,
-            jnp.int32(row),
-            jnp.asarray(table),
-            jnp.int32(len(request.tokens)),
-            queries,
-        )
+        reading = self._reader.read(request.tokens, label)
+        self.cache = reading.commit(self.compiler, self.cache, row=row, blocks=blocks)
         drawn = self.compiler.run(
             _first_token,
             "first token",
             (),
             self.lm.params,
-            x,
+            reading.x,
             SamplingRows.of([request.sampling]),
             jnp.asarray([request.seed], jnp.uint32),
         )
@@ -121,30 +108,6 @@ class Engine:
         self.running[row] = running
         self._place(running)
         return running
-
-    def _read(self, request: Request, label: str) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """The prompt through the model, chunk by chunk: last hidden state and queries."""
-        chunk, length = self.program.chunk, len(request.tokens)
-        padded = np.zeros(-(-length // chunk) * chunk, np.int32)
-        padded[:length] = request.tokens
-        x, queries = None, ()
-        for start in range(0, length, chunk):
-            last = min(length - start, chunk) - 1
-            self._workspace, x, queries = self.compiler.run(
-                prefill_chunk,
-                "prefill",
-                (4,),
-                self.lm.params,
-                jnp.asarray(padded[None, start : start + chunk]),
-                jnp.int32(start),
-                jnp.int32(last),
-                self._workspace,
-            )
-            if self._progress is not None:
-                x.block_until_ready()
-                self._progress(f"reading {label}", start + last + 1, length)
-        assert x is not None
-        return x, queries
 
     def _place(self, running: Running) -> None:
         """Enters a fresh request into the rows of the next chunk."""

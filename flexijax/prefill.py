@@ -44,7 +44,7 @@ class Program:
 
 def new_workspace(layout: CacheLayout) -> Workspace:
     """A workspace for one prompt of up to `layout.pages` pages."""
-    shape, page = layout.shape, layout.page_size
+    shape, tokens = layout.shape, layout.pages * layout.page_size
     device = platform.sharding()
 
     def zeros(*size: int) -> jax.Array:
@@ -53,8 +53,8 @@ def new_workspace(layout: CacheLayout) -> Workspace:
     layers = range(shape.num_layers)
     heads, width = shape.num_kv_heads, shape.head_dim
     return Workspace(
-        tuple(zeros(1, heads, width, layout.pages, page) for _ in layers),
-        tuple(zeros(1, heads, layout.pages, page, width) for _ in layers),
+        tuple(zeros(heads, width, tokens) for _ in layers),
+        tuple(zeros(heads, tokens, width) for _ in layers),
     )
 
 
@@ -137,10 +137,12 @@ def commit_layer(
 ) -> tuple[LayerCache, LayerHost | None]:
     """One layer's share of `commit`; held and host are donated.
 
-    k [1, K, H, P, page], v [1, K, P, page, H]: the layer's workspace. paged int32[K_u], slotted
+    k [K, H, S], v [K, S, H]: the layer's workspace. paged int32[K_u], slotted
     int32[K_s]: its heads of each kind, as arrays, so that layers with equal counts share a program.
     """
     layout = program.layout
+    k = k.reshape(1, *k.shape[:2], layout.pages, layout.page_size)
+    v = v.reshape(1, v.shape[0], layout.pages, layout.page_size, v.shape[2])
     page = jnp.arange(layout.pages, dtype=jnp.int32)
     used = -(-length // layout.page_size)
     if paged.size:

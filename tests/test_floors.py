@@ -74,7 +74,9 @@ FLOORS = {
         flexijax/prefill.py
         flexijax/decode.py
         flexijax/compiled.py
+        flexijax/reading.py
         flexijax/engine.py
+        flexijax/continuation.py
         flexijax/generate.py
         flexijax/agreement.py
         flexijax/compile_report.py

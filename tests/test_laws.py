@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax import cache as kv
-from flexijax.compiled import Compiler, run_commit, run_forced
 from flexijax.config import MODES
+from flexijax.continuation import Continuation, read
 from flexijax.decode import decode_chunk
 from flexijax.engine import Engine, Request
 from flexijax.generate import make_program
 from flexijax.models.dense import dense_attend
-from flexijax.prefill import new_workspace, prefill_chunk
 from flexijax.score_minmax import MinMax
 from tests.tiny_models import tiny_model
 
@@ -79,34 +77,10 @@ def test_with_budget_for_all_tokens_and_logits_are_the_dense_models(mode, lm, pr
     assert list(out.token_ids) == tokens
 
     program = make_program(lm, roomy, profile=profile, max_tokens=len(prompt) + 64, rows=1)
-    got = forced_logits(lm, program, prompt, tokens[:STEPS])
+    got = Continuation(lm, program, read(lm, program, prompt)).feed(tokens[:STEPS])
     worst = np.abs(got - logits[1 : STEPS + 1]).max(-1) / np.abs(logits[1 : STEPS + 1]).max(-1)
     assert worst.max() < 1e-5
     assert np.abs(got).max(-1).min() > 0.1, "zeros would pass"
-
-
-def forced_logits(lm, program, prompt, tokens):
-    """Logits after each of R given tokens, float32[R, V]."""
-    layout, compiler = program.layout, Compiler(program, None)
-    padded = np.zeros((1, program.chunk), np.int32)
-    padded[0, : len(prompt)] = prompt
-    length = jnp.int32(len(prompt))
-    workspace, _, queries = compiler.run(
-        prefill_chunk,
-        "prefill",
-        (4,),
-        lm.params,
-        jnp.asarray(padded),
-        jnp.int32(0),
-        length - 1,
-        new_workspace(layout),
-    )
-    cache = kv.init(layout, program.policy.score)
-    blocks = jnp.arange(layout.pages, dtype=jnp.int32)
-    cache = run_commit(compiler, cache, workspace, jnp.int32(0), blocks, length, queries)
-    fed = jnp.asarray(tokens, jnp.int32)[:, None]
-    _, logits = run_forced(compiler, lm.params, cache, fed, jnp.ones(1, bool))
-    return np.asarray(logits)[:, 0]
 
 
 # Laws 2 and 3: every page can be read, both copies agree, and only promoted pages move.

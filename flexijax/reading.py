@@ -1,0 +1,103 @@
+"""A prompt through the model, chunk by chunk, and from there into the cache of any program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexijax import cache as kv
+from flexijax.attention import Workspace
+from flexijax.cache import Cache
+from flexijax.compiled import Compiler, run_commit
+from flexijax.models.decoder import Params
+from flexijax.prefill import Program, new_workspace, prefill_chunk
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a prompt left behind: everything that a cache of the same shape needs of it.
+
+    program: the one it was read by. length: its tokens. workspace: keys and values of all layers
+    and heads. x: the last token's hidden state [1, D]; queries: its queries, per layer
+    [1, K, G, H].
+    """
+
+    program: Program
+    length: int
+    workspace: Workspace
+    x: jax.Array
+    queries: tuple[jax.Array, ...]
+
+    def commit(self, compiler: Compiler, cache: Cache, *, row: int, blocks: Sequence[int]) -> Cache:
+        """The prompt in row `row` of a cache (donated) of the compiler's program.
+
+        blocks: one block id a page, at least ceil(length / page) of them. The program may differ
+        from the reading's in policy, slots and rows, and in what follows from them.
+        Raises ValueError where decoder, shape, pages, page size or dtype differ.
+        """
+        theirs, ours = compiler.program, self.program
+        for name in ("shape", "page_size", "dtype", "pages"):
+            mine, other = getattr(ours.layout, name), getattr(theirs.layout, name)
+            if mine != other:
+                raise ValueError(f"a prompt read with {name}={mine} cannot be used with {other}")
+        if theirs.decoder != ours.decoder:
+            raise ValueError("a prompt read by one decoder cannot be continued by another")
+        table = np.zeros(theirs.layout.pages, np.int32)
+        table[: len(blocks)] = blocks
+        return run_commit(
+            compiler,
+            cache,
+            self.workspace,
+            jnp.int32(row),
+            jnp.asarray(table),
+            jnp.int32(self.length),
+            self.queries,
+        )
+
+
+class Reader:
+    """Reads prompts one after the other into one workspace, compiled once."""
+
+    def __init__(self, params: Params, compiler: Compiler, progress: Progress | None) -> None:
+        self._params, self._compiler, self._progress = params, compiler, progress
+        self._workspace = new_workspace(compiler.program.layout)
+
+    def read(self, tokens: Sequence[int], label: str) -> Reading:
+        """The prompt's reading, good until the next call, which takes its workspace.
+
+        tokens: ids, at least one. label: what progress calls the prompt.
+        """
+        program = self._compiler.program
+        chunk, length = program.chunk, len(tokens)
+        padded = np.zeros(-(-length // chunk) * chunk, np.int32)
+        padded[:length] = tokens
+        x, queries = None, ()
+        for start in range(0, length, chunk):
+            last = min(length - start, chunk) - 1
+            self._workspace, x, queries = self._compiler.run(
+                prefill_chunk,
+                "prefill",
+                (4,),
+                self._params,
+                jnp.asarray(padded[None, start : start + chunk]),
+                jnp.int32(start),
+                jnp.int32(last),
+                self._workspace,
+            )
+            if self._progress is not None:
+                x.block_until_ready()
+                self._progress(f"reading {label}", start + last + 1, length)
+        assert x is not None
+        return Reading(program, length, self._workspace, x, queries)
+
+
+def new_cache(program: Program) -> Cache:
+    """An empty cache of the program's layout, with room for what its policy keeps of pages."""
+    return kv.init(program.layout, program.policy.score)
