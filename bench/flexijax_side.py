@@ -23,8 +23,10 @@ def measure(
     from flexijax.generate import generate
     from flexijax.models.load import load
     from flexijax.sampling import Sampling
-    from flexijax.terminal import use_compilation_cache
+    from flexijax.terminal import return_freed_memory, use_compilation_cache
 
+    # As the command line does.
+    return_freed_memory()
     use_compilation_cache()
     made = generate(
         load("smollm2"),

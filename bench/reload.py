@@ -1,7 +1,7 @@
 """Predicted against counted: bytes that stable heads load at reranks: `python -m bench.reload`.
 
 The prediction needs no sparse run: it comes from RCO at the lag of the rerank interval, measured
-while the model attends to everything. The count comes from a `flexi` run over the same prompt.
+while the model attends to everything. The count comes from `flexi`, fed the same tokens.
 """
 
 import argparse
@@ -15,18 +15,28 @@ import numpy as np
 
 from bench.timing import environment, table
 from flexijax.config import CacheConfig
-from flexijax.generate import generate
+from flexijax.continuation import Continuation, read
+from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiles.measure import Settings, averages, measure_prompt
+from flexijax.profiles.measure import LAGS, Settings, averages, record_prompt, reduced
 from flexijax.profiles.plots import reload_bytes
-from flexijax.sampling import Sampling
 from flexijax.terminal import use_compilation_cache
 
-COLUMNS = ("task", "index", "reranks", "predicted_mb", "counted_mb", "predicted_to_counted")
+COLUMNS = (
+    "task",
+    "index",
+    "tokens",
+    "reranks",
+    "rco",
+    "rco_in_flexi",
+    "predicted_mb",
+    "counted_mb",
+    "predicted_to_counted",
+)
 
 
 def measure_document(
@@ -37,39 +47,60 @@ def measure_document(
     *,
     interval: int,
 ) -> dict[str, Any]:
-    """One row: megabytes of all reranks over `settings.steps` decode steps."""
+    """One row: megabytes of all reranks over `settings.steps` decode steps.
+
+    rco: mean over the stable heads at the lag of the interval, with all attended; rco_in_flexi: of
+    the choices at the reranks themselves.
+    """
     assert lm.tokenizer is not None
     budget = settings.budgets[0]
     prompt = prompt_ids(document, lm.tokenizer, max_tokens=settings.max_tokens)
-    record = measure_prompt(lm, prompt, settings, document=document)
-    metrics = generate(
+    recording = record_prompt(lm, prompt, settings)
+    found = averages(
+        [reduced(recording, len(prompt), settings, document=document)], settings, budget=budget
+    )
+    program = make_program(
         lm,
-        [prompt],
-        max_new_tokens=settings.steps + 1,
-        cache=CacheConfig(
+        CacheConfig(
             page_size=settings.page_size,
             budget_tokens=budget * settings.page_size,
             rerank_interval=interval,
         ),
         profile=profile,
-        sampling=Sampling(ignore_eos=True),
-    )[0].metrics
-    page_bytes = 2 * settings.page_size * lm.attention.head_dim * np.dtype(lm.dtype).itemsize
-    found = averages([record], settings, budget=budget)
+        max_tokens=settings.max_tokens + settings.steps,
+        rows=1,
+    )
+    steps = settings.steps // interval * interval
+    fed = Continuation(lm, program, read(lm, program, prompt))
+    fed.feed(recording.tokens[:steps].tolist())
+    heads = [of for of in fed.cache.counters.heads if of is not None]
+    seen = np.concatenate([np.asarray(of.rco[0]) / np.asarray(of.choices[0]) for of in heads])
+    page_bytes = program.layout.page_bytes
     each = reload_bytes(profile, found, interval=interval, page_bytes=page_bytes)
-    predicted, counted = each * metrics.reranks, metrics.promoted_bytes
+    stable = [
+        found.lags[interval][layer, list(profile.stable_heads(layer))]
+        for layer in range(profile.num_layers)
+    ]
+    predicted, counted = each * steps / interval, fed.promoted * page_bytes
     return {
         "task": document.task,
         "index": document.index,
-        "reranks": metrics.reranks,
+        "tokens": len(prompt),
+        "reranks": steps // interval,
+        "rco": float(np.concatenate(stable).mean()),
+        "rco_in_flexi": float(seen.mean()),
         "predicted_mb": predicted / 1e6,
         "counted_mb": counted / 1e6,
         "predicted_to_counted": predicted / max(counted, 1),
+        "rco_by_head": np.concatenate(stable).tolist(),
+        "rco_in_flexi_by_head": seen.tolist(),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.interval not in LAGS:
+        raise SystemExit(f"--interval={args.interval} must be one of {', '.join(map(str, LAGS))}")
     use_compilation_cache()
     lm = load(args.model)
     settings = Settings(

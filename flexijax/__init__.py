@@ -9,4 +9,5 @@ from flexijax.models.load import load as load
 from flexijax.profiles.head_profile import HeadProfile as HeadProfile
 from flexijax.results import Generation as Generation
 from flexijax.results import Metrics as Metrics
+from flexijax.results import StaleProfileWarning as StaleProfileWarning
 from flexijax.sampling import Sampling as Sampling

@@ -26,7 +26,7 @@ def agreeing_tokens(
     prompt, tokens: token ids; the tokens are usually another mode's answer to the prompt.
     Raises ValueError as `generate` does for a cache that does not fit the model or the memory.
     """
-    interval = cache.rerank_interval
+    interval = cache.chunk_steps
     steps = -(-len(tokens) // interval) * interval
     program = make_program(lm, cache, profile=profile, max_tokens=len(prompt) + steps, rows=1)
     reading = read(lm, program, prompt, progress=progress, label="the prompt again")

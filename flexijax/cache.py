@@ -22,7 +22,7 @@ class CacheLayout:
     read through the block table; the others are slotted: they keep `slots` pages each in buffers of
     their own. rows: requests at once (B). blocks: rows of each pool. pages: the most pages of one
     request (P). offloads: slotted heads keep every page on the host as well. dtype of keys and
-    values.
+    values. paced: each slotted head has a rerank interval of its own.
     """
 
     shape: AttentionShape
@@ -34,6 +34,7 @@ class CacheLayout:
     page_size: int
     offloads: bool
     dtype: str
+    paced: bool = False
 
     def slotted(self, layer: int) -> tuple[int, ...]:
         """KV heads of a layer that are not paged, ascending."""
@@ -57,6 +58,15 @@ class CacheLayout:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Pace:
+    """When each slotted head of a layer is reranked next."""
+
+    interval: jax.Array  # int32[B, K_s], steps from its last rerank to the next
+    wait: jax.Array  # int32[B, K_s], how many of them are left
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LayerCache:
     """The device tier of one layer; a kind of head that the layer has none of holds None.
 
@@ -73,6 +83,7 @@ class LayerCache:
     slot_page: jax.Array | None  # int32[B, K_s, S], logical page in each slot, -1 empty
     slotted_summaries: Any  # leaves [blocks, K_s, ...], or None
     slotted_state: Any  # leaves [B, K_s, ...], or None
+    pace: Pace | None = None  # None: all heads are reranked after every chunk
 
 
 @jax.tree_util.register_dataclass
@@ -86,13 +97,24 @@ class LayerHost:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class HeadCounters:
+    """The reranks of a layer's slotted heads since a request was admitted; see `schedule.Plan`."""
+
+    reranks: jax.Array  # int32[B, K_s]
+    overlap: jax.Array  # float32[B, K_s], sum
+    rco: jax.Array  # float32[B, K_s], sum over those reranks at which there was a choice
+    choices: jax.Array  # int32[B, K_s], how many those were
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Counters:
     """What moved since a request was admitted, counted inside the program."""
 
-    reranks: jax.Array  # int32[B]
+    reranks: jax.Array  # int32[B], chunks after which slotted heads were looked at
     promoted: jax.Array  # int32[B], pages host -> device
     offloaded: jax.Array  # int32[B], pages device -> host
-    kept: tuple[jax.Array | None, ...]  # per layer float32[B, K_s], sum of overlaps, see schedule
+    heads: tuple[HeadCounters | None, ...]  # per layer, None without slotted heads
 
 
 @jax.tree_util.register_dataclass
@@ -112,14 +134,18 @@ def init(layout: CacheLayout, score: Score | None) -> Cache:
 
     score: says what is kept of pages and requests; None where no head ever chooses.
     """
-    heads = layout.shape.num_kv_heads
-    page, width = layout.page_size, layout.shape.head_dim
+    pairs = [init_layer(layout, score, layer) for layer in range(layout.shape.num_layers)]
+    layers, host = zip(*pairs, strict=True)
+    return init_tables(layout, layers, host)
 
-    def zeros(*shape: int, dtype: Any = layout.dtype, memory: str = "device") -> jax.Array:
-        if memory == "device":
-            return jnp.zeros(shape, dtype, device=platform.sharding())
-        # NumPy's zeros take no memory until they are copied; jax cannot fill a host array itself.
-        return jax.device_put(np.zeros(shape, dtype), platform.sharding(memory))
+
+def init_layer(
+    layout: CacheLayout, score: Score | None, layer: int
+) -> tuple[LayerCache, LayerHost | None]:
+    """One layer's share of `init` in both tiers."""
+    page, width = layout.page_size, layout.shape.head_dim
+    paged, slotted = len(layout.paged[layer]), len(layout.slotted(layer))
+    on_host = slotted and layout.offloads
 
     def kept_of(heads: int) -> tuple[Any, Any]:
         """Summaries and states of so many heads; None where there are none."""
@@ -130,46 +156,64 @@ def init(layout: CacheLayout, score: Score | None) -> Cache:
             score.empty_state(layout.rows, heads, width),
         )
 
-    layers, host, kept = [], [], []
-    for layer in range(layout.shape.num_layers):
-        paged = len(layout.paged[layer])
-        slotted = heads - paged
-        on_host = slotted and layout.offloads
-        paged_summaries, paged_state = kept_of(paged)
-        slotted_summaries, slotted_state = kept_of(slotted if on_host else 0)
-        pool = (layout.blocks, paged, page, width)
-        layers.append(
-            LayerCache(
-                pages_k=zeros(*pool) if paged else None,
-                pages_v=zeros(*pool) if paged else None,
-                paged_summaries=paged_summaries,
-                paged_state=paged_state,
-                slots_k=zeros(layout.rows, slotted, width, layout.slots, page) if slotted else None,
-                slots_v=zeros(layout.rows, slotted, layout.slots, page, width) if slotted else None,
-                slot_page=zeros(layout.rows, slotted, layout.slots, dtype="int32") - 1
-                if slotted
-                else None,
-                slotted_summaries=slotted_summaries,
-                slotted_state=slotted_state,
-            )
-        )
-        pool = (layout.blocks, slotted, page, width)
-        host.append(
-            LayerHost(zeros(*pool, memory="pinned_host"), zeros(*pool, memory="pinned_host"))
-            if on_host
-            else None
-        )
-        kept.append(zeros(layout.rows, slotted, dtype="float32") if on_host else None)
+    def device(*shape: int) -> jax.Array:
+        return _zeros(shape, layout.dtype)
+
+    def host() -> jax.Array:
+        # NumPy's zeros take no memory until they are copied; jax cannot fill a host array itself.
+        empty = np.zeros((layout.blocks, slotted, page, width), layout.dtype)
+        return jax.device_put(empty, platform.sharding("pinned_host"))
+
+    def counts() -> jax.Array:
+        return _zeros((layout.rows, slotted), "int32")
+
+    paged_summaries, paged_state = kept_of(paged)
+    slotted_summaries, slotted_state = kept_of(slotted if on_host else 0)
+    pool = (layout.blocks, paged, page, width)
+    held = LayerCache(
+        pages_k=device(*pool) if paged else None,
+        pages_v=device(*pool) if paged else None,
+        paged_summaries=paged_summaries,
+        paged_state=paged_state,
+        slots_k=device(layout.rows, slotted, width, layout.slots, page) if slotted else None,
+        slots_v=device(layout.rows, slotted, layout.slots, page, width) if slotted else None,
+        slot_page=_zeros((layout.rows, slotted, layout.slots), "int32") - 1 if slotted else None,
+        slotted_summaries=slotted_summaries,
+        slotted_state=slotted_state,
+        pace=Pace(counts(), counts()) if slotted and layout.paced else None,
+    )
+    return held, LayerHost(host(), host()) if on_host else None
+
+
+def init_tables(
+    layout: CacheLayout, layers: tuple[LayerCache, ...], host: tuple[LayerHost | None, ...]
+) -> Cache:
+    """A cache of the given layers in which no row is in use and nothing is counted."""
+
+    def heads(layer: int) -> HeadCounters | None:
+        if host[layer] is None:
+            return None
+        shape = (layout.rows, len(layout.slotted(layer)))
+        return HeadCounters(*(_zeros(shape, dtype) for dtype in _HEAD_COUNTERS))
+
     rows = (layout.rows,)
     return Cache(
-        layers=tuple(layers),
-        host=tuple(host),
-        block_table=zeros(layout.rows, layout.pages, dtype="int32"),
-        lengths=zeros(*rows, dtype="int32"),
+        layers=layers,
+        host=host,
+        block_table=_zeros((layout.rows, layout.pages), "int32"),
+        lengths=_zeros(rows, "int32"),
         counters=Counters(
-            zeros(*rows, dtype="int32"),
-            zeros(*rows, dtype="int32"),
-            zeros(*rows, dtype="int32"),
-            tuple(kept),
+            _zeros(rows, "int32"),
+            _zeros(rows, "int32"),
+            _zeros(rows, "int32"),
+            tuple(heads(layer) for layer in range(layout.shape.num_layers)),
         ),
     )
+
+
+# Of the fields of `HeadCounters`, in order.
+_HEAD_COUNTERS = ("int32", "float32", "float32", "int32")
+
+
+def _zeros(shape: tuple[int, ...], dtype: str) -> jax.Array:
+    return jnp.zeros(shape, dtype, device=platform.sharding())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from flexijax import cli_compile_report, cli_generate, cli_profile
-from flexijax.terminal import one_line, use_compilation_cache
+from flexijax.terminal import one_line, return_freed_memory, use_compilation_cache
 
 # A subcommand is a module with NAME, HELP, add_arguments(parser) and run(args) -> exit code.
 SUBCOMMANDS = (cli_generate, cli_profile, cli_compile_report)
@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, or 2 after bad input and one line on stderr."""
     args = parser().parse_args(argv)
+    return_freed_memory()
     use_compilation_cache()
     try:
         return args.run(args)

@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from flexijax.agreement import agreeing_tokens
 from flexijax.config import (
+    ADAPTIVE,
     DTYPES,
     IMPLEMENTATIONS,
     MODES,
@@ -20,7 +22,9 @@ from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.profiles import lookup
-from flexijax.results import Generation
+from flexijax.profiles.choose import AUTO
+from flexijax.profiles.staleness import Fit
+from flexijax.results import Generation, StaleProfileWarning
 from flexijax.sampling import Sampling
 from flexijax.terminal import (
     Progress,
@@ -58,16 +62,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, value, meaning in (
         ("--budget-tokens", default.budget_tokens, "that a head attends to"),
         ("--page-size", default.page_size, "tokens kept or moved together"),
-        ("--rerank-interval", default.rerank_interval, "steps between choices of stable heads"),
     ):
         help = f"{meaning} (%(default)s)"
         cache.add_argument(option, type=int, default=value, metavar="N", help=help)
+    cache.add_argument(
+        "--rerank-interval",
+        type=interval,
+        default=default.rerank_interval,
+        metavar="N",
+        help="steps between choices of stable heads, or adaptive (%(default)s)",
+    )
     cache.add_argument("--cache-dtype", choices=DTYPES)
     cache.add_argument("--score", choices=SCORES, default=default.score, help="(%(default)s)")
     cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES, help="of minima and maxima")
     cache.add_argument("--implementation", choices=IMPLEMENTATIONS)
     cache.add_argument("--transfer", choices=TRANSFERS)
-    cache.add_argument("--profile", help="unstable heads: a shipped profile's name or a JSON file")
+    cache.add_argument(
+        "--profile",
+        help="unstable heads: a shipped profile's name, a JSON file, or auto: the shipped one of "
+        "the model, else measured on the prompt (default: the shipped one)",
+    )
     cache.add_argument(
         "--compare-full", action="store_true", help="run mode full as well and compare"
     )
@@ -111,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_writable(args.json)
     prompt = _prompt(args)
-    profile = None if args.profile is None else lookup.load(args.profile)
+    named = args.profile not in (None, AUTO)
+    profile = lookup.load(args.profile) if named else args.profile
 
     progress = Progress(quiet=args.quiet)
     loading = f"loading {args.model}"
@@ -127,18 +142,21 @@ def run(args: argparse.Namespace) -> int:
 
     def answer(config: CacheConfig, stream: Callable[[int, str], None] | None) -> Generation:
         progress.quiet = args.quiet
-        made = generate(
-            lm,
-            [prompt],
-            max_new_tokens=args.max_new_tokens,
-            cache=config,
-            profile=profile,
-            sampling=sampling,
-            stream=stream,
-            progress=progress,
-            seed=args.seed,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", StaleProfileWarning)
+            made = generate(
+                lm,
+                [prompt],
+                max_new_tokens=args.max_new_tokens,
+                cache=config,
+                profile=profile,
+                sampling=sampling,
+                stream=stream,
+                progress=progress,
+                seed=args.seed,
+            )
         progress.close()
+        notes.extend(str(one.message) for one in caught)
         return made[0]
 
     held: list[str] = []
@@ -156,9 +174,16 @@ def run(args: argparse.Namespace) -> int:
         print("".join(held), end="", flush=True)
         held[:] = [""]
 
+    notes: list[str] = []
     results = {args.mode: answer(cache, show)}
     flush()
     print(flush=True)
+    # What was measured is not measured again.
+    profile = results[args.mode].profile or profile
+    if args.profile == AUTO and not args.quiet and (origin := results[args.mode].metrics.profile):
+        print(f"profile: {origin}", file=sys.stderr)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
     chosen = None
     if args.compare_full and args.mode != "full":
         results["full"] = answer(replace(cache, mode="full"), None)
@@ -170,13 +195,14 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         print("\n" + table(report(results, chosen=chosen)))
     if args.json is not None:
+        mine = results.pop(args.mode)
         content = {
             "model": lm.name,
             "fingerprint": lm.fingerprint,
             "cache": cache,
             "sampling": sampling,
             "environment": environment(),
-            **vars(results.pop(args.mode)),
+            **vars(_without_measurements(mine)),
             **results,
             **({} if chosen is None else {"full_tokens_chosen": chosen}),
         }
@@ -214,6 +240,7 @@ def report(results: dict[str, Generation], *, chosen: int | None = None) -> list
         ["moved to the host", *(megabytes(m.offloaded_bytes) for *_, m in columns)],
         ["reranks", *(f"{m.reranks}" for *_, m in columns)],
         ["  pages already there", *(_share(m.mean_overlap) for *_, m in columns)],
+        ["  mean RCO (of the profile)", *(_stability(m.profile_fit) for *_, m in columns)],
     ]
     if len(columns) == 2:
         (_, one, _), (_, other, _) = columns
@@ -225,8 +252,24 @@ def report(results: dict[str, Generation], *, chosen: int | None = None) -> list
     return rows
 
 
+def _without_measurements(made: Generation) -> Generation:
+    """As it is, but with no more of the profile than tells which heads are unstable."""
+    if made.profile is None:
+        return made
+    return replace(made, profile=replace(made.profile, rco=None, measured={}))
+
+
+def _stability(found: Fit | None) -> str:
+    return "" if found is None else f"{found.seen:.2f} ({found.promised:.2f})"
+
+
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
+
+
+def interval(text: str) -> int | str:
+    """A number of steps, or "adaptive"."""
+    return text if text == ADAPTIVE else int(text)
 
 
 def _prompt(args: argparse.Namespace) -> str:

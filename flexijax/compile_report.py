@@ -213,7 +213,7 @@ def make_program(
             policy, shape, page_size=cache.page_size, max_tokens=context, rows=batch, dtype=dtype
         ),
         policy=policy,
-        rerank_interval=cache.rerank_interval,
+        rerank_interval=cache.chunk_steps,
         implementation=cache.implementation,
         transfer=cache.transfer,
     )

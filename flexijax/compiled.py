@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 
+from flexijax import cache as kv
 from flexijax.attention import Workspace
 from flexijax.cache import Cache
 from flexijax.decode import (
@@ -22,7 +24,7 @@ from flexijax.decode import (
 )
 from flexijax.models.decoder import Params
 from flexijax.pallas_kernels import platform
-from flexijax.prefill import Program, commit, commit_layer
+from flexijax.prefill import Program, commit, commit_layer, enter, heads
 
 _executables: dict[Any, Callable[..., Any]] = {}
 
@@ -64,18 +66,49 @@ class Compiler:
 
 def run_commit(
     compiler: Compiler,
-    cache: Cache,
+    cache: Cache | None,
     workspace: Workspace,
     row: jax.Array,
     blocks: jax.Array,
     length: jax.Array,
     queries: tuple[jax.Array, ...],
+    *,
+    release: bool = False,
 ) -> Cache:
-    """`prefill.commit`, compiled; cache is donated."""
+    """`prefill.commit`, compiled; cache is donated, None is an empty one.
+
+    release: lets the workspace go, layer by layer on a CPU, where an empty cache is made layer by
+    layer too: a prompt then stands in memory once, not twice.
+    """
+    program = compiler.program
+    layout, score = program.layout, program.policy.score
     if platform.is_gpu():
-        return compiler.run(commit, "commit", (0,), cache, workspace, row, blocks, length, queries)
-    layer = functools.partial(compiler.run, commit_layer, "commit", (0, 1))
-    return commit(compiler.program, cache, workspace, row, blocks, length, queries, layer)
+        cache = kv.init(layout, score) if cache is None else cache
+        made = compiler.run(commit, "commit", (0,), cache, workspace, row, blocks, length, queries)
+        if release:
+            jax.tree.map(lambda leaf: leaf.delete(), workspace)
+        return made
+    layers, hosts = [], []
+    for at in range(layout.shape.num_layers):
+        pair = (
+            kv.init_layer(layout, score, at)
+            if cache is None
+            else (cache.layers[at], cache.host[at])
+        )
+        k, v = workspace.k[at], workspace.v[at]
+        args = (*pair, k, v, row, blocks, length, queries[at], *heads(program, at))
+        held, host = compiler.run(commit_layer, "commit", (0, 1), *args)
+        if release:
+            # Layers are worked on in the background: all of them would be allocated at once.
+            jax.block_until_ready((held, host))
+            k.delete()
+            v.delete()
+        layers.append(held)
+        hosts.append(host)
+    both = (tuple(layers), tuple(hosts))
+    if cache is None:
+        return enter(kv.init_tables(layout, *both), row, blocks, length)
+    return enter(dataclasses.replace(cache, layers=both[0], host=both[1]), row, blocks, length)
 
 
 def run_decode(

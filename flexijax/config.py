@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+from flexijax.intervals import Adaptive
+
 MODES = ("flexi", "quest", "full")
 DTYPES = ("float32", "bfloat16", "float16")
 SUMMARY_DTYPES = (*DTYPES, "int8")
 SCORES = ("minmax", "sketch1", "sketch2", "sketch4")
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
 TRANSFERS = ("zero_copy", "staged")
+ADAPTIVE = "adaptive"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,8 @@ class CacheConfig:
         "quest" keeps every page on the device and chooses at every step; "full" attends to all.
     page_size: tokens in a page, a power of two.
     budget_tokens: tokens a head attends to beside the newest ones; a multiple of `page_size`.
-    rerank_interval: decode steps between two rerankings of the stable heads.
+    rerank_interval: decode steps between two rerankings of the stable heads; "adaptive" gives each
+        head an interval of its own, longer while it keeps choosing the same pages.
     dtype: of the keys and values; None is the model's own.
     score: how pages are chosen; "minmax" by an upper bound of every product in a page, "sketch1",
         "sketch2", "sketch4" by the attention that its keys would get, rounded to so many bits.
@@ -32,7 +36,7 @@ class CacheConfig:
     mode: str = "flexi"
     page_size: int = 16
     budget_tokens: int = 1024
-    rerank_interval: int = 16
+    rerank_interval: int | str = 16
     dtype: str | None = None
     score: str = "minmax"
     summary_dtype: str | None = None
@@ -49,8 +53,10 @@ class CacheConfig:
                 f"summary_dtype={self.summary_dtype!r} goes with score='minmax' only: "
                 f"score={self.score!r} says by itself how wide its summaries are"
             )
-        for name in ("page_size", "budget_tokens", "rerank_interval"):
+        for name in ("page_size", "budget_tokens"):
             _require_positive_int(name, getattr(self, name))
+        if self.rerank_interval != ADAPTIVE:
+            _require_positive_int("rerank_interval", self.rerank_interval, f" or {ADAPTIVE!r}")
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size={self.page_size} must be a power of two, such as 16")
         if self.budget_tokens % self.page_size:
@@ -86,14 +92,27 @@ class CacheConfig:
 
         The page being filled at a rerank is the newest, always chosen, so it is in the budget.
         """
-        return -(-self.rerank_interval // self.page_size)
+        longest = self.chunk_steps if self.intervals is None else self.intervals.longest
+        return -(-longest // self.page_size)
+
+    @property
+    def intervals(self) -> Adaptive | None:
+        """How each stable head's interval changes; None when it is the same for all."""
+        return Adaptive() if self.rerank_interval == ADAPTIVE else None
+
+    @property
+    def chunk_steps(self) -> int:
+        """Decode steps of one compiled program, after which stable heads may be reranked."""
+        if isinstance(self.rerank_interval, str):
+            return Adaptive().shortest
+        return self.rerank_interval
 
 
 def _listed(choices: tuple[str, ...]) -> str:
     return ", ".join(repr(choice) for choice in choices)
 
 
-def _require_positive_int(name: str, value: object) -> None:
+def _require_positive_int(name: str, value: object, also: str = "") -> None:
     # bool is an int to Python and never what the caller meant here.
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name}={value!r} must be a positive integer")
+        raise ValueError(f"{name}={value!r} must be a positive integer{also}")

@@ -25,7 +25,7 @@ from flexijax.engine import free_rows
 from flexijax.models.decoder import Params
 from flexijax.models.language_model import LanguageModel
 from flexijax.prefill import Program
-from flexijax.reading import Progress, Reader, Reading, new_cache
+from flexijax.reading import Progress, Reader, Reading
 
 
 def read(
@@ -68,7 +68,7 @@ class Continuation:
         self._lm, self.program = lm, program
         self._compiler = Compiler(program, progress)
         blocks = range(program.layout.pages)
-        self.cache = reading.commit(self._compiler, new_cache(program), row=0, blocks=blocks)
+        self.cache = reading.commit(self._compiler, None, row=0, blocks=blocks)
         self.length = reading.length
         logits = self._compiler.run(_logits, "first token", (), lm.params, reading.x)
         self.first_logits = np.asarray(logits)[0]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.attention import DecodeAttention, DecodeState
-from flexijax.cache import Cache, Counters, LayerCache, LayerHost
+from flexijax.cache import Cache, Counters, HeadCounters, LayerCache, LayerHost, Pace
 from flexijax.models.decoder import Params
 from flexijax.policy import forced
 from flexijax.prefill import Program
@@ -50,7 +50,7 @@ class Drawn:
 def decode_chunk(
     program: Program, params: Params, cache: Cache, rows: Rows
 ) -> tuple[Cache, Rows, Drawn]:
-    """R = rerank_interval decode steps of all rows, then the rerank of the slotted heads.
+    """R = rerank_interval decode steps of all rows, then the rerank of slotted heads that are due.
 
     One program: cache is donated, and nothing goes to Python or to the host in between.
     """
@@ -175,24 +175,24 @@ def rerank(
     counters = cache.counters
     tally = (counters.promoted, counters.offloaded)
     reranks = counters.reranks
-    if program.layout.offloads:
+    if any(host is not None for host in cache.host):
         reranks = reranks + active.astype(jnp.int32)
-    new_layers, hosts, kept = [], [], []
-    for held, host, overlap, q in zip(layers, cache.host, counters.kept, queries, strict=True):
+    new_layers, hosts, heads = [], [], []
+    for held, host, counted, q in zip(layers, cache.host, counters.heads, queries, strict=True):
         if host is not None:
-            held, host, tally, overlap = run(
-                held, host, tally, overlap, cache.block_table, cache.lengths, lengths, active, q
+            held, host, tally, counted = run(
+                held, host, tally, counted, cache.block_table, cache.lengths, lengths, active, q
             )
         new_layers.append(held)
         hosts.append(host)
-        kept.append(overlap)
+        heads.append(counted)
     promoted, offloaded = tally
     return Cache(
         layers=tuple(new_layers),
         host=tuple(hosts),
         block_table=cache.block_table,
         lengths=lengths,
-        counters=Counters(reranks, promoted, offloaded, tuple(kept)),
+        counters=Counters(reranks, promoted, offloaded, tuple(heads)),
     )
 
 
@@ -201,18 +201,19 @@ def rerank_layer(
     held: LayerCache,
     host: LayerHost,
     tally: tuple[jax.Array, jax.Array],
-    kept: jax.Array,
+    counted: HeadCounters,
     block_table: jax.Array,
     before: jax.Array,
     lengths: jax.Array,
     active: jax.Array,
     queries: jax.Array,
-) -> tuple[LayerCache, LayerHost, tuple[jax.Array, jax.Array], jax.Array]:
+) -> tuple[LayerCache, LayerHost, tuple[jax.Array, jax.Array], HeadCounters]:
     """Offloads the pages that filled up, then brings the newly chosen ones into the slots.
 
-    held, host, tally, kept: donated. tally: pages promoted and offloaded so far, int32[B] each.
-    kept: sums of overlaps float32[B, K_s]. before, lengths: int32[B], tokens held before and after
-    the steps. queries: [B, K_s, G, H]. Returns the new held, host, tally and kept.
+    held, host, tally, counted: donated. tally: pages promoted and offloaded so far, int32[B] each.
+    before, lengths: int32[B], tokens held before and after the steps. queries: [B, K_s, G, H].
+    Heads that are not due keep what is in their slots, and pages that filled up there are offloaded
+    all the same. Returns the new held, host, tally and counted.
     """
     layout, score = program.layout, program.policy.score
     assert score is not None and held.slot_page is not None
@@ -246,20 +247,63 @@ def rerank_layer(
         implementation=program.implementation,
     )
     chosen = program.policy.plan(forced(scores, lengths, page_size=page_size))
-    plan = plan_rerank(chosen, held.slot_page, lengths, pages=layout.pages, page_size=page_size)
-    table = jnp.broadcast_to(block_table[:, None], (layout.rows, plan.load.shape[1], layout.pages))
-    load = jnp.take_along_axis(table, jnp.maximum(plan.load, 0), axis=2)
+    due, since = _due(program, held.pace, before, lengths, active[:, None], counted.reranks.shape)
+    plan = plan_rerank(
+        chosen, held.slot_page, lengths, since, pages=layout.pages, page_size=page_size
+    )
+    wanted = jnp.where(due[..., None], plan.load, -1)
+    table = jnp.broadcast_to(block_table[:, None], (layout.rows, wanted.shape[1], layout.pages))
+    load = jnp.take_along_axis(table, jnp.maximum(wanted, 0), axis=2)
     slots_k, slots_v = promote(
         held.slots_k,
         held.slots_v,
         host,
-        jnp.where(plan.load < 0, -1, load),
+        jnp.where(wanted < 0, -1, load),
         transfer=program.transfer,
     )
-    slot_page = jnp.where(active[:, None, None], plan.slot_page, held.slot_page)
     held = dataclasses.replace(
-        held, slots_k=slots_k, slots_v=slots_v, slot_page=slot_page, slotted_summaries=summaries
+        held,
+        slots_k=slots_k,
+        slots_v=slots_v,
+        slot_page=jnp.where(due[..., None], plan.slot_page, held.slot_page),
+        slotted_summaries=summaries,
+        pace=_paced(program, held.pace, due, plan.rco),
     )
+    promoted = jnp.where(due, plan.promoted, 0).sum(1, dtype=jnp.int32)
     offloaded = (slot >= 0).sum((1, 2), dtype=jnp.int32)
-    tally = (tally[0] + plan.promoted, tally[1] + offloaded)
-    return held, host, tally, kept + jnp.where(active[:, None], plan.overlap, 0.0)
+    tally = (tally[0] + promoted, tally[1] + offloaded)
+    chose = due & ~jnp.isnan(plan.rco)
+    counted = HeadCounters(
+        reranks=counted.reranks + due.astype(jnp.int32),
+        overlap=counted.overlap + jnp.where(due, plan.overlap, 0.0),
+        rco=counted.rco + jnp.where(chose, plan.rco, 0.0),
+        choices=counted.choices + chose.astype(jnp.int32),
+    )
+    return held, host, tally, counted
+
+
+def _due(
+    program: Program,
+    pace: Pace | None,
+    before: jax.Array,
+    lengths: jax.Array,
+    active: jax.Array,
+    shape: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Which heads are reranked now, bool[B, K_s], and tokens held at their last, int32[B, K_s].
+
+    before, lengths: int32[B]; active: bool[B, 1]; shape: (B, K_s).
+    """
+    if pace is None:
+        return jnp.broadcast_to(active, shape), jnp.broadcast_to(before[:, None], shape)
+    due = active & (pace.wait <= program.rerank_interval)
+    return due, lengths[:, None] - pace.interval
+
+
+def _paced(program: Program, pace: Pace | None, due: jax.Array, rco: jax.Array) -> Pace | None:
+    """The pace after the rerank of the heads `due`, bool[B, K_s]."""
+    intervals = program.policy.intervals
+    if pace is None or intervals is None:
+        return pace
+    interval = jnp.where(due, intervals.following(pace.interval, rco), pace.interval)
+    return Pace(interval, jnp.where(due, interval, pace.wait - program.rerank_interval))

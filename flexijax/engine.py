@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flexijax.blocks import BlockAllocator
+from flexijax.cache import Cache
 from flexijax.compiled import Compiler, run_decode
 from flexijax.decode import Drawn, Rows
 from flexijax.models.language_model import LanguageModel
 from flexijax.prefill import Program
-from flexijax.reading import Progress, Reader, new_cache
+from flexijax.reading import Progress, Reader
 from flexijax.sampling import Sampling, SamplingRows, sample, step_keys
 
 # Stop tokens a request may name; a fixed width, so that programs are compiled once.
@@ -32,6 +33,26 @@ class Request:
     sampling: Sampling
     seed: int
     stop_ids: tuple[int, ...]
+
+
+class CountedHead(NamedTuple):
+    """One slotted head of a request; fields as in `cache.HeadCounters`."""
+
+    layer: int
+    head: int
+    reranks: int
+    overlap: float
+    rco: float
+    choices: int
+
+
+class Counted(NamedTuple):
+    """What was counted of a request; fields as in `cache.Counters`."""
+
+    reranks: int
+    promoted: int
+    offloaded: int
+    heads: tuple[CountedHead, ...]
 
 
 @dataclasses.dataclass
@@ -59,7 +80,8 @@ class Engine:
         self.lm, self.program = lm, program
         self.compiler = Compiler(program, progress)
         layout = program.layout
-        self.cache = new_cache(program)
+        # Made when the first prompt has been read, so that it need not stand beside the reading.
+        self.cache: Cache | None = None
         self._reader = Reader(lm.params, self.compiler, progress)
         self._allocator = BlockAllocator(layout.blocks)
         self.running: dict[int, Running] = {}
@@ -84,7 +106,7 @@ class Engine:
         blocks = self._allocator.allocate(self.blocks_of(request))
         admitted, compiled = time.perf_counter(), self.compiler.seconds
         reading = self._reader.read(request.tokens, label)
-        self.cache = reading.commit(self.compiler, self.cache, row=row, blocks=blocks)
+        self.cache = reading.commit(self.compiler, self.cache, row=row, blocks=blocks, release=True)
         drawn = self.compiler.run(
             _first_token,
             "first token",
@@ -129,6 +151,7 @@ class Engine:
         """One decode chunk over all rows; returns the requests that drew tokens in it."""
         started, compiled = time.perf_counter(), self.compiler.seconds
         rows = jax.tree.map(jnp.asarray, self._rows)
+        assert self.cache is not None, "nothing has been admitted"
         self.cache, rows, drawn = run_decode(self.compiler, self.lm.params, self.cache, rows)
         rows, drawn = jax.device_get((rows, drawn))
         self._rows = jax.tree.map(np.array, rows)
@@ -154,20 +177,28 @@ class Engine:
         del self.running[running.row]
         self._allocator.release(running.blocks)
 
-    def counters(self, running: Running) -> tuple[int, int, int, list[tuple[int, int, float]]]:
-        """(reranks, promoted pages, offloaded pages, overlap sums per stable head) of a request."""
+    def counted(self, running: Running) -> Counted:
+        """What the program has counted of a request."""
+        assert self.cache is not None
         counters, row = jax.device_get(self.cache.counters), running.row
-        kept = [
-            (layer, head, float(sums[row, at]))
-            for layer, sums in enumerate(counters.kept)
-            if sums is not None
+        heads = tuple(
+            CountedHead(
+                layer,
+                head,
+                int(of.reranks[row, at]),
+                float(of.overlap[row, at]),
+                float(of.rco[row, at]),
+                int(of.choices[row, at]),
+            )
+            for layer, of in enumerate(counters.heads)
+            if of is not None
             for at, head in enumerate(self.program.layout.slotted(layer))
-        ]
-        return (
+        )
+        return Counted(
             int(counters.reranks[row]),
             int(counters.promoted[row]),
             int(counters.offloaded[row]),
-            kept,
+            heads,
         )
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-import operator
-import reprlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from flexijax.cache import CacheLayout
 from flexijax.config import CacheConfig
-from flexijax.engine import MAX_STOP_IDS, Engine, Progress, Request, Running
+from flexijax.engine import Counted, Engine, Progress, Request, Running
 from flexijax.memory import available_bytes, cache_bytes, request_bytes
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.policy import Policy, make
 from flexijax.prefill import Program
-from flexijax.profiles import lookup
+from flexijax.profiles.choose import Choice, choose
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.results import Generation, Metrics
-from flexijax.sampling import Sampling, request_seed
+from flexijax.profiles.staleness import MOST_DIFFERENCE, HeadStability, fit
+from flexijax.requests import check_cache, make_requests, whole_number
+from flexijax.results import Generation, Metrics, StaleProfileWarning
+from flexijax.sampling import Sampling
 from flexijax.text import RunningText
 
 # Requests decoded together when the caller names no number and memory allows.
@@ -42,32 +43,45 @@ def generate(
     """Continues every prompt; those that do not fit at once run in waves.
 
     prompts: texts, or token ids. max_new_tokens: each. cache: default `CacheConfig()`. profile:
-    unstable heads for mode "flexi", a shipped name or a file; None looks the model up. sampling:
-    one for all or one each; default greedy. stream: called with (index, piece of text). progress:
-    called with (stage, done, total). seed: of draws whose `Sampling` names none. max_batch: most
-    requests decoded together.
-    Returns one `Generation` per prompt, in order.
+    unstable heads for mode "flexi", a shipped name or a file; None looks the model up; "auto" does
+    so too and, where none is shipped, measures one on the prompts (see `profiles.choose`): pass
+    the result's `profile` on to measure only once. sampling: one for all or one each; default
+    greedy. stream: called with (index, piece of text). progress: called with (stage, done, total).
+    seed: of draws whose `Sampling` names none. max_batch: most requests decoded together.
+    Returns one `Generation` per prompt, in order. Warns with `StaleProfileWarning` when the profile
+    does not describe a text, see `profiles.staleness`.
     Raises ValueError before any tracing: a bad size, an empty or too long prompt, too little
     memory, a profile of another model.
     """
-    cache = cache or CacheConfig()
+    cache = CacheConfig() if cache is None else cache
+    check_cache(lm, cache)
     single = isinstance(prompts, str)
-    requests = _requests(lm, [prompts] if single else prompts, max_new_tokens, sampling, seed)
-    if max_batch is not None and (
-        isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1
-    ):
-        raise ValueError(f"max_batch={max_batch!r} must be None or a positive integer")
+    requests = make_requests(lm, [prompts] if single else prompts, max_new_tokens, sampling, seed)
+    if max_batch is not None:
+        max_batch = whole_number("max_batch", max_batch, least=1)
     if not requests:
         return []
+    choice = None
+    if cache.mode == "flexi":
+        choice = choose(
+            lm,
+            profile,
+            page_size=cache.page_size,
+            budget_pages=cache.budget_pages,
+            prompts=[request.tokens for request in requests],
+            progress=progress,
+        )
     program = make_program(
         lm,
         cache,
-        profile=profile,
+        profile=choice.profile if choice is not None else None,
         max_tokens=max(len(r.tokens) + r.max_new_tokens for r in requests),
         rows=min(len(requests), max_batch or MAX_BATCH),
     )
     engine = Engine(lm, program, progress=progress)
-    return _run(engine, requests, stream)
+    results = _run(engine, requests, stream, choice)
+    _warn_if_stale(results)
+    return results
 
 
 def make_program(
@@ -85,7 +99,11 @@ def make_program(
     """
     shape = lm.attention
     dtype = cache.dtype or str(lm.dtype)
-    found = _profile(lm, cache, profile)
+    found = None
+    if cache.mode == "flexi":
+        found = choose(
+            lm, profile, page_size=cache.page_size, budget_pages=cache.budget_pages
+        ).profile
     policy = make(cache, profile=found, num_layers=shape.num_layers, dtype=dtype)
 
     def layout(rows: int) -> CacheLayout:
@@ -102,7 +120,7 @@ def make_program(
         decoder=lm.decoder,
         layout=layout(rows),
         policy=policy,
-        rerank_interval=cache.rerank_interval,
+        rerank_interval=cache.chunk_steps,
         implementation=cache.implementation,
         transfer=cache.transfer,
     )
@@ -131,11 +149,15 @@ def make_layout(
         page_size=page_size,
         offloads=policy.offloads,
         dtype=dtype,
+        paced=policy.intervals is not None,
     )
 
 
 def _run(
-    engine: Engine, requests: list[Request], stream: Callable[[int, str], None] | None
+    engine: Engine,
+    requests: list[Request],
+    stream: Callable[[int, str], None] | None,
+    choice: Choice | None,
 ) -> list[Generation]:
     waiting = deque(requests)
     texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
@@ -158,7 +180,7 @@ def _run(
                 break
         if not running.active:
             emit(request.index, text.finish())
-            done[request.index] = _result(engine, running, text)
+            done[request.index] = _result(engine, running, text, choice)
             engine.release(running)
 
     while waiting or engine.running:
@@ -173,15 +195,19 @@ def _run(
     return [done[request.index] for request in requests]
 
 
-def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
+def _result(
+    engine: Engine, running: Running, text: RunningText, choice: Choice | None
+) -> Generation:
     request, layout, policy = running.request, engine.program.layout, engine.program.policy
     stopped = running.tokens[-1] in request.stop_ids
     tokens = running.tokens[:-1] if stopped else running.tokens
     logprobs = running.logprobs[: len(tokens)]
     length = len(request.tokens) + len(running.tokens) - 1  # the last one drawn is not held
     device, summaries, host, full = request_bytes(layout, policy, length)
-    reranks, promoted, offloaded, kept = engine.counters(running)
-    overlaps = tuple((layer, head, total / reranks) for layer, head, total in kept if reranks)
+    counted = engine.counted(running)
+    reranked = [found for found in counted.heads if found.reranks]
+    overlaps = tuple((found.layer, found.head, found.overlap / found.reranks) for found in reranked)
+    seen = _stability(counted, engine.program.rerank_interval)
     decode_s = running.decode_s
     metrics = Metrics(
         prompt_tokens=len(request.tokens),
@@ -195,12 +221,16 @@ def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
         summary_bytes=summaries,
         host_kv_bytes=host,
         full_kv_bytes=full,
-        reranks=reranks,
-        promoted_pages=promoted,
-        promoted_bytes=promoted * layout.page_bytes,
-        offloaded_bytes=offloaded * layout.page_bytes,
-        mean_overlap=math.fsum(o for *_, o in overlaps) / len(overlaps) if overlaps else None,
+        reranks=counted.reranks,
+        promoted_pages=counted.promoted,
+        promoted_bytes=counted.promoted * layout.page_bytes,
+        offloaded_bytes=counted.offloaded * layout.page_bytes,
+        mean_overlap=_mean([overlap for *_, overlap in overlaps]),
         head_overlap=overlaps,
+        mean_interval=_mean([found.interval for found in seen]),
+        head_rco=tuple((found.layer, found.head, found.rco) for found in seen),
+        profile=choice.origin if choice is not None else None,
+        profile_fit=fit(choice.profile, seen) if choice is not None else None,
     )
     return Generation(
         text=text.text,
@@ -208,94 +238,46 @@ def _result(engine: Engine, running: Running, text: RunningText) -> Generation:
         logprobs=tuple(logprobs) if request.sampling.logprobs else None,
         finish_reason="stop" if stopped or text.stopped else "length",
         metrics=metrics,
+        profile=choice.profile if choice is not None else None,
     )
 
 
-def _requests(
-    lm: LanguageModel,
-    prompts: Sequence[str] | Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling | Sequence[Sampling] | None,
-    seed: int,
-) -> list[Request]:
-    """Checks and tokenizes; raises ValueError that names the prompt."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a positive integer")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if sampling is None or isinstance(sampling, Sampling):
-        each = [sampling or Sampling()] * len(prompts)
-    else:
-        each = list(sampling)
-    if len(each) != len(prompts):
-        raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
-    requests = []
-    for index, (prompt, wish) in enumerate(zip(prompts, each, strict=True)):
-        tokens = _tokens(lm, prompt, index)
-        if len(tokens) + max_new_tokens > lm.max_context:
-            raise ValueError(
-                f"prompts[{index}] has {len(tokens)} tokens, and max_new_tokens={max_new_tokens} "
-                f"more would pass the {lm.max_context} that {lm.name} can read: shorten either"
-            )
-        if wish.stop and lm.tokenizer is None:
-            raise ValueError(f"stop={wish.stop!r} needs a tokenizer, and {lm.name} has none")
-        own = () if wish.ignore_eos or lm.tokenizer is None else lm.tokenizer.stop_ids
-        stops = tuple(sorted({*own, *wish.stop_ids}))
-        if len(stops) > MAX_STOP_IDS:
-            raise ValueError(f"stop_ids has {len(stops)} tokens, at most {MAX_STOP_IDS} can stop")
-        requests.append(
-            Request(
-                index=index,
-                tokens=tokens,
-                max_new_tokens=max_new_tokens,
-                sampling=wish,
-                seed=request_seed(wish, seed=seed, index=index),
-                stop_ids=stops,
-            )
+def _stability(counted: Counted, steps: int) -> list[HeadStability]:
+    """What was seen of the heads that had a choice; steps: of one chunk."""
+    return [
+        HeadStability(
+            layer=found.layer,
+            head=found.head,
+            rco=found.rco / found.choices,
+            interval=counted.reranks * steps / found.reranks,
+            reranks=found.choices,
         )
-    return requests
+        for found in counted.heads
+        if found.choices
+    ]
 
 
-def _tokens(lm: LanguageModel, prompt: str | Sequence[int], index: int) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        if lm.tokenizer is None:
-            raise ValueError(f"prompts[{index}] is text, but {lm.name} has no tokenizer: pass ids")
-        tokens = tuple(lm.tokenizer.encode(prompt)) if prompt else ()
-    else:
-        try:
-            tokens = tuple(operator.index(token) for token in prompt)
-        except TypeError:
-            raise ValueError(
-                f"prompts[{index}]={reprlib.repr(prompt)} must be a text or a list of token ids"
-            ) from None
-    if not tokens:
-        raise ValueError(f"prompts[{index}] is empty: a prompt needs at least one token")
-    outside = next((t for t in tokens if not 0 <= t < lm.vocab_size), None)
-    if outside is not None:
-        raise ValueError(f"prompts[{index}] holds token {outside}, not in 0..{lm.vocab_size - 1}")
-    return tokens
-
-
-def _profile(
-    lm: LanguageModel, cache: CacheConfig, profile: HeadProfile | str | None
-) -> HeadProfile | None:
-    if cache.mode != "flexi":
-        return None
-    if isinstance(profile, str):
-        profile = lookup.load(profile)
-    if profile is None:
-        profile = lookup.find(lm, cache.budget_pages)
-    if profile is None:
-        raise ValueError(
-            f"profile=None: no profile of {lm.name!r} is shipped; measure one with `flexijax "
-            "profile`, pass a HeadProfile, or use mode='quest' or 'full'"
+def _warn_if_stale(results: Sequence[Generation]) -> None:
+    """One warning for all results of a call."""
+    stale = [
+        (index, found)
+        for index, made in enumerate(results)
+        if (found := made.metrics.profile_fit) is not None and found.stale
+    ]
+    if stale:
+        index, worst = max(stale, key=lambda entry: entry[1].difference)
+        warnings.warn(
+            f"the profile does not describe {len(stale)} of {len(results)} texts: the stable heads "
+            f"of prompts[{index}] have a mean RCO of {worst.seen:.2f} (profile: "
+            f"{worst.promised:.2f}) and differ from the profile by {worst.difference:.2f} (at most "
+            f"{MOST_DIFFERENCE}); measure one on text like yours with `flexijax profile`",
+            StaleProfileWarning,
+            stacklevel=3,
         )
-    profile.check(
-        num_layers=lm.attention.num_layers,
-        num_kv_heads=lm.attention.num_kv_heads,
-        fingerprint=lm.fingerprint,
-    )
-    return profile
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
 
 
 def _bucket(pages: int) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.config import CacheConfig
+from flexijax.intervals import Adaptive
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.score import Score
 from flexijax.score_minmax import MinMax
@@ -50,6 +51,11 @@ class Policy(Protocol):
         """Whether slotted heads keep their pages on the host and are reranked."""
         ...
 
+    @property
+    def intervals(self) -> Adaptive | None:
+        """How each slotted head's rerank interval changes; None: all are reranked every chunk."""
+        ...
+
     def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
         """KV heads of a layer that keep every page on the device and choose at every step."""
         ...
@@ -73,6 +79,7 @@ class Full:
 
     score: None = None
     offloads: bool = False
+    intervals: None = None
 
     def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
         """None: see `Policy`."""
@@ -98,6 +105,7 @@ class Quest:
     score: Score
     budget_pages: int
     offloads: bool = False
+    intervals: None = None
 
     def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
         """All: see `Policy`."""
@@ -121,7 +129,8 @@ class Flexi:
     """FlexiCache: unstable heads as `Quest`, stable heads by periodic rerank from the host.
 
     unstable: per layer, the KV heads that choose at every step. tail_pages: the most pages that
-    can begin between two reranks. Source: https://arxiv.org/abs/2511.00868.
+    can begin between two reranks. intervals: see `Policy`. Source:
+    https://arxiv.org/abs/2511.00868.
     """
 
     score: Score
@@ -129,6 +138,7 @@ class Flexi:
     budget_pages: int
     tail_pages: int
     offloads: bool = True
+    intervals: Adaptive | None = None
 
     def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
         """The unstable ones: see `Policy`."""
@@ -163,7 +173,9 @@ def make(
     if profile is None:
         raise ValueError("mode='flexi' needs a head profile: pass profile=HeadProfile or its name")
     unstable = tuple(profile.unstable_heads(layer) for layer in range(num_layers))
-    return Flexi(score, unstable, config.budget_pages, config.tail_pages)
+    return Flexi(
+        score, unstable, config.budget_pages, config.tail_pages, intervals=config.intervals
+    )
 
 
 def _score(config: CacheConfig, dtype: str) -> Score:

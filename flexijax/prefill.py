@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.attention import PrefillAttention, PrefillState, Workspace
-from flexijax.cache import Cache, CacheLayout, LayerCache, LayerHost
+from flexijax.cache import Cache, CacheLayout, LayerCache, LayerHost, Pace
 from flexijax.models.decoder import DecoderLike, Params
 from flexijax.pallas_kernels import platform
 from flexijax.policy import Policy, forced
@@ -27,7 +25,11 @@ CHUNK = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Everything static about a run; hashable, a static argument of each jitted function."""
+    """Everything static about a run; hashable, a static argument of each jitted function.
+
+    rerank_interval: steps in one decode chunk, after which slotted heads are reranked: all of them,
+    or those that are due by `policy.intervals`.
+    """
 
     decoder: DecoderLike
     layout: CacheLayout
@@ -89,27 +91,38 @@ def commit(
     blocks: jax.Array,
     length: jax.Array,
     queries: tuple[jax.Array, ...],
-    layer: Callable[..., tuple[LayerCache, LayerHost | None]] | None = None,
 ) -> Cache:
     """Moves a prompt from the workspace into row `row` of the cache (donated).
 
     blocks: int32[P], block of each page, used below ceil(length / page). length: int32[], tokens.
-    queries: per layer [1, K, G, H] of the last token; they rank the slotted heads' pages. layer:
-    runs `commit_layer`, by default inlined.
+    queries: per layer [1, K, G, H] of the last token; they rank the slotted heads' pages.
     """
-    run = layer or functools.partial(commit_layer, program)
     layers, hosts = [], []
-    for at, (held, host) in enumerate(zip(cache.layers, cache.host, strict=True)):
-        paged = jnp.asarray(program.layout.paged[at], jnp.int32)
-        slotted = jnp.asarray(program.layout.slotted(at), jnp.int32)
+    for at, pair in enumerate(zip(cache.layers, cache.host, strict=True)):
         k, v = workspace.k[at], workspace.v[at]
-        held, host = run(held, host, k, v, row, blocks, length, queries[at], paged, slotted)
+        held, host = commit_layer(
+            program, *pair, k, v, row, blocks, length, queries[at], *heads(program, at)
+        )
         layers.append(held)
         hosts.append(host)
+    return enter(
+        dataclasses.replace(cache, layers=tuple(layers), host=tuple(hosts)), row, blocks, length
+    )
+
+
+def heads(program: Program, layer: int) -> tuple[jax.Array, jax.Array]:
+    """A layer's paged and slotted heads, int32 each, as `commit_layer` takes them."""
+    layout = program.layout
+    return jnp.asarray(layout.paged[layer], jnp.int32), jnp.asarray(
+        layout.slotted(layer), jnp.int32
+    )
+
+
+def enter(cache: Cache, row: jax.Array, blocks: jax.Array, length: jax.Array) -> Cache:
+    """A cache whose row `row` holds `length` tokens in `blocks` and of which nothing is counted."""
     counters = cache.counters
-    return Cache(
-        layers=tuple(layers),
-        host=tuple(hosts),
+    return dataclasses.replace(
+        cache,
         block_table=cache.block_table.at[row].set(blocks),
         lengths=cache.lengths.at[row].set(length),
         counters=dataclasses.replace(
@@ -117,7 +130,7 @@ def commit(
             reranks=counters.reranks.at[row].set(0),
             promoted=counters.promoted.at[row].set(0),
             offloaded=counters.offloaded.at[row].set(0),
-            kept=tuple(None if k is None else k.at[row].set(0.0) for k in counters.kept),
+            heads=jax.tree.map(lambda count: count.at[row].set(0), counters.heads),
         ),
     )
 
@@ -243,7 +256,14 @@ def _commit_slotted(
     )
     chosen = program.policy.plan(forced(scores, length[None], page_size=layout.page_size))
     empty = jnp.full((1, heads, layout.slots), -1, jnp.int32)
-    plan = plan_rerank(chosen, empty, length[None], pages=layout.pages, page_size=layout.page_size)
+    plan = plan_rerank(
+        chosen,
+        empty,
+        length[None],
+        jnp.zeros((1, heads), jnp.int32),
+        pages=layout.pages,
+        page_size=layout.page_size,
+    )
     source = jnp.maximum(plan.slot_page, 0)
     slot_k = jnp.take_along_axis(k, source[:, :, None, :, None], axis=3)
     slot_v = jnp.take_along_axis(v, source[:, :, :, None, None], axis=2)
@@ -254,8 +274,18 @@ def _commit_slotted(
         slot_page=lax.dynamic_update_slice_in_dim(held.slot_page, plan.slot_page, row, axis=0),
         slotted_summaries=summaries,
         slotted_state=_scatter(held.slotted_state, row, state),
+        pace=_first_pace(program, held.pace, row),
     )
     return held, host
+
+
+def _first_pace(program: Program, pace: Pace | None, row: jax.Array) -> Pace | None:
+    """The pace of a row whose prompt has just ranked its heads."""
+    intervals = program.policy.intervals
+    if pace is None or intervals is None:
+        return pace
+    first = intervals.first
+    return Pace(pace.interval.at[row].set(first), pace.wait.at[row].set(first))
 
 
 def _scatter(pools: Any, at: jax.Array, rows: Any) -> Any:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax import cache as kv
 from flexijax.attention import Workspace
 from flexijax.cache import Cache
 from flexijax.compiled import Compiler, run_commit
@@ -35,8 +34,16 @@ class Reading:
     x: jax.Array
     queries: tuple[jax.Array, ...]
 
-    def commit(self, compiler: Compiler, cache: Cache, *, row: int, blocks: Sequence[int]) -> Cache:
-        """The prompt in row `row` of a cache (donated) of the compiler's program.
+    def commit(
+        self,
+        compiler: Compiler,
+        cache: Cache | None,
+        *,
+        row: int,
+        blocks: Sequence[int],
+        release: bool = False,
+    ) -> Cache:
+        """The prompt in row `row` of a cache (donated; None: an empty one) of a program.
 
         blocks: one block id a page, at least ceil(length / page) of them. The program may differ
         from the reading's in policy, slots and rows, and in what follows from them.
@@ -59,6 +66,7 @@ class Reading:
             jnp.asarray(table),
             jnp.int32(self.length),
             self.queries,
+            release=release,
         )
 
 
@@ -67,7 +75,7 @@ class Reader:
 
     def __init__(self, params: Params, compiler: Compiler, progress: Progress | None) -> None:
         self._params, self._compiler, self._progress = params, compiler, progress
-        self._workspace = new_workspace(compiler.program.layout)
+        self._workspace: Workspace | None = None
 
     def read(self, tokens: Sequence[int], label: str) -> Reading:
         """The prompt's reading, good until the next call, which takes its workspace.
@@ -78,10 +86,12 @@ class Reader:
         chunk, length = program.chunk, len(tokens)
         padded = np.zeros(-(-length // chunk) * chunk, np.int32)
         padded[:length] = tokens
-        x, queries = None, ()
+        x, queries, workspace = None, (), self._workspace
+        if workspace is None or workspace.k[0].is_deleted():
+            workspace = new_workspace(program.layout)
         for start in range(0, length, chunk):
             last = min(length - start, chunk) - 1
-            self._workspace, x, queries = self._compiler.run(
+            workspace, x, queries = self._compiler.run(
                 prefill_chunk,
                 "prefill",
                 (4,),
@@ -89,15 +99,11 @@ class Reader:
                 jnp.asarray(padded[None, start : start + chunk]),
                 jnp.int32(start),
                 jnp.int32(last),
-                self._workspace,
+                workspace,
             )
             if self._progress is not None:
                 x.block_until_ready()
                 self._progress(f"reading {label}", start + last + 1, length)
         assert x is not None
-        return Reading(program, length, self._workspace, x, queries)
-
-
-def new_cache(program: Program) -> Cache:
-    """An empty cache of the program's layout, with room for what its policy keeps of pages."""
-    return kv.init(program.layout, program.policy.score)
+        self._workspace = workspace
+        return Reading(program, length, workspace, x, queries)

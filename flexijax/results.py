@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexijax.profiles.head_profile import HeadProfile
+from flexijax.profiles.staleness import Fit
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
@@ -16,9 +19,15 @@ class Metrics:
     summary_bytes of them are summaries. host_kv_bytes: its pages on the host. full_kv_bytes: what
     dense KV of its length would take on the device.
     promoted_pages, promoted_bytes: host to device at reranks; offloaded_bytes: device to host.
+    reranks: chunks after which stable heads were looked at; mean_interval: decode steps between two
+    reranks of a stable head, mean over heads.
     mean_overlap: share of chosen pages that were already resident, over reranks and stable heads;
     None before the first rerank. head_overlap: the same per layer and stable KV head, as
-    (layer, head, overlap).
+    (layer, head, overlap). head_rco: (layer, head, mean random-corrected overlap of a choice with
+    the one before), what profiles measure; only heads that had a choice.
+    profile_fit: how well the profile describes this text; None where it does not tell or too little
+    was seen.
+    profile: in words, where the list of unstable heads came from; None in modes that need none.
     """
 
     prompt_tokens: int
@@ -38,6 +47,14 @@ class Metrics:
     offloaded_bytes: int
     mean_overlap: float | None
     head_overlap: tuple[tuple[int, int, float], ...] = ()
+    mean_interval: float | None = None
+    head_rco: tuple[tuple[int, int, float], ...] = ()
+    profile: str | None = None
+    profile_fit: Fit | None = None
+
+
+class StaleProfileWarning(UserWarning):
+    """The heads of a text do not behave as the profile says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +63,7 @@ class Generation:
 
     text: empty when the model has no tokenizer. token_ids: without the stop token. logprobs: of
     each token, None unless `Sampling.logprobs`. finish_reason: "stop" (a stop token or string) or
-    "length".
+    "length". profile: that was used, None in modes that need none.
     """
 
     text: str
@@ -54,3 +71,4 @@ class Generation:
     logprobs: tuple[float, ...] | None
     finish_reason: str
     metrics: Metrics
+    profile: HeadProfile | None = None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,8 @@ class Sampling:
             self.seed is None or _is_count(self.seed, 0),
             "None or an integer of at least 0",
         )
+        for name in ("logprobs", "ignore_eos"):
+            _require(self, name, isinstance(getattr(self, name), bool), "True or False")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
 
@@ -103,8 +106,9 @@ class SamplingRows:
     @staticmethod
     def of(requests: Sequence[Sampling]) -> "SamplingRows":
         """The rows of a batch, in order."""
+        greatest = float(np.finfo(np.float32).max)
         return SamplingRows(
-            jnp.asarray([r.temperature for r in requests], jnp.float32),
+            jnp.asarray([min(r.temperature, greatest) for r in requests], jnp.float32),
             jnp.asarray([min(r.top_k or 0, 2**31 - 1) for r in requests], jnp.int32),
             jnp.asarray([1.0 if r.top_p is None else r.top_p for r in requests], jnp.float32),
             jnp.asarray([r.min_p or 0.0 for r in requests], jnp.float32),
@@ -217,11 +221,11 @@ def _require(owner: Sampling, name: str, holds: bool, wanted: str) -> None:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def _is_sequence(value: object) -> bool:

@@ -15,25 +15,35 @@ class Plan:
 
     slot_page: int32[B, K, S], the page in each slot afterwards. Slots of pages that will begin
     before the next rerank already name them. load: int32[B, K, S], the page to bring from the host
-    into each slot, -1 where nothing comes. promoted: int32[B], pages that come. overlap:
-    float32[B, K], the share of chosen pages that were already resident.
+    into each slot, -1 where nothing comes. promoted: int32[B, K], pages that come. overlap:
+    float32[B, K], the share of chosen pages that were already resident. rco: float32[B, K], what
+    profiles measure: the share that had been chosen at the last rerank too, corrected for chance;
+    NaN where there were no more pages than are chosen.
     """
 
     slot_page: jax.Array
     load: jax.Array
     promoted: jax.Array
     overlap: jax.Array
+    rco: jax.Array
 
 
 def plan_rerank(
-    chosen: jax.Array, slot_page: jax.Array, lengths: jax.Array, *, pages: int, page_size: int
+    chosen: jax.Array,
+    slot_page: jax.Array,
+    lengths: jax.Array,
+    since: jax.Array,
+    *,
+    pages: int,
+    page_size: int,
 ) -> Plan:
     """Assigns chosen pages to slots so that only pages not yet resident move.
 
     chosen: int32[B, K, n], pages to be resident, -1 for none; the newest page is among them.
     slot_page: int32[B, K, S], pages in the slots now, -1 for none. lengths: int32[B], tokens held,
-    0 for a free row, whose slots become empty. pages: P. Resident pages keep their slot; the others
-    fill the freed slots in ascending order, and behind them the pages that begin next.
+    0 for a free row, whose slots become empty. since: int32[B, K], tokens held at the last rerank.
+    pages: P. Resident pages keep their slot; the others fill the freed slots in ascending order,
+    and behind them the pages that begin next.
 
         chosen [0, 3, 9], slots [0, 1, 9, 2], newest page 9
         -> slot_page [0, 3, 9, 10], load [-1, 3, -1, -1], promoted 1
@@ -58,13 +68,21 @@ def plan_rerank(
     new_page = jnp.where(free_rank < count, found, -1).astype(jnp.int32)
     assigned = jnp.where(stays, slot_page, new_page)
     comes = ~stays & (assigned >= 0) & _take(missing, assigned)
-    overlap = (wanted & resident).sum(-1) / jnp.maximum(wanted.sum(-1), 1)
+    count, begun = wanted.sum(-1), -(-lengths // page_size)
+    overlap = (wanted & resident).sum(-1) / jnp.maximum(count, 1)
+    # The slots hold the last choice, and pages that began after it.
+    older = page * page_size < since[..., None]
+    again = (wanted & resident & older).sum(-1) / jnp.maximum(count, 1)
+    chance = count / jnp.maximum(begun, 1)[:, None]
+    chose = (count > 0) & (chance < 1)
+    rco = jnp.where(chose, (again - chance) / jnp.where(chose, 1 - chance, 1.0), jnp.nan)
     assert assigned.shape[-1] == slots
     return Plan(
         slot_page=assigned,
         load=jnp.where(comes, assigned, -1),
-        promoted=comes.sum((1, 2), dtype=jnp.int32),
+        promoted=comes.sum(-1, dtype=jnp.int32),
         overlap=overlap.astype(jnp.float32),
+        rco=rco.astype(jnp.float32),
     )
 
 

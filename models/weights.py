@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,17 @@ from flexijax.models.decoder import Decoder, Params
 _BLOCK = 1 << 22
 
 
+# Where weights go: one sharding for all, or one for each shape; None is the default device.
+Placement: TypeAlias = (
+    jax.sharding.Sharding | Callable[[tuple[int, ...]], jax.sharding.Sharding] | None
+)
+
+
+def placed(sharding: Placement, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+    """The sharding of one weight."""
+    return sharding(shape) if callable(sharding) else sharding
+
+
 class LoadError(ValueError):
     """A model that could not be loaded; the message lists every problem found."""
 
@@ -27,6 +38,25 @@ class LoadError(ValueError):
         if len(self.problems) > len(shown):
             shown.append(f"... and {len(self.problems) - len(shown)} more")
         super().__init__(f"cannot load {source}:\n" + "\n".join(f"  - {p}" for p in shown))
+
+
+T = TypeVar("T")
+
+
+def tried(problems: list[str], what: str, read: Callable[[], T]) -> T | None:
+    """What `read` returns; where it fails, None, and the reasons are added to problems.
+
+    what: put before a reason that does not say it itself.
+    """
+    try:
+        return read()
+    except LoadError as error:
+        problems += error.problems
+    except ValueError as error:
+        problems.append(f"{what}{error}")
+    except Exception as error:  # a damaged file has values of every wrong kind in every place
+        problems.append(f"{what}damaged: {type(error).__name__}: {error}")
+    return None
 
 
 class TensorSource(Protocol):
@@ -116,6 +146,10 @@ def plan(config: ModelConfig, table: NameTable, source: TensorSource) -> tuple[P
     A source name must match exactly one row, every part must be filled exactly once, and every
     shape must be the config's.
     """
+    if config.num_layers > len(source.shapes):
+        # A damaged count may be in the billions: not worth a line for each of their tensors.
+        found = f"{len(source.shapes)} tensors in all"
+        return {}, [f"the config says {config.num_layers} layers, and there are {found}"]
     ends, layer = end_parts(config), layer_parts(config)
     wanted: dict[tuple[int | None, str], Part] = {(None, k): spec for k, spec in ends.items()}
     for index in range(config.num_layers):
@@ -161,7 +195,7 @@ def assemble(
     dtype: Any,
     description: str,
     progress: Callable[[float], None] | None,
-    sharding: jax.sharding.Sharding | None,
+    sharding: Placement,
 ) -> Params:
     """Params of a decoder in dtype from a source of tensors, leaf by leaf.
 
@@ -187,7 +221,7 @@ def assemble(
             except (ValueError, OSError) as error:
                 problems.append(f"{name}: {error}")
         if not problems:
-            target[path[-1]] = jax.device_put(leaf, sharding)
+            target[path[-1]] = jax.device_put(leaf, placed(sharding, leaf.shape))
         if progress is not None:
             progress((done + 1) / len(leaves))
     if problems:

@@ -5,6 +5,7 @@ shares of attention mass leave the device, never attention weights.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ def record(
     budgets: tuple[int, ...],
     capacity: int,
     score: str = "minmax",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Recording:
     """Continues a prompt greedily for `steps` steps and records the pages each head would choose.
 
@@ -80,8 +82,8 @@ def record(
     sizes at once. capacity: tokens to make room for, at least prompt and steps; prompts of one
     capacity share one compilation. score: "minmax", the bound from page minima and maxima that
     decoding uses, or "mass", the true attention mass of each page. As in decoding, the first and
-    the newest page are always chosen, and stop tokens are never said. Raises ValueError when the
-    sizes do not fit.
+    the newest page are always chosen, and stop tokens are never said. progress: called with
+    (tokens done, of how many), prompt and steps. Raises ValueError when the sizes do not fit.
     """
     _check(lm, tokens, steps, page_size, budgets, capacity, score)
     block = max(_PREFILL_TOKENS, page_size)
@@ -96,12 +98,17 @@ def record(
         padded[0, : len(piece)] = piece
         last = jnp.int32(len(piece) - 1)
         first, k, v = _prefill(program, lm.params, padded, jnp.int32(start), last, k, v)
+        if progress is not None:
+            first.block_until_ready()
+            progress(start + len(piece), len(tokens) + steps)
     work = _summarized(program, k, v, jnp.int32(len(tokens)))
     seen = []
     token, length = first, jnp.int32(len(tokens))
-    for _ in range(steps // _DECODE_STEPS):
+    for done in range(_DECODE_STEPS, steps + 1, _DECODE_STEPS):
         work, token, length, out = _decode(program, lm.params, work, token, length)
         seen.append(jax.device_get(out))
+        if progress is not None:
+            progress(len(tokens) + done, len(tokens) + steps)
     ids, mass, said = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     lengths = len(tokens) + 1 + np.arange(steps)
     pages = (-(-lengths // page_size)).astype(np.int32)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flexijax.profiles.head_profile import HeadProfile
+from flexijax.profiles.plots import Picture
 
 # Cross-dataset overlap of the unstable heads of Llama-3.1-8B-Instruct, from the FlexiCache talk.
 TALK_TASKS = ("Open Review", "Big-Patent", "Multi-News", "QM-Sum", "Gov-Report")
@@ -15,18 +16,25 @@ TALK_OVERLAP = (
     (0.92, 0.83, 0.80, 0.92, 1.0),
 )
 
+_EXPLAINED = (
+    "A head chooses at every step the pages of the context that it attends to. Its "
+    "random-corrected overlap (RCO) between two steps is the share of pages chosen at both, scaled "
+    "to 0 where it is what two choices at random would share and to 1 where the choices are the "
+    "same. Heads of low RCO are *unstable*: they keep all pages on the device and choose anew at "
+    "every step. The others are *stable*: they keep only their chosen pages there and choose again "
+    "once in many steps."
+)
 
-def write_report(profile: HeadProfile, pictures: Sequence[tuple[str, str]], folder: Path) -> Path:
-    """Writes report.md into the folder that holds the pictures and returns its path.
 
-    pictures: (file stem, caption) as `plots.draw_all` returns them.
-    """
+def write_report(profile: HeadProfile, pictures: Sequence[Picture], folder: Path) -> Path:
+    """Writes report.md into the folder that holds the pictures and returns its path."""
     measured = profile.measured
     parts = [
         f"# Head stability of {profile.model}",
         f"{len(profile.unstable)} of {profile.num_layers * profile.num_kv_heads} KV heads are "
         f"unstable at a budget of {profile.budget_pages} pages of {profile.page_size} tokens "
         f"(configuration {profile.fingerprint}).",
+        _EXPLAINED,
         "## How it was measured",
         _settings(measured),
         "## Agreement",
@@ -34,8 +42,8 @@ def write_report(profile: HeadProfile, pictures: Sequence[tuple[str, str]], fold
         "## The unstable heads",
         ", ".join(f"{layer}.{head}" for layer, head in profile.unstable) + " (layer.head)",
     ]
-    for stem, caption in pictures:
-        parts += [f"## {stem.replace('_', ' ').capitalize()}", caption, f"![{stem}]({stem}.svg)"]
+    for picture in pictures:
+        parts += [f"## {picture.title}", picture.caption, f"![{picture.title}]({picture.stem}.svg)"]
     path = folder / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -49,13 +57,15 @@ def agreement(profile: HeadProfile) -> str:
         names = list(overlap)
         rows = [[overlap[a][b] for b in names] for a in names]
         parts += [
-            f"{profile.model}: mean {_shown(measured.get('mean_cross_task_overlap'))}, least "
+            f"Unstable heads that two tasks have in common, {profile.model}: mean "
+            f"{_shown(measured.get('mean_cross_task_overlap'))}, least "
             f"{_shown(measured.get('least_cross_task_overlap'))}.",
             _matrix(names, rows),
         ]
     parts += [
-        f"Split-half recall: {_shown(measured.get('split_half_recall'))}.",
-        "Llama-3.1-8B-Instruct, from the FlexiCache talk:",
+        f"Split-half recall: {_shown(measured.get('split_half_recall'))}, the share of the list "
+        "from one half of the documents that the other half finds too.",
+        "The same for Llama-3.1-8B-Instruct, from the FlexiCache talk:",
         _matrix(TALK_TASKS, TALK_OVERLAP),
     ]
     return "\n\n".join(parts)

@@ -7,8 +7,9 @@ steps s < t and N_t pages at step t,
     RCO(s, t) = (|S_s & S_t| / n - n / N_t) / (1 - n / N_t)
 
 1 where both steps chose the same pages, 0 on average where they chose at random. With no more pages
-than the budget there is nothing to choose: RCO is undefined there, NaN here, and left out of means,
-into which negative values enter as 0.
+than the budget there is nothing to choose: RCO is undefined there, NaN here, and left out of means.
+Where heads are compared, negative values enter means as 0; where pages are counted they stay as
+they are, for a mean of clamped values would promise fewer pages than are loaded.
 """
 
 import functools
@@ -61,7 +62,8 @@ def undefined_pairs(pages: jax.Array | np.ndarray, *, budget: int) -> int:
 def lag_means(rco: jax.Array, *, lags: tuple[int, ...]) -> jax.Array:
     """Mean RCO(s, s + lag) over all s, for each lag: float32[T, T, L, K] -> float32[lags, L, K].
 
-    NaN for a lag at which nothing is defined. RCO at lag R tells what a rerank every R steps loads.
+    NaN for a lag at which nothing is defined; not clamped. RCO at lag R tells what a rerank every R
+    steps loads, see `predicted_loads`.
     """
     return jnp.stack([_mean(jnp.diagonal(rco, offset=lag), axis=-1) for lag in lags])
 
@@ -167,7 +169,9 @@ def predicted_loads(
     """Pages that a head loads from the host at a rerank `lag` steps after the last: float[L, K].
 
     mean_rco: float[L, K] at that lag. The share of the set that changed, n * (1 - overlap), less
-    the pages that began meanwhile: those are chosen as newest pages and are on the device already.
+    the pages that began meanwhile: those are on the device already, and they are chosen. The newest
+    is so by rule, the others because text attends to what was just said: with SmolLM2 in 94 to 100
+    of 100 cases, at lags of 24 to 64 steps on real documents.
     """
     chance = budget / pages
     overlap = mean_rco * (1 - chance) + chance
@@ -175,9 +179,9 @@ def predicted_loads(
 
 
 def _mean(values: jax.Array, *, axis: int) -> jax.Array:
-    """Mean of the defined values, each clamped at 0; NaN where there is none."""
+    """Mean of the defined values; NaN where there is none."""
     defined = ~jnp.isnan(values)
-    total = jnp.sum(jnp.where(defined, jnp.maximum(values, 0.0), 0.0), axis=axis)
+    total = jnp.sum(jnp.where(defined, values, 0.0), axis=axis)
     count = jnp.sum(defined, axis=axis)
     mean = total / jnp.maximum(count, 1).astype(jnp.float32)
     return jnp.where(count > 0, mean, jnp.nan)

@@ -70,7 +70,7 @@ def planted_model():
         attention=AttentionShape(layers, heads, heads, width, width**-0.5),
         vocab_size=len(WORDS),
         max_context=positions,
-        dtype=jnp.float32,
+        dtype=jnp.dtype("float32"),
         tokenizer=words_tokenizer(),
         fingerprint="planted",
     )

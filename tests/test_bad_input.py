@@ -1,7 +1,9 @@
 """Law 8: bad input is refused, by name, before anything is traced."""
 
 import math
+import sys
 
+import numpy as np
 import pytest
 
 import flexijax
@@ -36,6 +38,33 @@ BAD_CALLS = {
     "negative new tokens": (dict(max_new_tokens=-3), "max_new_tokens=-3"),
     "bool new tokens": (dict(max_new_tokens=True), "max_new_tokens=True"),
     "float new tokens": (dict(max_new_tokens=2.0), r"max_new_tokens=2\.0"),
+    "prompts that are none": (dict(prompts=None), "prompts=None must be a list"),
+    "a number of prompts": (dict(prompts=5), "prompts=5 must be a list"),
+    "negative seed": (dict(seed=-1), "seed=-1 must be at least 0"),
+    "fractional seed": (dict(seed=1.5), r"seed=1\.5 must be an integer"),
+    "a mode for a cache": (dict(cache="full"), "cache='full' must be None or a"),
+    "a word for a sampling": (dict(sampling="greedy"), "sampling='greedy' must be a Sampling"),
+    "words for samplings": (dict(sampling=["greedy"]), r"sampling=\['greedy'\] must be"),
+    "stop token of no vocabulary": (
+        dict(sampling=flexijax.Sampling(stop_ids=(2**40,))),
+        r"stop_ids holds token 1099511627776, not in 0\.\.96",
+    ),
+    "too many stop tokens": (
+        dict(sampling=flexijax.Sampling(stop_ids=tuple(range(17)))),
+        "stop_ids has 17 tokens, at most 16",
+    ),
+    "kernels of a GPU": (
+        dict(cache=flexijax.CacheConfig(implementation="triton")),
+        "implementation='triton' runs on NVIDIA GPUs only",
+    ),
+    "an interval without an end": (
+        dict(cache=flexijax.CacheConfig(rerank_interval=10**14)),
+        "rerank_interval=100000000000000 is longer than the 512 tokens",
+    ),
+    "movers of a GPU": (
+        dict(cache=flexijax.CacheConfig(transfer="zero_copy")),
+        "transfer='zero_copy' runs on NVIDIA GPUs only",
+    ),
     "no batch": (dict(max_batch=0), "max_batch=0"),
     "bool batch": (dict(max_batch=True), "max_batch=True"),
     "float batch": (dict(max_batch=1.5), r"max_batch=1\.5"),
@@ -55,6 +84,20 @@ def test_bad_calls_are_refused_before_any_tracing(name, lm):
     before = num_compiled()
     with pytest.raises(ValueError, match=message):
         flexijax.generate(lm, call.pop("prompts"), **call)
+    assert num_compiled() == before
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(ValueError, match="lm='smollm2' must be a LanguageModel"):
+        flexijax.generate("smollm2", ["hello"], max_new_tokens=2)
+
+
+def test_more_than_the_memory_is_refused_before_any_tracing(lm, monkeypatch):
+    running = sys.modules["flexijax.generate"]  # the name in flexijax is the function
+    monkeypatch.setattr(running, "available_bytes", lambda: (10_000, 10_000))
+    before = num_compiled()
+    with pytest.raises(ValueError, match=r"66 tokens of context need .* GB on the device \(free: "):
+        flexijax.generate(lm, [[1, 2]], max_new_tokens=64, profile=profile_of(2))
     assert num_compiled() == before
 
 
@@ -82,6 +125,8 @@ BAD_SAMPLINGS = (
     (dict(min_p=2.0), r"min_p=2\.0"),
     (dict(stop=("",)), "stop="),
     (dict(stop_ids=(-1,)), "stop_ids="),
+    (dict(logprobs="yes"), "logprobs='yes' must be True or False"),
+    (dict(ignore_eos=1), "ignore_eos=1 must be True or False"),
 )
 
 
@@ -93,3 +138,12 @@ BAD_SAMPLINGS = (
 def test_bad_settings_are_refused_where_they_are_made(kind, fields, message):
     with pytest.raises(ValueError, match=message):
         kind(**fields)
+
+
+def test_numbers_of_numpy_are_numbers(lm):
+    """And a temperature beyond float32 is no warning: it draws evenly, as it would in the limit."""
+    wish = flexijax.Sampling(temperature=1e300, top_k=np.int64(5), seed=np.int32(7))
+    numpys = dict(max_new_tokens=np.int64(3), max_batch=np.int8(1), seed=np.uint8(9))
+    cache = flexijax.CacheConfig(mode="full")
+    out = flexijax.generate(lm, [np.array([1, 2])], sampling=wish, cache=cache, **numpys)
+    assert len(out[0].token_ids) == 3

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import strategies as st
 
 from flexijax.cache import CacheLayout
-from flexijax.engine import Engine, Request
+from flexijax.engine import CountedHead, Engine, Request
+from flexijax.intervals import Adaptive
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.policy import Flexi
@@ -26,6 +27,13 @@ from flexijax.score_minmax import MinMax
 LAYERS, KV_HEADS, GROUP, WIDTH, VOCAB = 2, 2, 2, 8, 13
 # R is no multiple of the page, so that one page or two fill up between reranks.
 PAGE, BUDGET, STEPS, PAGES, ROWS, BLOCKS = 4, 3, 6, 20, 2, 26
+# None reranks all heads after every chunk; the thresholds are such that intervals change both ways.
+PACES = {
+    "fixed": None,
+    "adaptive": Adaptive(
+        shortest=STEPS, longest=4 * STEPS, first=2 * STEPS, lengthen_at=0.5, shorten_at=0.2
+    ),
+}
 SHAPE = AttentionShape(LAYERS, KV_HEADS * GROUP, KV_HEADS, WIDTH, 0.05)
 UNSTABLE = ((1,), ())
 
@@ -74,18 +82,30 @@ def ceil_pages(length):
     return -(-length // PAGE)
 
 
-class Model:
-    """One request. slots: per layer and stable head, the page in each slot or -1."""
+class Head:
+    """A stable head of one request: its slots, its last choice, and when it chooses next."""
 
-    def __init__(self, prompt):
-        self.tokens = list(prompt)  # held by the cache
-        self.slots, self.overlap = {}, {}
+    def __init__(self, slots, choice, interval):
+        self.slots = slots  # the page in each slot or -1
+        self.choice = choice  # a set of pages
+        self.interval = self.wait = interval
+        self.reranks = self.choices = 0
+        self.overlap = self.rco = 0.0
+
+
+class Model:
+    """One request. heads: its stable ones by (layer, head); pace: an entry of `PACES`."""
+
+    def __init__(self, prompt, pace):
+        self.tokens, self.pace = list(prompt), pace  # tokens held by the cache
+        self.heads = {}
         self.reranks = self.promoted = self.offloaded = 0
+        pages = min(PAGES, BUDGET + ceil_pages(pace.longest if pace else STEPS))
         for layer in range(LAYERS):
             for head in set(range(KV_HEADS)) - set(UNSTABLE[layer]):
-                pages = min(PAGES, BUDGET + ceil_pages(STEPS))
-                self.slots[layer, head] = self._assigned(layer, head, [-1] * pages)[0]
-                self.overlap[layer, head] = 0.0
+                best = self.best(layer, head)
+                slots, _ = self._assigned(best, [-1] * pages)
+                self.heads[layer, head] = Head(slots, best, pace.first if pace else STEPS)
 
     def dense(self, name, layer, head):
         return np.stack([at(name, layer, t, p)[head] for p, t in enumerate(self.tokens)])
@@ -107,7 +127,9 @@ class Model:
         if head in UNSTABLE[layer]:
             return self.best(layer, head)
         return {
-            page for page in self.slots[layer, head] if 0 <= page < ceil_pages(len(self.tokens))
+            page
+            for page in self.heads[layer, head].slots
+            if 0 <= page < ceil_pages(len(self.tokens))
         }
 
     def logits(self, *, everything=False):
@@ -129,22 +151,37 @@ class Model:
     def rerank(self):
         self.reranks += 1
         length = len(self.tokens)
-        self.offloaded += len(self.slots) * (length // PAGE - (length - STEPS) // PAGE)
-        for key, slots in self.slots.items():
-            self.slots[key], promoted, overlap = self._assigned(*key, slots)
-            self.promoted += promoted
-            self.overlap[key] += overlap
+        self.offloaded += len(self.heads) * (length // PAGE - (length - STEPS) // PAGE)
+        for (layer, number), head in self.heads.items():
+            head.wait -= STEPS
+            if head.wait > 0:
+                continue
+            best, begun = self.best(layer, number), ceil_pages(length)
+            head.slots, came = self._assigned(best, head.slots)
+            self.promoted += came
+            head.reranks += 1
+            head.overlap += 1 - came / len(best)
+            chance = len(best) / begun
+            if chance < 1:
+                rco = (len(best & head.choice) / len(best) - chance) / (1 - chance)
+                head.rco += rco
+                head.choices += 1
+                if self.pace and rco >= self.pace.lengthen_at:
+                    head.interval = min(2 * head.interval, self.pace.longest)
+                if self.pace and rco < self.pace.shorten_at:
+                    head.interval = max(head.interval // 2, self.pace.shortest)
+            head.choice, head.wait = best, head.interval
 
-    def _assigned(self, layer, head, slots):
-        """(slots afterwards, pages that came, share that was there) of one head."""
-        begun, best = ceil_pages(len(self.tokens)), self.best(layer, head)
+    def _assigned(self, best, slots):
+        """(slots afterwards, pages that came) of one head."""
+        begun = ceil_pages(len(self.tokens))
         resident = {page for page in slots if 0 <= page < begun}
         after = [page if page in best else -1 for page in slots]
         coming = sorted(best - resident) + list(range(begun, PAGES))
         for slot, page in enumerate(after):
             if page < 0 and coming:
                 after[slot] = coming.pop(0)
-        return after, len(best - resident), len(best & resident) / len(best)
+        return after, len(best - resident)
 
 
 def assert_same(engine, running, model):
@@ -156,7 +193,7 @@ def assert_same(engine, running, model):
     for layer, (held, host) in enumerate(zip(cache.layers, cache.host, strict=True)):
         for i, head in enumerate(layout.slotted(layer)):
             k, v = model.dense("k", layer, head), model.dense("v", layer, head)
-            slots = model.slots[layer, head]
+            slots = model.heads[layer, head].slots
             assert held.slot_page[row, i].tolist() == slots
             readable = set()
             for slot, page in enumerate(slots):
@@ -184,10 +221,18 @@ def assert_same(engine, running, model):
                 if count == PAGE:
                     bounds = [k[part].min(0), k[part].max(0)]
                     np.testing.assert_array_equal(held.paged_summaries[table[page], i], bounds)
-    reranks, promoted, offloaded, kept = engine.counters(running)
-    assert (reranks, promoted, offloaded) == (model.reranks, model.promoted, model.offloaded)
-    for layer, head, total in kept:
-        assert total == pytest.approx(model.overlap[layer, head], abs=1e-5)
+    counted = engine.counted(running)
+    assert counted[:3] == (model.reranks, model.promoted, model.offloaded)
+    expected = [
+        CountedHead(*key, of.reranks, of.overlap, of.rco, of.choices)
+        for key, of in sorted(model.heads.items())
+    ]
+    np.testing.assert_allclose(counted.heads, expected, atol=1e-5)
+    for layer, held in enumerate(cache.layers):
+        if model.pace:
+            mine = [model.heads[layer, head] for head in layout.slotted(layer)]
+            assert held.pace.interval[row].tolist() == [head.interval for head in mine]
+            assert held.pace.wait[row].tolist() == [head.wait for head in mine]
 
 
 def assert_drawn(running, drawn, logits):
@@ -198,10 +243,16 @@ def assert_drawn(running, drawn, logits):
     assert logprob == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.fixture(scope="module", params=PACES)
+def pace(request):
+    return PACES[request.param]
+
+
 @pytest.fixture(scope="module")
-def make_engine():
+def make_engine(pace):
     score = MinMax("float32")
-    policy = Flexi(score, UNSTABLE, BUDGET, ceil_pages(STEPS))
+    tail = ceil_pages(pace.longest if pace else STEPS)
+    policy = Flexi(score, UNSTABLE, BUDGET, tail, intervals=pace)
     layout = CacheLayout(
         shape=SHAPE,
         paged=UNSTABLE,
@@ -212,6 +263,7 @@ def make_engine():
         page_size=PAGE,
         offloads=True,
         dtype="float32",
+        paced=pace is not None,
     )
     lm = LanguageModel(
         name="tables",
@@ -244,7 +296,7 @@ ACTIONS = st.lists(
 
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @hypothesis.given(actions=ACTIONS, steps=st.integers(1, 3))
-def test_cache_is_what_the_plain_model_says(make_engine, actions, steps):
+def test_cache_is_what_the_plain_model_says(make_engine, pace, actions, steps):
     """After every action `steps` chunks run, so requests come and go at all stages of others."""
     engine, models = make_engine(), {}
 
@@ -269,7 +321,7 @@ def test_cache_is_what_the_plain_model_says(make_engine, actions, steps):
             )
             if engine.can_admit(request):
                 running = engine.admit(request, "")
-                models[index] = Model(request.tokens)
+                models[index] = Model(request.tokens, pace)
                 assert_drawn(running, 0, models[index].logits(everything=True))
                 if not running.active:
                     end(running)
@@ -290,3 +342,36 @@ def test_cache_is_what_the_plain_model_says(make_engine, actions, steps):
                 else:
                     end(running)
     assert all(running.active for running in engine.running.values())
+
+
+def test_a_long_request_changes_its_intervals_both_ways(make_engine, pace):
+    engine, seen, changes = make_engine(), set(), set()
+    for seed in range(3):
+        prompt = np.random.default_rng(seed).integers(0, VOCAB, 20).tolist()
+        request = Request(
+            index=0,
+            tokens=tuple(prompt),
+            max_new_tokens=PAGES * PAGE - 20,
+            sampling=Sampling(),
+            seed=0,
+            stop_ids=(),
+        )
+        running = engine.admit(request, "")
+        model = Model(prompt, pace)
+        while running.active:
+            before = {key: head.interval for key, head in model.heads.items()}
+            first = len(running.tokens)
+            engine.step()
+            for drawn in range(first, len(running.tokens)):
+                model.tokens.append(running.tokens[drawn - 1])
+            if running.active:
+                model.rerank()
+                assert_same(engine, running, model)
+            seen |= {head.interval for head in model.heads.values()}
+            changes |= {head.interval > before[key] for key, head in model.heads.items()} - {False}
+            changes |= {"shorter" for k, h in model.heads.items() if h.interval < before[k]}
+        engine.release(running)
+    if pace is None:
+        assert seen == {STEPS} and not changes
+    else:
+        assert seen == {STEPS, 2 * STEPS, 4 * STEPS} and changes == {True, "shorter"}

@@ -3,6 +3,9 @@
 import dataclasses
 import gc
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,10 @@ from flexijax.models.checkpoint import MARKER, save
 from flexijax.models.load import load
 from flexijax.models.weights import LoadError
 from tests import tiny_models
+from tests.model_files import tensors, write_hf
 from tests.test_tokenizer import byte_tokenizer
+
+QK_NORMS = ("q_norm", "k_norm")
 
 
 def test_a_saved_model_reads_back_equal(tmp_path):
@@ -40,6 +46,42 @@ def test_dtype_and_sharding_are_applied_while_reading(tmp_path):
     for ours, theirs in zip(jax.tree.leaves(lm.params), jax.tree.leaves(again.params), strict=True):
         assert theirs.dtype == jnp.bfloat16 and theirs.sharding == sharding
         np.testing.assert_array_equal(ours.astype(jnp.bfloat16), theirs)
+
+
+TWO_DEVICES = """
+import jax, numpy as np, sys
+from jax.sharding import NamedSharding, PartitionSpec
+from flexijax.models.load import load
+
+mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def rows(shape):
+    return NamedSharding(mesh, PartitionSpec("x") if len(shape) > 1 else PartitionSpec())
+
+whole = jax.tree.leaves(load(sys.argv[1]).params)
+for source in sys.argv[1:]:
+    halves = jax.tree.leaves(load(source, sharding=rows).params)
+    for one, two in zip(whole, halves, strict=True):
+        assert one.sharding.num_devices == 1 and two.sharding == rows(two.shape)
+        sizes = [part.data.size for part in two.addressable_shards]
+        assert sizes == [two.size // 2 if two.ndim > 1 else two.size] * 2
+        np.testing.assert_array_equal(one, two)
+print("sharded")
+"""
+
+
+def test_weights_are_sharded_over_devices(tmp_path):
+    """Half of each matrix on each of two devices, from a checkpoint and from safetensors."""
+    config = tiny_models.tiny_config("llama", vocab_size=98)
+    write_hf(tmp_path / "hf", config, tensors(config))
+    save(load(tmp_path / "hf"), tmp_path / "m")
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES, str(tmp_path / "m"), str(tmp_path / "hf")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )
+    assert (done.returncode, done.stdout) == (0, "sharded\n"), done.stderr
 
 
 class Foreign:
@@ -73,10 +115,25 @@ def test_damaged_checkpoints_are_one_clear_error(tmp_path):
     with pytest.raises(LoadError, match="format 99"):
         load(tmp_path / "m")
     wrong = json.loads(text)
-    wrong["config"]["hidden_size"] = 64
+    wrong["config"] |= {"intermediate_size": 64, "qk_norm": True, "tie_embeddings": True}
     marker.write_text(json.dumps(wrong))
-    with pytest.raises(LoadError, match="params: "):
+    with pytest.raises(LoadError) as caught:
         load(tmp_path / "m")
+    layers = [f"layers/{layer}" for layer in range(2)]
+    assert sorted(caught.value.problems) == sorted(
+        [
+            "ends/head: the config has no place for it",
+            *(f"missing array: {layer}/{norm}/scale" for layer in layers for norm in QK_NORMS),
+            *(f"{at}/gate_up/kernel: shape (160, 48), the config says (128, 48)" for at in layers),
+            *(f"{at}/down/kernel: shape (48, 80), the config says (48, 64)" for at in layers),
+        ]
+    )
+    (tmp_path / "m" / "tokenizer.json").write_text("{")
+    marker.write_text("[]")
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path / "m")
+    assert len(caught.value.problems) == 2 + 1  # the marker's JSON, its content, the tokenizer
+    (tmp_path / "m" / "tokenizer.json").unlink()
     marker.write_text(text)
     largest = max((tmp_path / "m" / "params").rglob("*"), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])

@@ -37,6 +37,7 @@ METRICS: dict[str, Any] = {
     "reranks": 2,
     "mean_overlap": 0.25,
     "head_overlap": ((0, 1, float("nan")),),
+    "profile": "shipped for toy",
 }
 
 
@@ -135,6 +136,11 @@ def test_every_option_arrives(model, tmp_path):
     assert written["cache"]["page_size"] == 32 and written["environment"]["jax"]
 
 
+def test_an_adaptive_interval_arrives(model):
+    assert run("--prompt", "Hi", "--rerank-interval", "adaptive", "--quiet") == 0
+    assert model.calls[0]["cache"] == CacheConfig(rerank_interval="adaptive")
+
+
 def test_comparison_with_full(model, capsys, tmp_path):
     file = tmp_path / "out.json"
     assert run("--prompt", "Hi", "--compare-full", "--json", str(file)) == 0
@@ -175,6 +181,7 @@ BAD = {
     "--budget-tokens 1000": "budget_tokens=1000",
     "--page-size -16": "page_size=-16",
     "--rerank-interval 0": "rerank_interval=0",
+    "--rerank-interval often": "invalid interval value: 'often'",
     "--mode flexy": "flexy",
     "--max-new-tokens 0": "--max-new-tokens=0",
     "--max-new-tokens many": "many",

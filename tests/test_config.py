@@ -2,9 +2,11 @@
 
 from dataclasses import FrozenInstanceError, replace
 
+import jax.numpy as jnp
 import pytest
 
 from flexijax.config import CacheConfig
+from flexijax.intervals import Adaptive
 
 
 def test_defaults_are_those_of_the_paper():
@@ -26,6 +28,30 @@ def test_tail_holds_every_page_that_begins_between_reranks(page_size, rerank_int
     assert config.tail_pages == tail_pages == begun
 
 
+def test_adaptive_intervals_have_a_tail_for_the_longest():
+    config = CacheConfig(rerank_interval="adaptive")
+    assert config.intervals is not None
+    assert (config.chunk_steps, config.intervals.longest, config.tail_pages) == (8, 64, 4)
+    assert (CacheConfig().intervals, CacheConfig().chunk_steps) == (None, 16)
+
+
+@pytest.mark.parametrize(
+    ("rco", "interval", "expected"),
+    [
+        (0.9, 8, 16),
+        (0.9, 64, 64),
+        (0.1, 64, 32),
+        (0.1, 8, 8),
+        (0.55, 32, 32),
+        (float("nan"), 16, 16),
+    ],
+)
+def test_an_interval_follows_what_the_head_keeps(rco, interval, expected):
+    pace = Adaptive(lengthen_at=0.6, shorten_at=0.5)
+    following = pace.following(jnp.array([[interval]]), jnp.array([[rco]]))
+    assert following.tolist() == [[expected]] and following.dtype == jnp.int32
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -39,6 +65,7 @@ def test_tail_holds_every_page_that_begins_between_reranks(page_size, rerank_int
         ({"budget_tokens": 8}, ["budget_tokens=8", "multiple", "such as 16"]),
         ({"budget_tokens": 16}, ["budget_tokens=16", "at least 2 pages", "32"]),
         ({"rerank_interval": 0}, ["rerank_interval=0", "positive integer"]),
+        ({"rerank_interval": "adapted"}, ["rerank_interval='adapted'", "integer or 'adaptive'"]),
         ({"dtype": "float64"}, ["dtype='float64'", "'bfloat16'"]),
         ({"summary_dtype": "int4"}, ["summary_dtype='int4'", "'int8'"]),
         ({"implementation": "cuda"}, ["implementation='cuda'", "'xla', 'pallas', 'triton'"]),

@@ -9,6 +9,7 @@ import pytest
 # A file imports only from lower floors, or from files listed above it on its own floor.
 FLOORS = {
     "0 plain data": """
+        flexijax/intervals.py
         flexijax/config.py
         models/__init__.py
         models/config.py
@@ -67,6 +68,12 @@ FLOORS = {
         models/load.py
     """,
     "4 running": """
+        profiles/staleness.py
+        profiles/documents.py
+        profiles/stability.py
+        profiles/recorder.py
+        profiles/measure.py
+        profiles/choose.py
         flexijax/sampling.py
         flexijax/results.py
         flexijax/text.py
@@ -77,13 +84,10 @@ FLOORS = {
         flexijax/reading.py
         flexijax/engine.py
         flexijax/continuation.py
+        flexijax/requests.py
         flexijax/generate.py
         flexijax/agreement.py
         flexijax/compile_report.py
-        profiles/documents.py
-        profiles/stability.py
-        profiles/recorder.py
-        profiles/measure.py
         profiles/plots.py
         profiles/report.py
     """,

@@ -175,6 +175,19 @@ def test_other_lengths_of_one_bucket_compile_nothing(run, results):
     assert [o.metrics.compile_s for o in out] == [0.0] * 4
 
 
+def test_adaptive_intervals_change_without_compiling(run, prompts):
+    cache = dataclasses.replace(FLEXI, rerank_interval="adaptive")
+    asked = dict(cache=cache, sampling=DRAWN, max_new_tokens=NEW + 4)
+    run(prompts, **asked)
+    before = num_compiled()
+    out = run([prompt_of(length) for length in (47, 68, 65, 49)], **asked)
+    assert num_compiled() == before
+    for made in out:
+        # Two whole chunks of 8 steps, the first rerank of each head after 16.
+        assert (made.metrics.reranks, made.metrics.mean_interval) == (2, 16)
+        assert len(made.metrics.head_overlap) == 3
+
+
 def test_no_prompts_give_no_results(run):
     assert run([]) == []
 

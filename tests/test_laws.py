@@ -3,6 +3,7 @@
 See also test_cache_model.py, and test_bad_input.py for law 8.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import flexijax
+from flexijax import cache as kv
 from flexijax.config import MODES
 from flexijax.continuation import Continuation, read
 from flexijax.decode import decode_chunk
@@ -22,6 +24,9 @@ from tests.tiny_models import tiny_model
 
 PAGE, STEPS = 4, 8
 SMALL = flexijax.CacheConfig(page_size=PAGE, budget_tokens=4 * PAGE, rerank_interval=STEPS)
+# Its chunks take STEPS steps as well.
+ADAPTIVE = dataclasses.replace(SMALL, rerank_interval="adaptive")
+INTERVALS = pytest.mark.parametrize("cache", [SMALL, ADAPTIVE], ids=["fixed", "adaptive"])
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +74,14 @@ def dense(lm):
     return prompt, text[0, len(prompt) :].tolist(), logits
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_with_budget_for_all_tokens_and_logits_are_the_dense_models(mode, lm, profile, dense):
+@pytest.mark.parametrize(
+    ("mode", "interval"), [*((mode, STEPS) for mode in MODES), ("flexi", "adaptive")]
+)
+def test_with_budget_for_all_tokens_and_logits_are_the_dense_models(
+    mode, interval, lm, profile, dense
+):
     prompt, tokens, logits = dense
-    roomy = flexijax.CacheConfig(mode=mode, page_size=PAGE, budget_tokens=96, rerank_interval=STEPS)
+    roomy = dataclasses.replace(SMALL, mode=mode, budget_tokens=96, rerank_interval=interval)
     out = flexijax.generate(lm, [prompt], max_new_tokens=64, cache=roomy, profile=profile)[0]
     assert list(out.token_ids) == tokens
 
@@ -150,9 +159,10 @@ def residents(layout, cache, row, length):
     }
 
 
-def test_pages_stay_readable_and_only_promoted_ones_move(lm, profile, dense_keys):
+@INTERVALS
+def test_pages_stay_readable_and_only_promoted_ones_move(cache, lm, profile, dense_keys):
     # The same sizes as in law 6's wave, so that programs are shared.
-    program = make_program(lm, SMALL, profile=profile, max_tokens=94, rows=2)
+    program = make_program(lm, cache, profile=profile, max_tokens=94, rows=2)
     layout, engine = program.layout, Engine(lm, program, progress=None)
     assert layout.page_bytes == 2 * PAGE * 8 * 4
     for index, length in enumerate((37, 52)):
@@ -180,11 +190,11 @@ def test_pages_stay_readable_and_only_promoted_ones_move(lm, profile, dense_keys
             length = int(after.lengths[row])
             arrived = residents(layout, after, row, length) - residents(layout, before, row, length)
             promoted[row] += len(arrived)
-            reranks, counted, offloaded, _ = engine.counters(running)
-            assert counted == promoted[row]
+            counted = engine.counted(running)
+            assert counted.promoted == promoted[row]
             filled = length // PAGE - len(running.request.tokens) // PAGE
-            assert offloaded == filled * layout.num_slotted
-            assert reranks == (len(running.tokens) - 1) // STEPS
+            assert counted.offloaded == filled * layout.num_slotted
+            assert counted.reranks == (len(running.tokens) - 1) // STEPS
         before = after
     assert min(promoted) > 0, "nothing moved, so nothing was tested"
 
@@ -232,8 +242,9 @@ SAMPLED = flexijax.Sampling(temperature=1.0, top_p=0.9, logprobs=True)
 GREEDY = flexijax.Sampling(logprobs=True)
 
 
+@INTERVALS
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_request_is_not_changed_by_its_neighbours(sampling, lm, profile):
+def test_a_request_is_not_changed_by_its_neighbours(sampling, cache, lm, profile):
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
     seeds = [11, 12, 13, 14]
     wishes = [_with(sampling, seed=seed) for seed in seeds]
@@ -243,7 +254,7 @@ def test_a_request_is_not_changed_by_its_neighbours(sampling, lm, profile):
             lm,
             prompts,
             max_new_tokens=24,
-            cache=SMALL,
+            cache=cache,
             profile=profile,
             sampling=wishes,
             max_batch=max_batch,
@@ -272,15 +283,16 @@ def _with(sampling, **changes):
 # Law 7: the decode chunk holds no copy of a pool, calls nobody, and updates every leaf in place.
 
 
-@pytest.fixture(scope="module")
-def compiled_chunk(lm, profile):
+@pytest.fixture(scope="module", params=[SMALL, ADAPTIVE], ids=["fixed", "adaptive"])
+def compiled_chunk(request, lm, profile):
     """(program's layout, the cache's abstract leaves, the compiled chunk)."""
-    program = make_program(lm, SMALL, profile=profile, max_tokens=94, rows=2)
+    program = make_program(lm, request.param, profile=profile, max_tokens=94, rows=2)
     engine = Engine(lm, program, progress=None)
     rows = jax.tree.map(jnp.asarray, engine._rows)
     jitted = jax.jit(decode_chunk, static_argnums=0, donate_argnums=2)
-    compiled = jitted.lower(program, lm.params, engine.cache, rows).compile()
-    return engine.cache, compiled
+    cache = kv.init(program.layout, program.policy.score)
+    compiled = jitted.lower(program, lm.params, cache, rows).compile()
+    return cache, compiled
 
 
 def test_every_cache_leaf_is_updated_in_place(compiled_chunk):

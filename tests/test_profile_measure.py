@@ -202,8 +202,13 @@ def test_a_profile_from_one_prompt(planted):
     tokens = [7] * 200
     profile = measure.profile_prompt(lm, tokens, page_size=4, budget_pages=8)
     assert profile.unstable == unstable
-    with pytest.raises(ValueError, match="prompt of 32 tokens"):
-        measure.profile_prompt(lm, tokens[:32], page_size=4, budget_pages=8)
+    seen = []
+    measure.profile_prompt(
+        lm, tokens, page_size=4, budget_pages=8, progress=lambda *at: seen.append(at)
+    )
+    assert seen == [(200 + done, 264) for done in (0, 16, 32, 48, 64)]
+    with pytest.raises(ValueError, match="prompt of 47 tokens .* at least 48"):
+        measure.profile_prompt(lm, tokens[:47], page_size=4, budget_pages=8)
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,14 @@ def test_missing_pages_do_not_overlap():
     assert int(stability.overlap_counts(ids, num_pages=3)[0, 1, 0, 0]) == 1
 
 
-def test_means_clamp_at_zero_and_skip_what_is_undefined():
+def test_means_of_windows_clamp_at_zero_and_means_of_lags_do_not():
     rco = np.full((4, 4, 1, 1), np.nan, np.float32)
     rco[0, 1], rco[0, 2], rco[2, 3] = -0.5, 0.5, 0.25
     curves = stability.window_curves(jnp.asarray(rco), window=4)
     assert float(stability.instability(curves)[0, 0, 0]) == pytest.approx(0.75)
     assert np.asarray(stability.offset_means(curves))[:2, 0, 0].tolist() == [0.0, 0.5]
     lags = np.asarray(stability.lag_means(jnp.asarray(rco), lags=(1, 2, 3)))[:, 0, 0]
-    assert lags[:2].tolist() == [0.125, 0.5]
+    assert lags[:2].tolist() == [-0.125, 0.5]
     assert np.isnan(lags[2])
 
 

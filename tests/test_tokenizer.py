@@ -52,6 +52,12 @@ def test_bos_comes_first_once():
     assert words.stop_ids == {1}
 
 
+def test_what_is_no_unicode_is_refused():
+    """Bytes of a command line that are not UTF-8 come as lone surrogates."""
+    with pytest.raises(ValueError, match="text is not Unicode: surrogates not allowed at 2"):
+        byte_tokenizer().encode("a \udcff")
+
+
 def test_a_chat_becomes_the_prompt_of_its_template():
     words = byte_tokenizer()
     text = words.chat([{"role": "user", "content": "a < b & c"}])

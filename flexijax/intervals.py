@@ -1,0 +1,34 @@
+"""How long each slotted head waits between two reranks, when each has its own interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Doubles the interval of a head that keeps its choice, halves that of one that does not.
+
+    shortest, longest, first: steps; each a power of two times `shortest`, which is what one decode
+    chunk takes. After a rerank the head's random-corrected overlap with its choice before decides:
+    at least `lengthen_at` doubles the interval, less than `shorten_at` halves it.
+    """
+
+    shortest: int = 8
+    longest: int = 64
+    first: int = 16
+    lengthen_at: float = 0.6
+    shorten_at: float = 0.3
+
+    def following(self, interval: jax.Array, rco: jax.Array) -> jax.Array:
+        """The next interval int32[B, K] of heads that were reranked after `interval` int32[B, K].
+
+        rco: float32[B, K], NaN where nothing was chosen, which changes nothing.
+        """
+        longer = jnp.minimum(2 * interval, self.longest)
+        shorter = jnp.maximum(interval // 2, self.shortest)
+        kept = jnp.where(rco >= self.lengthen_at, longer, interval)
+        return jnp.where(rco < self.shorten_at, shorter, kept)

@@ -1,0 +1,86 @@
+"""Whether a profile describes a text: the stability it promises against the stability seen."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from flexijax.profiles.head_profile import HeadProfile
+
+# Of the root mean square difference between promised and seen RCO of the stable heads.
+MOST_DIFFERENCE = 0.12
+# Reranks of a head before what was seen of it says anything.
+LEAST_RERANKS = 3
+
+
+class HeadStability(NamedTuple):
+    """What a run saw of one stable head.
+
+    rco: mean random-corrected overlap of a choice with the one before; interval: steps between the
+    two, mean; reranks: how many pairs of choices there were.
+    """
+
+    layer: int
+    head: int
+    rco: float
+    interval: float
+    reranks: int
+
+
+class Fit(NamedTuple):
+    """How well a profile describes a text.
+
+    seen, promised: mean RCO of the compared heads. difference: root mean square of seen less
+    promised, over heads. stale: the difference is more than `MOST_DIFFERENCE`.
+    """
+
+    seen: float
+    promised: float
+    difference: float
+    stale: bool
+
+
+def promised_rco(profile: HeadProfile, layer: int, head: int, interval: float) -> float | None:
+    """The RCO of a head at an offset of `interval` steps; None where the profile does not tell.
+
+    Between the offsets that were measured it is a straight line in the logarithm of the offset;
+    beyond them it is what the nearest one has.
+    """
+    measured = profile.measured.get("rco_at_lag")
+    if not isinstance(measured, Mapping):
+        return None
+    known = sorted((int(lag), rows[layer][head]) for lag, rows in measured.items())
+    known = [(lag, rco) for lag, rco in known if rco is not None]
+    if not known:
+        return None
+    below = max((entry for entry in known if entry[0] <= interval), default=known[0])
+    above = min((entry for entry in known if entry[0] >= interval), default=known[-1])
+    if below[0] >= above[0]:
+        return below[1]
+    share = math.log(interval / below[0]) / math.log(above[0] / below[0])
+    return below[1] + share * (above[1] - below[1])
+
+
+def fit(profile: HeadProfile, seen: Sequence[HeadStability]) -> Fit | None:
+    """Compares head by head; None where the profile promises nothing or too little was seen.
+
+    No profile is right in every head. With SmolLM2, the stable heads of one document differ from a
+    profile of the other five tasks by 0.03 to 0.09, on each of 30 documents (48 pairs of steps
+    each; three reranks alone make it 0.05 to 0.08), and by 0.05 to 0.07 on program code, lists of
+    numbers and shuffled words. On one sentence said over and over, where the heads lose their
+    order, it is 0.16; a profile whose heads are permuted at random differs by 0.12 to 0.16.
+    """
+    pairs = [
+        (found.rco, promised)
+        for found in seen
+        if found.reranks >= LEAST_RERANKS
+        and (promised := promised_rco(profile, found.layer, found.head, found.interval)) is not None
+    ]
+    if not pairs:
+        return None
+    difference = math.sqrt(math.fsum((rco - promised) ** 2 for rco, promised in pairs) / len(pairs))
+    return Fit(
+        seen=math.fsum(rco for rco, _ in pairs) / len(pairs),
+        promised=math.fsum(promised for _, promised in pairs) / len(pairs),
+        difference=difference,
+        stale=difference > MOST_DIFFERENCE,
+    )
