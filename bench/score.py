@@ -30,6 +30,8 @@ from flexijax.policy import Flexi, Quest
 from flexijax.prefill import Program
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
+from flexijax.profiles.head_profile import HeadProfile
+from flexijax.profiles.staleness import HeadStability, fit
 from flexijax.terminal import use_compilation_cache
 
 SYSTEMS = (
@@ -54,6 +56,8 @@ COLUMNS = (
     "worst_task_ratio",
     "page_bytes",
     "device_mb",
+    "promoted",
+    "rco",
     "documents",
 )
 _DRAWS = 10_000
@@ -90,9 +94,17 @@ def split(system: str) -> tuple[str, str, int]:
 
 
 def measure_document(
-    lm: LanguageModel, made: dict[str, Program], prompt: Sequence[int], *, steps: int
+    lm: LanguageModel,
+    made: dict[str, Program],
+    prompt: Sequence[int],
+    *,
+    steps: int,
+    profile: HeadProfile | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One row a system: mean agreement and KL over the tokens up to full's first stop token."""
+    """One row a system: mean agreement and KL over the tokens up to full's first stop token.
+
+    profile: whose promised stability is compared with what the stable heads show.
+    """
     reading = read(lm, made["full"], prompt)
     said = Continuation(lm, made["full"], reading).greedy(steps)
     stop_ids = lm.tokenizer.stop_ids if lm.tokenizer is not None else ()
@@ -109,6 +121,8 @@ def measure_document(
         fed = Continuation(lm, program, reading)
         same, kl = compare(full[:counted], fed.feed(said)[:counted])
         layout, policy = program.layout, program.policy
+        seen = _stability(fed)
+        described = None if profile is None else fit(profile, seen)
         yield {
             "system": system,
             "context": len(prompt),
@@ -116,9 +130,26 @@ def measure_document(
             "agreement": float(same.mean()),
             "kl": float(kl.mean()),
             "promoted": fed.promoted,
+            "rco": float(np.mean([one.rco for one in seen])) if seen else None,
+            "profile_difference": None if described is None else described.difference,
             "page_bytes": summary_bytes(layout, policy),
             "device_bytes": request_bytes(layout, policy, len(prompt))[0],
         }
+
+
+def _stability(fed: Continuation) -> list[HeadStability]:
+    """What was seen of the slotted heads: nothing where none is reranked."""
+    layout, found = fed.program.layout, []
+    for layer, counted in enumerate(fed.cache.counters.heads):
+        if counted is None:
+            continue
+        for at, head in enumerate(layout.slotted(layer)):
+            reranks, choices = int(counted.reranks[0, at]), int(counted.choices[0, at])
+            if choices:
+                rco = float(counted.rco[0, at]) / choices
+                interval = int(fed.cache.counters.reranks[0]) * fed.program.rerank_interval
+                found.append(HeadStability(layer, head, rco, interval / reranks, choices))
+    return found
 
 
 def summary(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[dict[str, Any]]:
@@ -156,6 +187,9 @@ def summary(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[dict
                 for task, _ in shared
             }
             row["task_ratios"], row["worst_task_ratio"] = tasks, max(tasks.values())
+        for name in ("rco", "profile_difference", "promoted"):
+            known = [one[name] for one in mine if one.get(name) is not None]
+            row[name] = float(np.mean(known)) if known else None
         row["page_bytes"] = mine[0]["page_bytes"]
         row["device_mb"] = float(np.mean([one["device_bytes"] for one in mine])) / 1e6
         found.append(row)
@@ -241,8 +275,9 @@ def _measured(
     if missing:
         prompt = prompt_ids(document, lm.tokenizer, max_tokens=args.max_tokens)
         some = {name: made[name] for name in ("full", *missing)}
+        found = lookup.find(lm, 64) if args.profile is None else lookup.load(args.profile)
         answered = False
-        for row in measure_document(lm, some, prompt, steps=args.steps):
+        for row in measure_document(lm, some, prompt, steps=args.steps, profile=found):
             answered = True
             records.add(*key, row["system"], value=row)
             said = f"{row['system']} {row['agreement']:.2f} {row['kl']:.4f}"
