@@ -23,7 +23,7 @@ from bench.timing import environment, table
 from flexijax.config import CacheConfig
 from flexijax.continuation import Continuation, read
 from flexijax.generate import make_program
-from flexijax.memory import request_bytes, summary_bytes
+from flexijax.memory import request_bytes, state_bytes, summary_bytes
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.policy import Flexi, Quest
@@ -55,6 +55,7 @@ COLUMNS = (
     "agreement",
     "worst_task_ratio",
     "page_bytes",
+    "state_bytes",
     "device_mb",
     "promoted",
     "rco",
@@ -133,6 +134,7 @@ def measure_document(
             "rco": float(np.mean([one.rco for one in seen])) if seen else None,
             "profile_difference": None if described is None else described.difference,
             "page_bytes": summary_bytes(layout, policy),
+            "state_bytes": state_bytes(layout, policy),
             "device_bytes": request_bytes(layout, policy, len(prompt))[0],
         }
 
@@ -190,7 +192,7 @@ def summary(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[dict
         for name in ("rco", "profile_difference", "promoted"):
             known = [one[name] for one in mine if one.get(name) is not None]
             row[name] = float(np.mean(known)) if known else None
-        row["page_bytes"] = mine[0]["page_bytes"]
+        row |= {name: mine[0].get(name) for name in ("page_bytes", "state_bytes")}
         row["device_mb"] = float(np.mean([one["device_bytes"] for one in mine])) / 1e6
         found.append(row)
     return found

@@ -10,7 +10,7 @@ import pytest
 from bench import score
 from bench.score_candidates import named
 
-PAGES, HEADS, GROUP, PAGE, WIDTH = 12, 2, 2, 4, 16
+PAGES, HEADS, GROUP, PAGE, WIDTH = 12, 2, 2, 4, 64
 
 
 def scored(name, keys, q, scale):
@@ -78,6 +78,7 @@ def rows():
                     "rco": 0.5,
                     "profile_difference": None,
                     "page_bytes": 256,
+                    "state_bytes": 512,
                     "device_bytes": 2_000_000,
                 }
 
