@@ -123,7 +123,7 @@ def measure_document(
         same, kl = compare(full[:counted], fed.feed(said)[:counted])
         layout, policy = program.layout, program.policy
         seen = _stability(fed)
-        described = None if profile is None else fit(profile, seen)
+        described = None if profile is None else fit(profile, seen, score=_score_of(profile))
         yield {
             "system": system,
             "context": len(prompt),
@@ -137,6 +137,11 @@ def measure_document(
             "state_bytes": state_bytes(layout, policy),
             "device_bytes": request_bytes(layout, policy, len(prompt))[0],
         }
+
+
+def _score_of(profile: HeadProfile) -> str:
+    """What it was measured with: how far other scores are from it is one of the questions here."""
+    return str(profile.measured.get("score", "minmax"))
 
 
 def _stability(fed: Continuation) -> list[HeadStability]:
