@@ -65,6 +65,8 @@ def measure_document(
             page_size=settings.page_size,
             budget_tokens=budget * settings.page_size,
             rerank_interval=interval,
+            # What the recording chose with; another score keeps its choices longer or less long.
+            score="minmax",
         ),
         profile=profile,
         max_tokens=settings.max_tokens + settings.steps,

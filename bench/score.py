@@ -8,7 +8,6 @@ is read once for all systems, and a document that is in the records file is not 
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,19 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from bench import forced
 from bench.agreement import compare
+from bench.records import Records
 from bench.score_candidates import named
 from bench.timing import environment, table
 from flexijax.config import CacheConfig
+from flexijax.continuation import Continuation, read
 from flexijax.generate import make_program
-from flexijax.memory import request_bytes, summary_bytes
+from flexijax.memory import request_bytes, state_bytes, summary_bytes
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.policy import Flexi, Quest
 from flexijax.prefill import Program
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
+from flexijax.profiles.head_profile import HeadProfile
+from flexijax.profiles.staleness import HeadStability, fit
 from flexijax.terminal import use_compilation_cache
 
 SYSTEMS = (
@@ -53,7 +55,10 @@ COLUMNS = (
     "agreement",
     "worst_task_ratio",
     "page_bytes",
+    "state_bytes",
     "device_mb",
+    "promoted",
+    "rco",
     "documents",
 )
 _DRAWS = 10_000
@@ -90,34 +95,68 @@ def split(system: str) -> tuple[str, str, int]:
 
 
 def measure_document(
-    lm: LanguageModel, made: dict[str, Program], prompt: Sequence[int], *, steps: int
+    lm: LanguageModel,
+    made: dict[str, Program],
+    prompt: Sequence[int],
+    *,
+    steps: int,
+    profile: HeadProfile | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One row a system: mean agreement and KL over the tokens up to full's first stop token."""
-    reading = forced.read(lm, made["full"], prompt)
-    said = forced.greedy(lm, made["full"], reading, steps=steps)
+    """One row a system: mean agreement and KL over the tokens up to full's first stop token.
+
+    profile: whose promised stability is compared with what the stable heads show.
+    """
+    reading = read(lm, made["full"], prompt)
+    said = Continuation(lm, made["full"], reading).greedy(steps)
     stop_ids = lm.tokenizer.stop_ids if lm.tokenizer is not None else ()
     counted = min((at for at, token in enumerate(said) if token in stop_ids), default=steps)
     if not counted:
         return
-    full = forced.feed(lm, made["full"], reading, said)
+    full = Continuation(lm, made["full"], reading).feed(said)
     # Logits after token i say what comes as token i + 1: full's own choice, or the bench is wrong.
     if not np.array_equal(full.argmax(-1)[:-1], np.array(said[1:])):
         raise RuntimeError("full attention, fed its own tokens, does not choose them again")
     for system, program in made.items():
         if system == "full":
             continue
-        logits = forced.feed(lm, program, reading, said)
-        same, kl = compare(full[:counted], logits[:counted])
+        fed = Continuation(lm, program, reading)
+        same, kl = compare(full[:counted], fed.feed(said)[:counted])
         layout, policy = program.layout, program.policy
+        seen = _stability(fed)
+        described = None if profile is None else fit(profile, seen, score=_score_of(profile))
         yield {
             "system": system,
             "context": len(prompt),
             "tokens": counted,
             "agreement": float(same.mean()),
             "kl": float(kl.mean()),
+            "promoted": fed.promoted,
+            "rco": float(np.mean([one.rco for one in seen])) if seen else None,
+            "profile_difference": None if described is None else described.difference,
             "page_bytes": summary_bytes(layout, policy),
+            "state_bytes": state_bytes(layout, policy),
             "device_bytes": request_bytes(layout, policy, len(prompt))[0],
         }
+
+
+def _score_of(profile: HeadProfile) -> str:
+    """What it was measured with: how far other scores are from it is one of the questions here."""
+    return str(profile.measured.get("score", "minmax"))
+
+
+def _stability(fed: Continuation) -> list[HeadStability]:
+    """What was seen of the slotted heads: nothing where none is reranked."""
+    layout, found = fed.program.layout, []
+    for layer, counted in enumerate(fed.cache.counters.heads):
+        if counted is None:
+            continue
+        for at, head in enumerate(layout.slotted(layer)):
+            reranks, choices = int(counted.reranks[0, at]), int(counted.choices[0, at])
+            if choices:
+                rco = float(counted.rco[0, at]) / choices
+                interval = int(fed.cache.counters.reranks[0]) * fed.program.rerank_interval
+                found.append(HeadStability(layer, head, rco, interval / reranks, choices))
+    return found
 
 
 def summary(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[dict[str, Any]]:
@@ -155,7 +194,10 @@ def summary(rows: Sequence[dict[str, Any]], systems: Sequence[str]) -> list[dict
                 for task, _ in shared
             }
             row["task_ratios"], row["worst_task_ratio"] = tasks, max(tasks.values())
-        row["page_bytes"] = mine[0]["page_bytes"]
+        for name in ("rco", "profile_difference", "promoted"):
+            known = [one[name] for one in mine if one.get(name) is not None]
+            row[name] = float(np.mean(known)) if known else None
+        row |= {name: mine[0].get(name) for name in ("page_bytes", "state_bytes")}
         row["device_mb"] = float(np.mean([one["device_bytes"] for one in mine])) / 1e6
         found.append(row)
     return found
@@ -206,14 +248,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--model {args.model} has no tokenizer, so it cannot read documents")
     systems = list(dict.fromkeys(args.systems))
     made = programs(lm, systems, max_tokens=args.max_tokens + args.steps, profile=args.profile)
-    known = _known(args.records)
+    records = Records(args.records)
     rows: list[dict[str, Any]] = []
     waiting = [iter(read_documents(path)) for path in args.data]
     # One document of every file in turn, so that what is there early speaks for all of them.
     for _ in range(args.documents):
         for documents in waiting:
             for document in documents:
-                mine = _measured(lm, made, document, known, args)
+                mine = _measured(lm, made, document, records, args)
                 if mine:
                     rows += mine
                     _write(args, rows, systems)
@@ -226,28 +268,33 @@ def _measured(
     lm: LanguageModel,
     made: dict[str, Program],
     document: Document,
-    known: list[dict[str, Any]],
+    records: Records,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """Rows of a document, from `known` or new; none where full attention answers with nothing."""
+    """A document's rows, recorded or new; none where full attention answers with nothing."""
     assert lm.tokenizer is not None
-    place = {"key": _key(lm, document, args), "task": document.task, "index": document.index}
-    mine = [row for row in known if row["key"] == place["key"]]
-    # A document without an answer is recorded as one row without a system.
-    done = {row["system"] for row in mine}
-    missing = {
-        name: program for name, program in made.items() if name == "full" or not done & {name, None}
-    }
-    if len(missing) > 1:
+    key = [lm.fingerprint, lm.name, document.text, document.instruction]
+    key += [args.profile, args.max_tokens, args.steps]
+    if records.get(*key, "full") == "no answer":
+        return []
+    systems = [system for system in made if system != "full"]
+    missing = [system for system in systems if records.get(*key, system) is None]
+    if missing:
         prompt = prompt_ids(document, lm.tokenizer, max_tokens=args.max_tokens)
-        for row in measure_document(lm, missing, prompt, steps=args.steps):
-            mine.append({**place, **row})
-            _append(args.records, mine[-1])
+        some = {name: made[name] for name in ("full", *missing)}
+        found = lookup.find(lm, 64) if args.profile is None else lookup.load(args.profile)
+        answered = False
+        for row in measure_document(lm, some, prompt, steps=args.steps, profile=found):
+            answered = True
+            records.add(*key, row["system"], value=row)
             said = f"{row['system']} {row['agreement']:.2f} {row['kl']:.4f}"
             print(f"{document.task}[{document.index}]: {said}", file=sys.stderr, flush=True)
-        if not mine:
-            _append(args.records, {**place, "system": None})
-    return [row for row in mine if row["system"] in made]
+        if not answered:
+            records.add(*key, "full", value="no answer")
+            return []
+    place = {"task": document.task, "index": document.index}
+    found = [records.get(*key, system) for system in systems]
+    return [{**place, **row} for row in found if row is not None]
 
 
 def _write(args: argparse.Namespace, rows: list[dict[str, Any]], systems: list[str]) -> None:
@@ -257,31 +304,6 @@ def _write(args: argparse.Namespace, rows: list[dict[str, Any]], systems: list[s
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
         draw(found, args.plot)
-
-
-def _key(lm: LanguageModel, document: Document, args: argparse.Namespace) -> str:
-    parts = [lm.fingerprint, document.task, document.text, document.instruction]
-    parts += [args.profile, args.max_tokens, args.steps]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _known(path: Path | None) -> list[dict[str, Any]]:
-    """Rows of finished systems; a line that an interrupt cut short is passed over."""
-    rows = []
-    if path is not None and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
-
-
-def _append(path: Path | None, row: dict[str, Any]) -> None:
-    if path is not None:
-        with path.open("a", encoding="utf-8") as file:
-            # A new line first, in case an interrupt left the last one unfinished.
-            file.write(f"\n{json.dumps(row)}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

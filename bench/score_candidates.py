@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bench.score_fitted import Early, LowRank, Product
 from flexijax.pallas_kernels import platform
 from flexijax.score import Score
 from flexijax.score_minmax import MinMax
@@ -124,11 +125,15 @@ def named(page_size: int) -> dict[str, Score]:
         "sketch1": Sketch(1, page_size),
         "sketch2": Sketch(2, page_size),
         "sketch4": Sketch(4, page_size),
+        **{f"sketch2first{n}": Early(Sketch(2, page_size), n) for n in (16, 64, 256, 1024)},
         "sketch2max": Sketch(2, page_size, reduction="max"),
         "mean": one(_row, _mean, _product),
         "radius": one(_row_and_one, _mean_and_radius, _radius_logits),
         "cumulant": one(_two_rows, _mean_and_variance, _cumulant_logits),
         "halfbound": one(_three_rows, _bounds_and_mean, _half_bound_logits),
+        "lowrank2": LowRank(32, 2, page_size),
+        "lowrank4": LowRank(32, 4, page_size),
+        "product": Product(2, page_size),
         "exact": one(_everything, _everything_of, _exact_logits),
     }
 

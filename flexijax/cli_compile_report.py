@@ -11,7 +11,7 @@ from flexijax.compile_report import (
     compile_report,
     shipped_profile,
 )
-from flexijax.config import IMPLEMENTATIONS, MODES, SUMMARY_DTYPES, TRANSFERS, CacheConfig
+from flexijax.config import IMPLEMENTATIONS, MODES, SCORES, SUMMARY_DTYPES, TRANSFERS, CacheConfig
 from flexijax.models import presets
 from flexijax.pallas_kernels import aot, targets
 from flexijax.profiles import lookup
@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--rerank-interval", default.rerank_interval),
     ):
         add(option, type=int, default=value, metavar="N", help="(%(default)s)")
-    add("--summary-dtype", choices=SUMMARY_DTYPES)
+    add("--score", choices=SCORES, default=default.score, help="(%(default)s)")
+    add("--summary-dtype", choices=SUMMARY_DTYPES, help="of minima and maxima")
     add("--implementation", choices=IMPLEMENTATIONS)
     add("--transfer", choices=TRANSFERS)
     add("--profile", help="a shipped profile's name or a JSON file (default: the preset's own)")
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         page_size=args.page_size,
         budget_tokens=args.budget_tokens,
         rerank_interval=args.rerank_interval,
+        score=args.score,
         summary_dtype=args.summary_dtype,
         implementation=args.implementation,
         transfer=args.transfer,

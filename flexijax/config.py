@@ -38,7 +38,7 @@ class CacheConfig:
     budget_tokens: int = 1024
     rerank_interval: int | str = 16
     dtype: str | None = None
-    score: str = "minmax"
+    score: str = "sketch2"
     summary_dtype: str | None = None
     implementation: str | None = None
     transfer: str | None = None
@@ -48,11 +48,6 @@ class CacheConfig:
             raise ValueError(f"mode={self.mode!r} must be one of {_listed(MODES)}")
         if self.score not in SCORES:
             raise ValueError(f"score={self.score!r} must be one of {_listed(SCORES)}")
-        if self.summary_dtype is not None and self.score != "minmax":
-            raise ValueError(
-                f"summary_dtype={self.summary_dtype!r} goes with score='minmax' only: "
-                f"score={self.score!r} says by itself how wide its summaries are"
-            )
         for name in ("page_size", "budget_tokens"):
             _require_positive_int(name, getattr(self, name))
         if self.rerank_interval != ADAPTIVE:
@@ -80,6 +75,11 @@ class CacheConfig:
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise ValueError(f"{name}={value!r} must be None or one of {_listed(choices)}")
+        if self.summary_dtype is not None and self.score != "minmax":
+            raise ValueError(
+                f"summary_dtype={self.summary_dtype!r} goes with score='minmax' only: "
+                f"score={self.score!r} says by itself how wide its summaries are"
+            )
 
     @property
     def budget_pages(self) -> int:

@@ -79,7 +79,7 @@ def generate(
         rows=min(len(requests), max_batch or MAX_BATCH),
     )
     engine = Engine(lm, program, progress=progress)
-    results = _run(engine, requests, stream, choice)
+    results = _run(engine, requests, stream, choice, cache.score)
     _warn_if_stale(results)
     return results
 
@@ -158,6 +158,7 @@ def _run(
     requests: list[Request],
     stream: Callable[[int, str], None] | None,
     choice: Choice | None,
+    score: str,
 ) -> list[Generation]:
     waiting = deque(requests)
     texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
@@ -180,7 +181,7 @@ def _run(
                 break
         if not running.active:
             emit(request.index, text.finish())
-            done[request.index] = _result(engine, running, text, choice)
+            done[request.index] = _result(engine, running, text, choice, score)
             engine.release(running)
 
     while waiting or engine.running:
@@ -196,7 +197,7 @@ def _run(
 
 
 def _result(
-    engine: Engine, running: Running, text: RunningText, choice: Choice | None
+    engine: Engine, running: Running, text: RunningText, choice: Choice | None, score: str
 ) -> Generation:
     request, layout, policy = running.request, engine.program.layout, engine.program.policy
     stopped = running.tokens[-1] in request.stop_ids
@@ -230,7 +231,7 @@ def _result(
         mean_interval=_mean([found.interval for found in seen]),
         head_rco=tuple((found.layer, found.head, found.rco) for found in seen),
         profile=choice.origin if choice is not None else None,
-        profile_fit=fit(choice.profile, seen) if choice is not None else None,
+        profile_fit=fit(choice.profile, seen, score=score) if choice is not None else None,
     )
     return Generation(
         text=text.text,

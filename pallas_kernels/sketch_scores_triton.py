@@ -58,8 +58,9 @@ def flexijax_sketches(
             packed = tl.load(at, mask=row_full, other=0).to(tl.int32, bitcast=True)
             code += ((packed[:, None] >> place[None, :]) & 1) << bit
         product += tl.dot(code.to(tl.float16), weights.to(tl.float16))
-    offset = tl.load(offset_ptr + query, mask=in_group, other=0.0)
-    unit = tl.load(unit_ptr + query, mask=in_group, other=0.0)
+    scored = column < tl.where(length >= PAGE, GROUP, 0)
+    offset = tl.load(offset_ptr + query, mask=scored, other=0.0)
+    unit = tl.load(unit_ptr + query, mask=scored, other=0.0)
     logits = tl.reshape(product * unit[None, :] + offset[None, :], [TILE, PAGE, COLUMNS])
     highest = tl.max(logits, 1)
     total = tl.sum(tl.exp(logits - tl.expand_dims(highest, 1)), 1)

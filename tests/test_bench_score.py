@@ -10,7 +10,7 @@ import pytest
 from bench import score
 from bench.score_candidates import named
 
-PAGES, HEADS, GROUP, PAGE, WIDTH = 12, 2, 2, 4, 16
+PAGES, HEADS, GROUP, PAGE, WIDTH = 12, 2, 2, 4, 64
 
 
 def scored(name, keys, q, scale):
@@ -74,7 +74,11 @@ def rows():
                     "system": system,
                     "kl": kl * factor,
                     "agreement": 0.9,
+                    "promoted": 100,
+                    "rco": 0.5,
+                    "profile_difference": None,
                     "page_bytes": 256,
+                    "state_bytes": 512,
                     "device_bytes": 2_000_000,
                 }
 
@@ -89,6 +93,7 @@ def test_summary_by_hand():
     assert 0.25 <= sketch["ratio_low"] < 0.375 < sketch["ratio_high"] <= 0.5
     assert sketch["kl_low"] < sketch["kl"] < sketch["kl_high"]
     assert (sketch["documents"], sketch["device_mb"]) == (4, 2.0)
+    assert (sketch["rco"], sketch["profile_difference"], sketch["promoted"]) == (0.5, None, 100)
 
 
 @pytest.mark.parametrize("system", ["full:sketch2:1024", "flexi:sketch3:1024", "flexi:sketch2"])

@@ -109,7 +109,8 @@ def test_every_option_arrives(model, tmp_path):
     file = tmp_path / "out.json"
     options = (
         "--prompt Hi --mode quest --budget-tokens 256 --page-size 32 --rerank-interval 8 "
-        "--cache-dtype bfloat16 --summary-dtype int8 --implementation xla --transfer staged "
+        "--cache-dtype bfloat16 --score minmax --summary-dtype int8 --implementation xla "
+        "--transfer staged "
         "--profile llama-3.1-8b-instruct.gov_report.64 --temperature 0.5 --top-k 4 --top-p 0.9 "
         f"--min-p 0.1 --stop A --stop B --logprobs --seed 7 --json {file} --quiet"
     )
@@ -121,6 +122,7 @@ def test_every_option_arrives(model, tmp_path):
         budget_tokens=256,
         rerank_interval=8,
         dtype="bfloat16",
+        score="minmax",
         summary_dtype="int8",
         implementation="xla",
         transfer="staged",

@@ -23,7 +23,8 @@ LLAMA = presets.config("llama-3.1-8b")
 
 
 def program(mode, *, summary_dtype=None, config=LLAMA):
-    cache = CacheConfig(mode=mode, summary_dtype=summary_dtype)
+    score = CacheConfig().score if summary_dtype is None else "minmax"
+    cache = CacheConfig(mode=mode, score=score, summary_dtype=summary_dtype)
     profile = shipped_profile("llama-3.1-8b", 64) if mode == "flexi" else None
     return make_program(config, cache, profile=profile, context=32768, batch=16)
 
@@ -45,7 +46,7 @@ def test_an_assumed_profile_spreads_evenly():
 
 
 def test_bytes_of_a_step_by_hand():
-    page, bound, rows = 8192, 512, 16  # bytes of a page, of its min and max, and requests
+    page, bound, rows = 8192, 512, 16  # bytes of a page, of its summary, and requests
     full = step_bytes(program("full"))
     assert dataclasses.astuple(full) == (0, rows * 256 * 2048 * page, 0)
     quest = step_bytes(program("quest"))
@@ -58,7 +59,9 @@ def test_bytes_of_a_step_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "least", "most"), [(None, 0.33, 0.345), ("int8", 0.30, 0.31)], ids=["16", "8"]
+    ("dtype", "least", "most"),
+    [(None, 0.33, 0.345), ("bfloat16", 0.33, 0.345), ("int8", 0.30, 0.31)],
+    ids=["sketch", "16", "8"],
 )
 def test_the_cache_lies_where_it_should(dtype, least, most):
     found = program("flexi", summary_dtype=dtype)

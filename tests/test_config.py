@@ -68,6 +68,8 @@ def test_an_interval_follows_what_the_head_keeps(rco, interval, expected):
         ({"rerank_interval": "adapted"}, ["rerank_interval='adapted'", "integer or 'adaptive'"]),
         ({"dtype": "float64"}, ["dtype='float64'", "'bfloat16'"]),
         ({"summary_dtype": "int4"}, ["summary_dtype='int4'", "'int8'"]),
+        ({"score": "sketch3"}, ["score='sketch3'", "'minmax'", "'sketch2'"]),
+        ({"summary_dtype": "int8"}, ["summary_dtype='int8'", "score='minmax'", "'sketch2'"]),
         ({"implementation": "cuda"}, ["implementation='cuda'", "'xla', 'pallas', 'triton'"]),
         ({"transfer": "copy"}, ["transfer='copy'", "'zero_copy', 'staged'"]),
     ],

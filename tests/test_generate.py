@@ -195,7 +195,8 @@ def test_no_prompts_give_no_results(run):
 def test_metrics_agree_with_the_sizes_of_the_cache(run, prompts, results):
     full = run(prompts, cache=FULL, sampling=DRAWN)
     page_bytes = 2 * PAGE * 8 * 4  # keys and values, H=8, float32
-    summary_bytes = 2 * 8 * 4
+    # A sketch: two bits of up to 32 channels in a word for each token; its code: mean and step.
+    summary_bytes, state_bytes = 2 * PAGE * 4, 2 * 8 * 4
     for length, flexi, dense in zip(LENGTHS, results, full, strict=True):
         pages = -(-(length + NEW - 1) // PAGE)  # the last token drawn is not held
         m = dense.metrics
@@ -207,7 +208,7 @@ def test_metrics_agree_with_the_sizes_of_the_cache(run, prompts, results):
         slots = 4 + 2  # the budget and the pages that can begin in eight steps
         assert m.full_kv_bytes == 4 * pages * page_bytes
         assert m.host_kv_bytes == 3 * pages * page_bytes  # three stable heads
-        assert m.summary_bytes == 4 * pages * summary_bytes
+        assert m.summary_bytes == 4 * (pages * summary_bytes + state_bytes)
         assert m.device_kv_bytes == (pages + 3 * slots) * page_bytes + m.summary_bytes
         # 19 decode steps: two whole chunks are followed by a rerank, the third ends the request.
         assert m.reranks == 2

@@ -13,7 +13,10 @@ from flexijax.profiles.staleness import HeadStability, fit, promised_rco
 from tests.planted import WORDS, planted_model
 
 PAGE, BUDGET = 4, 8
-CACHE = flexijax.CacheConfig(page_size=PAGE, budget_tokens=PAGE * BUDGET, rerank_interval=8)
+# The score that the profiles here are measured with.
+CACHE = flexijax.CacheConfig(
+    page_size=PAGE, budget_tokens=PAGE * BUDGET, rerank_interval=8, score="minmax"
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +71,8 @@ def test_promises_are_read_between_the_measured_offsets():
 def test_a_fit_by_hand():
     profile = by_hand({"16": [[0.1, 0.6]]})
 
-    def seen(rco, reranks=3):
-        return fit(profile, [HeadStability(0, 1, rco, 16, reranks)])
+    def seen(rco, reranks=3, score="minmax"):
+        return fit(profile, [HeadStability(0, 1, rco, 16, reranks)], score=score)
 
     assert seen(0.5) == (0.5, 0.6, pytest.approx(0.1), False)
     assert seen(0.4) == (0.4, 0.6, pytest.approx(0.2), True)
@@ -78,8 +81,9 @@ def test_a_fit_by_hand():
         "a text that leaves the profile's order is not described by it either"
     )
     assert seen(0.4, reranks=2) is None
-    assert fit(by_hand(None), [HeadStability(0, 1, 0.4, 16, 3)]) is None
-    assert fit(profile, []) is None
+    assert seen(0.4, score="sketch2") is None, "another score promises nothing"
+    assert fit(by_hand(None), [HeadStability(0, 1, 0.4, 16, 3)], score="minmax") is None
+    assert fit(profile, [], score="minmax") is None
 
 
 def test_a_profile_that_describes_the_text_is_not_stale(planted):
@@ -136,7 +140,16 @@ def test_the_command_line_warns_in_one_line(planted, monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(cli_generate, "load", lambda *_, **__: lm)
     text = " ".join(WORDS[token] for token in prompt_of(200, 1))
     command = ["generate", "--model", "planted", "--prompt", text, "--max-new-tokens", "60"]
-    command += ["--page-size", "4", "--budget-tokens", "32", "--rerank-interval", "8"]
+    command += [
+        "--page-size",
+        "4",
+        "--budget-tokens",
+        "32",
+        "--rerank-interval",
+        "8",
+        "--score",
+        "minmax",
+    ]
     assert cli.main([*command, "--profile", str(tmp_path / "wrong.json")]) == 0
     out, err = capsys.readouterr()
     assert [line for line in err.splitlines() if line.startswith("warning: ")] != []
