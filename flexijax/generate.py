@@ -17,7 +17,7 @@ from flexijax.policy import Policy, make
 from flexijax.prefill import Program
 from flexijax.profiles.choose import Choice, choose
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiles.staleness import MOST_DIFFERENCE, HeadStability, fit
+from flexijax.profiles.staleness import MOST_DIFFERENCE, Fit, HeadStability, fit
 from flexijax.requests import check_cache, make_requests, whole_number
 from flexijax.results import Generation, Metrics, StaleProfileWarning
 from flexijax.sampling import Sampling
@@ -79,7 +79,7 @@ def generate(
         rows=min(len(requests), max_batch or MAX_BATCH),
     )
     engine = Engine(lm, program, progress=progress)
-    results = _run(engine, requests, stream, choice, cache.score)
+    results = _run(engine, requests, stream, cache, choice)
     _warn_if_stale(results)
     return results
 
@@ -157,8 +157,8 @@ def _run(
     engine: Engine,
     requests: list[Request],
     stream: Callable[[int, str], None] | None,
+    cache: CacheConfig,
     choice: Choice | None,
-    score: str,
 ) -> list[Generation]:
     waiting = deque(requests)
     texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
@@ -181,7 +181,7 @@ def _run(
                 break
         if not running.active:
             emit(request.index, text.finish())
-            done[request.index] = _result(engine, running, text, choice, score)
+            done[request.index] = _result(engine, running, text, cache, choice)
             engine.release(running)
 
     while waiting or engine.running:
@@ -197,7 +197,11 @@ def _run(
 
 
 def _result(
-    engine: Engine, running: Running, text: RunningText, choice: Choice | None, score: str
+    engine: Engine,
+    running: Running,
+    text: RunningText,
+    cache: CacheConfig,
+    choice: Choice | None,
 ) -> Generation:
     request, layout, policy = running.request, engine.program.layout, engine.program.policy
     stopped = running.tokens[-1] in request.stop_ids
@@ -231,7 +235,7 @@ def _result(
         mean_interval=_mean([found.interval for found in seen]),
         head_rco=tuple((found.layer, found.head, found.rco) for found in seen),
         profile=choice.origin if choice is not None else None,
-        profile_fit=fit(choice.profile, seen, score=score) if choice is not None else None,
+        profile_fit=_fit(choice.profile, seen, cache) if choice is not None else None,
     )
     return Generation(
         text=text.text,
@@ -256,6 +260,16 @@ def _stability(counted: Counted, steps: int) -> list[HeadStability]:
         for found in counted.heads
         if found.choices
     ]
+
+
+def _fit(profile: HeadProfile, seen: list[HeadStability], cache: CacheConfig) -> Fit | None:
+    return fit(
+        profile,
+        seen,
+        page_size=cache.page_size,
+        budget_pages=cache.budget_pages,
+        score=cache.score,
+    )
 
 
 def _warn_if_stale(results: Sequence[Generation]) -> None:

@@ -25,8 +25,8 @@ class Metrics:
     None before the first rerank. head_overlap: the same per layer and stable KV head, as
     (layer, head, overlap). head_rco: (layer, head, mean random-corrected overlap of a choice with
     the one before), what profiles measure; only heads that had a choice.
-    profile_fit: how well the profile describes this text; None where it does not tell or too little
-    was seen.
+    profile_fit: how well the profile describes this text; None where it does not tell, was measured
+    with other sizes or another score, or too little was seen.
     profile: in words, where the list of unstable heads came from; None in modes that need none.
     """
 

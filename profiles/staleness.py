@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from flexijax.profiles.head_profile import HeadProfile
@@ -26,7 +27,8 @@ class HeadStability(NamedTuple):
     reranks: int
 
 
-class Fit(NamedTuple):
+@dataclass(frozen=True)
+class Fit:
     """How well a profile describes a text.
 
     seen, promised: mean RCO of the compared heads. difference: root mean square of seen less
@@ -60,12 +62,18 @@ def promised_rco(profile: HeadProfile, layer: int, head: int, interval: float) -
     return below[1] + share * (above[1] - below[1])
 
 
-def fit(profile: HeadProfile, seen: Sequence[HeadStability], *, score: str) -> Fit | None:
+def fit(
+    profile: HeadProfile,
+    seen: Sequence[HeadStability],
+    *,
+    page_size: int,
+    budget_pages: int,
+    score: str,
+) -> Fit | None:
     """Compares head by head; None where the profile promises nothing or too little was seen.
 
-    score: the page score that chose in the run. A better one keeps its choices longer, so what a
-    profile measured with another promises nothing: with SmolLM2, "sketch2" differs by 0.10 to 0.12
-    from a profile of "minmax" on texts where "minmax" itself differs by 0.04 to 0.06.
+    A promise holds for the sizes and the page score with which it was measured: page_size,
+    budget_pages and score of the run must be those of the profile, else the answer is None too.
 
     No profile is right in every head. With SmolLM2, the stable heads of one document differ from a
     profile of the other five tasks by 0.03 to 0.09, on each of 30 documents (48 pairs of steps
@@ -73,7 +81,8 @@ def fit(profile: HeadProfile, seen: Sequence[HeadStability], *, score: str) -> F
     numbers and shuffled words. On one sentence said over and over, where the heads lose their
     order, it is 0.16; a profile whose heads are permuted at random differs by 0.12 to 0.16.
     """
-    if profile.measured.get("score", "minmax") != score:
+    measured_with = (profile.page_size, profile.budget_pages, profile.measured.get("score"))
+    if measured_with != (page_size, budget_pages, score):
         return None
     pairs = [
         (found.rco, promised)

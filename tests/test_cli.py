@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from flexijax import cli, cli_generate
 from flexijax.compiled import num_compiled
 from flexijax.config import CacheConfig
 from flexijax.models.load import load
+from flexijax.profiles.staleness import Fit
 from flexijax.results import Generation, Metrics
 from flexijax.sampling import Sampling
 from flexijax.terminal import Progress, megabytes, table, write_json
@@ -37,7 +39,10 @@ METRICS: dict[str, Any] = {
     "reranks": 2,
     "mean_overlap": 0.25,
     "head_overlap": ((0, 1, float("nan")),),
+    "mean_interval": 16.0,
+    "head_rco": ((0, 1, 0.5),),
     "profile": "shipped for toy",
+    "profile_fit": Fit(0.51, 0.62, 0.11, False),
 }
 
 
@@ -97,6 +102,7 @@ def test_text_streams_and_the_table_follows(model, capsys):
     out, err = capsys.readouterr()
     text, rows = out.split("\n\n")
     assert text == "Hello"
+    assert "mean RCO (of the profile)  0.51 (0.62)" in rows
     for words in ("4,812", "6.21 s", "48.3 ms", "52.1 MB", "41.0 MB", "174.2 MB", "3.2 MB"):
         assert words in rows
     assert "loading toy" in err and "prefill" in err
@@ -134,7 +140,9 @@ def test_every_option_arrives(model, tmp_path):
     assert call["profile"].model == "meta-llama/Llama-3.1-8B-Instruct"
     written = json.loads(file.read_text())
     assert (written["text"], written["token_ids"]) == ("Hello", [5, 6, 7])
-    assert written["metrics"] == {**METRICS, "head_overlap": [[0, 1, None]]}
+    as_lists = {"head_overlap": [[0, 1, None]], "head_rco": [[0, 1, 0.5]]}
+    fit = {"seen": 0.51, "promised": 0.62, "difference": 0.11, "stale": False}
+    assert written["metrics"] == {**METRICS, **as_lists, "profile_fit": fit}
     assert written["cache"]["page_size"] == 32 and written["environment"]["jax"]
 
 
@@ -146,10 +154,10 @@ def test_an_adaptive_interval_arrives(model):
 def test_comparison_with_full(model, capsys, tmp_path):
     file = tmp_path / "out.json"
     assert run("--prompt", "Hi", "--compare-full", "--json", str(file)) == 0
-    rows = capsys.readouterr().out
+    rows = re.sub(" +", " ", capsys.readouterr().out)
     assert "mode flexi" in rows and "mode full" in rows
-    assert "tokens equal from the start      2 of 3" in rows
-    assert "tokens of full that agree        2 of 3" in rows
+    assert "tokens equal from the start 2 of 3" in rows
+    assert "tokens of full that agree 2 of 3" in rows
     assert [call["cache"].mode for call in model.calls] == ["flexi", "full"]
     written = json.loads(file.read_text())
     assert (written["token_ids"], written["full"]["token_ids"]) == ([5, 6, 7], [5, 6, 9])

@@ -80,7 +80,7 @@ def test_no_choice_is_excluded_and_counted():
 
 
 def test_missing_pages_do_not_overlap():
-    ids = jnp.array([[2, -1], [2, -1]], jnp.int32)[:, None, None, :]
+    ids = jnp.array([[0, -1], [0, -1]], jnp.int32)[:, None, None, :]
     assert int(stability.overlap_counts(ids, num_pages=3)[0, 1, 0, 0]) == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 import flexijax
 from flexijax import cli, cli_generate
 from flexijax.profiles.measure import profile_prompt
-from flexijax.profiles.staleness import HeadStability, fit, promised_rco
+from flexijax.profiles.staleness import Fit, HeadStability, fit, promised_rco
 from tests.planted import WORDS, planted_model
 
 PAGE, BUDGET = 4, 8
@@ -55,7 +55,7 @@ def by_hand(lags):
         page_size=16,
         budget_pages=4,
         source="by hand",
-        measured={"rco_at_lag": lags} if lags else {},
+        measured={"rco_at_lag": lags, "score": "minmax"} if lags else {},
     )
 
 
@@ -71,19 +71,23 @@ def test_promises_are_read_between_the_measured_offsets():
 def test_a_fit_by_hand():
     profile = by_hand({"16": [[0.1, 0.6]]})
 
-    def seen(rco, reranks=3, score="minmax"):
-        return fit(profile, [HeadStability(0, 1, rco, 16, reranks)], score=score)
+    def seen(rco, reranks=3, **changes):
+        run = dict(page_size=16, budget_pages=4, score="minmax") | changes
+        return fit(profile, [HeadStability(0, 1, rco, 16, reranks)], **run)
 
-    assert seen(0.5) == (0.5, 0.6, pytest.approx(0.1), False)
-    assert seen(0.4) == (0.4, 0.6, pytest.approx(0.2), True)
+    assert seen(0.5) == Fit(0.5, 0.6, pytest.approx(0.1), False)
+    assert seen(0.4) == Fit(0.4, 0.6, pytest.approx(0.2), True)
+    # A promise holds for what it was measured with alone.
+    for changes in ({"page_size": 8}, {"budget_pages": 8}, {"score": "sketch2"}):
+        assert seen(0.4, **changes) is None
     better = seen(0.9)
     assert better is not None and better.stale, (
         "a text that leaves the profile's order is not described by it either"
     )
     assert seen(0.4, reranks=2) is None
-    assert seen(0.4, score="sketch2") is None, "another score promises nothing"
-    assert fit(by_hand(None), [HeadStability(0, 1, 0.4, 16, 3)], score="minmax") is None
-    assert fit(profile, [], score="minmax") is None
+    sizes = dict(page_size=16, budget_pages=4, score="minmax")
+    assert fit(by_hand(None), [HeadStability(0, 1, 0.4, 16, 3)], **sizes) is None
+    assert fit(profile, [], **sizes) is None
 
 
 def test_a_profile_that_describes_the_text_is_not_stale(planted):
