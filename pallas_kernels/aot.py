@@ -189,8 +189,9 @@ def _compile(module: str, gpu: Any, dump: str) -> Any:
         num_replicas=1,
         num_partitions=1,
         device_assignment=np.array([[0]]),
-        # Later XLA writes what its emitters made only when asked with the second flag.
-        env_options_overrides={"xla_dump_to": dump, "xla_dump_emitter_re": ".*"},
+        # Later XLA writes its emitters' output only when asked with the second flag. Anything more
+        # than PTX is a gigabyte of intermediate code for every eight layers.
+        env_options_overrides={"xla_dump_to": dump, "xla_dump_emitter_re": "^ptx$"},
     )
     with mlir.make_ir_context():
         return gpu.client.compile(ir.Module.parse(module), xla_client.DeviceList((gpu,)), options)

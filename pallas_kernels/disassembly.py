@@ -75,6 +75,9 @@ def tool(name: str) -> str | None:
 def kernels(dump: Path, *, target: Target, named: str = "") -> tuple[KernelReport, ...]:
     """Reports on every kernel that XLA launched, from the folder given to `xla_dump_to`.
 
+    Kernels that differ in nothing but their name, as those of equal layers, are one report, under
+    the first name.
+
     named: look only at kernels that have this in their name; assembling all of a model's takes
     longer than compiling it.
     RuntimeError names the extra to install when there is no ptxas, or what ptxas complained of.
@@ -87,9 +90,17 @@ def kernels(dump: Path, *, target: Target, named: str = "") -> tuple[KernelRepor
         for name, *numbers in _LAUNCH.findall(path.read_text()):
             if named in name:
                 launches[name] = tuple(map(int, numbers))
-    reports = []
+    reports, seen = [], set()
     for ptx in sorted(dump.glob("*.ptx")):
-        if any(entry in launches for entry in _PTX_ENTRY.findall(ptx.read_text())):
+        source = ptx.read_text()
+        names = [name for name in _PTX_ENTRY.findall(source) if name in launches]
+        if not names:
+            continue
+        for name in names:
+            source = re.sub(rf"\b{name}\b", "kernel", source)
+        same = (source, *(launches[name] for name in names))
+        if same not in seen:
+            seen.add(same)
             reports += _assemble(ptx, launches, ptxas, nvdisasm, target)
     return tuple(reports)
 
