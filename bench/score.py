@@ -123,7 +123,15 @@ def measure_document(
         same, kl = compare(full[:counted], fed.feed(said)[:counted])
         layout, policy = program.layout, program.policy
         seen = _stability(fed)
-        described = None if profile is None else fit(profile, seen, score=_score_of(profile))
+        described = None
+        if profile is not None:
+            described = fit(
+                profile,
+                seen,
+                page_size=profile.page_size,
+                budget_pages=profile.budget_pages,
+                score=_score_of(profile),
+            )
         yield {
             "system": system,
             "context": len(prompt),

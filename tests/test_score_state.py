@@ -81,6 +81,7 @@ def test_every_request_has_its_own_code(bits):
     engine.step()
     assert not first.active
     assert_own_code(engine, second, bits)
+    assert engine.cache is not None
     kept = jax.tree.map(np.array, engine.cache.layers[0].paged_state)
     engine.release(first)
     third = engine.admit(request(3, 40, 30), "")
