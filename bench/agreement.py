@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.records import Records
 from bench.timing import environment, table
-from flexijax.config import CacheConfig
+from flexijax.config import SCORES, CacheConfig
 from flexijax.continuation import Continuation, read
 from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
@@ -75,14 +75,14 @@ class Recent:
 
 
 def programs(
-    lm: LanguageModel, *, budget_tokens: int, max_tokens: int, profile: str | None
+    lm: LanguageModel, *, score: str, budget_tokens: int, max_tokens: int, profile: str | None
 ) -> dict[str, Program]:
     """The static part of "full" and of every system, all with caches of one size."""
     found = None if profile is None else lookup.load(profile)
     made = {
         mode: make_program(
             lm,
-            CacheConfig(mode=mode, budget_tokens=budget_tokens),
+            CacheConfig(mode=mode, budget_tokens=budget_tokens, score=score),
             profile=found,
             max_tokens=max_tokens,
             rows=1,
@@ -176,7 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_compilation_cache()
     lm = load(args.model)
     room = args.max_tokens + args.steps
-    made = programs(lm, budget_tokens=args.budget_tokens, max_tokens=room, profile=args.profile)
+    made = programs(
+        lm,
+        score=args.score,
+        budget_tokens=args.budget_tokens,
+        max_tokens=room,
+        profile=args.profile,
+    )
     documents = [one for path in args.data for one in read_documents(path, limit=args.documents)]
     settings = [args.max_tokens, args.steps, args.budget_tokens, repr(made["flexi"].policy)]
     records, rows = Records(args.records), []
@@ -214,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--records", type=Path, metavar="FILE", help="finished documents: go on")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--profile", help="name or file; default: the shipped one of the model")
+    parser.add_argument("--score", choices=SCORES, default=CacheConfig().score, help="of pages")
     parser.add_argument("--documents", type=int, default=1, help="of each file")
     parser.add_argument("--max-tokens", type=int, default=5600, help="of a prompt")
     parser.add_argument(

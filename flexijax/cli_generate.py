@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="- reads standard input")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 text; - is standard input")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="shorten the model's own; within its window, a sliding window changes nothing",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="(128)")
     parser.add_argument(
         "--chat",
@@ -134,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     lm = load(
         args.model,
         dtype=args.dtype,
+        max_context=args.max_context,
         progress=lambda share: progress(loading, min(int(100 * share), 99), 100),
     )
     progress(loading, 100, 100)

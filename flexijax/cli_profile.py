@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries the command out; bad input raises ValueError or OSError before the model loads."""
+    if args.page_size < 1:
+        raise ValueError(f"--page-size={args.page_size} must be at least 1")
     wrong = [budget for budget in args.budgets if budget % args.page_size]
     if wrong:
         raise ValueError(f"--budgets={wrong} must be multiples of --page-size={args.page_size}")

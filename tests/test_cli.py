@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,6 +54,7 @@ class Model:
     name: str = "toy"
     fingerprint: str = "f00d"
     calls: list[dict[str, Any]] = field(default_factory=list)
+    loaded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> "Model":
@@ -63,6 +65,10 @@ class Model:
 
     def chat(self, messages: list[dict]) -> str:
         return "|".join(f"{message['role']}:{message['content']}" for message in messages)
+
+    def load(self, source, *, dtype, max_context, progress) -> "Model":
+        self.loaded = {"source": source, "dtype": dtype, "max_context": max_context}
+        return self
 
     def generate(self, lm, prompts, *, stream, progress, **rest):
         self.calls.append({"prompts": prompts, **rest})
@@ -87,7 +93,7 @@ class Model:
 def model(monkeypatch) -> Model:
     model = Model()
     monkeypatch.setenv("FLEXIJAX_CACHE_DIR", "")
-    monkeypatch.setattr(cli_generate, "load", lambda source, *, dtype, progress: model)
+    monkeypatch.setattr(cli_generate, "load", model.load)
     monkeypatch.setattr(cli_generate, "generate", model.generate)
     monkeypatch.setattr(cli_generate, "agreeing_tokens", lambda *_, **__: 2)
     return model
@@ -118,7 +124,8 @@ def test_every_option_arrives(model, tmp_path):
         "--cache-dtype bfloat16 --score minmax --summary-dtype int8 --implementation xla "
         "--transfer staged "
         "--profile llama-3.1-8b-instruct.gov_report.64 --temperature 0.5 --top-k 4 --top-p 0.9 "
-        f"--min-p 0.1 --stop A --stop B --logprobs --seed 7 --json {file} --quiet"
+        f"--min-p 0.1 --stop A --stop B --logprobs --seed 7 --json {file} --quiet "
+        "--dtype bfloat16 --max-context 4096"
     )
     assert run(*options.split()) == 0
     call = model.calls[0]
@@ -138,6 +145,7 @@ def test_every_option_arrives(model, tmp_path):
     )
     assert (call["cache"], call["sampling"], call["seed"]) == (cache, asked, 7)
     assert call["profile"].model == "meta-llama/Llama-3.1-8B-Instruct"
+    assert model.loaded == {"source": "toy", "dtype": "bfloat16", "max_context": 4096}
     written = json.loads(file.read_text())
     assert (written["text"], written["token_ids"]) == ("Hello", [5, 6, 7])
     as_lists = {"head_overlap": [[0, 1, None]], "head_rco": [[0, 1, 0.5]]}
@@ -297,6 +305,36 @@ def test_as_a_program(repository):
     assert done.returncode == 2 and done.stdout == ""
     assert "nowhere.gguf" in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_compiled_programs_are_kept_between_runs(tmp_path, repository):
+    """The second process finds what the first compiled; off where the folder's name is empty."""
+    code = (
+        "import jax, sys\n"
+        "hits = []\n"
+        "jax.monitoring.register_event_listener(\n"
+        "    lambda event, **_: hits.append(event) if event.endswith('/cache_hits') else None)\n"
+        "from flexijax import cli\n"
+        "def compute(args):\n"
+        "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "    jax.jit(lambda x: x @ x + 7)(jax.numpy.ones((9, 9))).block_until_ready()\n"
+        "    return len(hits)\n"
+        "cli.cli_generate.run = compute\n"
+        "sys.exit(cli.main(['generate', '--model', 'm', '--prompt', 'p']))\n"
+    )
+
+    def hits(**variables):
+        clean = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=repository, env=clean | variables, text=True
+        )
+        return done.returncode
+
+    home = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert hits(**home) == 0
+    assert any((tmp_path / "flexijax" / "compiled").iterdir())
+    assert hits(**home) > 0
+    assert hits(**home, FLEXIJAX_CACHE_DIR="") == 0
 
 
 def test_table_aligns():

@@ -56,6 +56,31 @@ def test_profiles_pictures_and_report(data, model, tmp_path, capsys):
         assert "Split-half recall: 1.0," in text
 
 
+BAD = {
+    "--page-size 0": "--page-size=0 must be at least 1",
+    "--page-size -4": "--page-size=-4 must be at least 1",
+    "--budgets 30": "--budgets=[30] must be multiples of --page-size=4",
+    "--budgets 0": "budgets=(0,) must each be at least 2 pages",
+    "--fraction 2": "fraction=2.0",
+    "--steps 0": "steps=0",
+    "--documents 0": "limit=0",
+    "--data /nowhere": "/nowhere",
+    "--out /nowhere/p.json": "/nowhere/p.json",
+}
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_input_is_one_line_and_code_2_before_anything_loads(
+    options, data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli_profile, "load", None)
+    command = ["profile", "--model", "m", "--data", *data, "--out", str(tmp_path / "p.json")]
+    assert cli.main([*command, *SIZES, "--budgets", "64", *options.split()]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert BAD[options] in err
+
+
 def test_the_talks_table_is_symmetric():
     assert all(TALK_OVERLAP[a][b] == TALK_OVERLAP[b][a] for a in range(5) for b in range(5))
 

@@ -169,23 +169,25 @@ def test_seeds_make_draws_come_again(run, prompts, results):
 
 
 def test_other_lengths_of_one_bucket_compile_nothing(run, results):
-    before = num_compiled()
-    out = run([prompt_of(length) for length in (47, 72, 65, 49)], sampling=DRAWN)
+    """Counted twice: our own programs, and whatever jax hands to XLA, eager operations included."""
+    compiled: list[str] = []
+
+    def count(event: str, _: float, **__) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        jax.jit(lambda x: x * 3 + 4)(jnp.ones(3))
+        assert compiled, "jax counts under another name now"
+        compiled.clear()
+        before = num_compiled()
+        out = run([prompt_of(length) for length in (47, 72, 65, 49)], sampling=DRAWN)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
     assert num_compiled() == before
+    assert not compiled
     assert [o.metrics.compile_s for o in out] == [0.0] * 4
-
-
-def test_adaptive_intervals_change_without_compiling(run, prompts):
-    cache = dataclasses.replace(FLEXI, rerank_interval="adaptive")
-    asked = dict(cache=cache, sampling=DRAWN, max_new_tokens=NEW + 4)
-    run(prompts, **asked)
-    before = num_compiled()
-    out = run([prompt_of(length) for length in (47, 68, 65, 49)], **asked)
-    assert num_compiled() == before
-    for made in out:
-        # Two whole chunks of 8 steps, the first rerank of each head after 16.
-        assert (made.metrics.reranks, made.metrics.mean_interval) == (2, 16)
-        assert len(made.metrics.head_overlap) == 3
 
 
 def test_no_prompts_give_no_results(run):
