@@ -163,7 +163,8 @@ def make(
     """The policy that `config.mode` names; the only place that knows the names.
 
     dtype: of keys and values, which summaries follow unless the config says otherwise.
-    Raises ValueError when mode "flexi" comes without a profile.
+    Raises ValueError when mode "flexi" comes without a profile, or for summaries in float16 of keys
+    in another dtype.
     """
     if config.mode == "full":
         return Full()
@@ -181,5 +182,12 @@ def make(
 def _score(config: CacheConfig, dtype: str) -> Score:
     """What `config.score` names."""
     if config.score == "minmax":
-        return MinMax(config.summary_dtype or dtype)
+        summary_dtype = config.summary_dtype or dtype
+        if summary_dtype == "float16" and dtype != "float16":
+            raise ValueError(
+                f"summary_dtype='float16' ends at 65504, and keys in {dtype} do not: beyond it a "
+                "bound would be infinite and its product with 0 no number; take 'bfloat16' or "
+                "'int8'"
+            )
+        return MinMax(summary_dtype)
     return Sketch(bits=int(config.score.removeprefix("sketch")), page_size=config.page_size)

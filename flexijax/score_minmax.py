@@ -63,13 +63,15 @@ class MinMax:
 
 def _outward(bounds: jax.Array, dtype: str) -> jax.Array:
     """Min and max [..., 2, H] in `dtype`, rounded away from each other: still bounds."""
-    if bounds.dtype == jnp.dtype(dtype) or jnp.dtype(dtype).itemsize >= bounds.dtype.itemsize:
+    ours, theirs = jnp.finfo(dtype), jnp.finfo(bounds.dtype)
+    # Both, since float16 and bfloat16, equally wide, do not hold each other's values.
+    if ours.nmant >= theirs.nmant and ours.maxexp >= theirs.maxexp:
         return bounds.astype(dtype)
     rounded = bounds.astype(dtype)
     low, high = rounded[..., 0, :], rounded[..., 1, :]
     below = jnp.nextafter(low, jnp.asarray(-jnp.inf, low.dtype))
     above = jnp.nextafter(high, jnp.asarray(jnp.inf, high.dtype))
-    exact_low, exact_high = bounds[..., 0, :], bounds[..., 1, :]
-    low = jnp.where(low.astype(bounds.dtype) > exact_low, below, low)
-    high = jnp.where(high.astype(bounds.dtype) < exact_high, above, high)
+    exact_low, exact_high = (bounds[..., at, :].astype(jnp.float32) for at in (0, 1))
+    low = jnp.where(low.astype(jnp.float32) > exact_low, below, low)
+    high = jnp.where(high.astype(jnp.float32) < exact_high, above, high)
     return jnp.stack([low, high], axis=-2)

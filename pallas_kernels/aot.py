@@ -5,6 +5,7 @@ description of the target, so that sizes, aliasing and kernels are those of the 
 the `aot` extra and no driver.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -112,6 +113,7 @@ def compile_for(
     donate_argnums: tuple[int, ...] = (),
     out_shardings: Any = None,
     kernels_named: str = "",
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> CompiledReport:
     """Compiles `function` for `target` and reports on it.
 
@@ -121,10 +123,12 @@ def compile_for(
         shardings made by `platform.sharding` ("device" for a leaf that has none).
       donate_argnums, out_shardings: as in `jax.jit`; outputs in host memory must be named.
       kernels_named: report only on kernels that have this in their name.
+      progress: called with (stage, done, total) while tracing, compiling and assembling.
     Raises:
       RuntimeError: the `aot` extra is missing, or jax looked for devices before `prepare`.
     """
     prepare()
+    tell = progress or (lambda stage, done, total: None)
     gpu = _compile_only_device(target)
     device = platform.sharding("device")
     placed = jax.tree.map(
@@ -138,6 +142,7 @@ def compile_for(
 
     jitted = jax.jit(traced_anew, donate_argnums=donate_argnums, keep_unused=True, **options)
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in _UNSTABLE_CALLS]
+    tell("tracing", 0, 1)
     started = time.perf_counter()
     major, minor = target.compute_capability
     with (
@@ -146,11 +151,19 @@ def compile_for(
     ):
         lowered = export.export(jitted, platforms=["cuda"], disabled_checks=checks)(*placed)
     lower_seconds = time.perf_counter() - started
+    tell("tracing", 1, 1)
+    tell("compiling", 0, 1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         executable = _compile(lowered.mlir_module(), gpu, folder)
         compile_seconds = time.perf_counter() - started
-        kernels = disassembly.kernels(Path(folder), target=target, named=kernels_named)
+        tell("compiling", 1, 1)
+        kernels = disassembly.kernels(
+            Path(folder),
+            target=target,
+            named=kernels_named,
+            progress=functools.partial(tell, "assembling kernels of"),
+        )
     stats = executable.get_compiled_memory_stats()
     return CompiledReport(
         target=target,

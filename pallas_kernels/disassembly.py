@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,14 +73,20 @@ def tool(name: str) -> str | None:
     return shutil.which(name)
 
 
-def kernels(dump: Path, *, target: Target, named: str = "") -> tuple[KernelReport, ...]:
+def kernels(
+    dump: Path,
+    *,
+    target: Target,
+    named: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[KernelReport, ...]:
     """Reports on every kernel that XLA launched, from the folder given to `xla_dump_to`.
 
     Kernels that differ in nothing but their name, as those of equal layers, are one report, under
     the first name.
 
     named: look only at kernels that have this in their name; assembling all of a model's takes
-    longer than compiling it.
+    longer than compiling it. progress: called with (files assembled, files).
     RuntimeError names the extra to install when there is no ptxas, or what ptxas complained of.
     """
     ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
@@ -90,19 +97,20 @@ def kernels(dump: Path, *, target: Target, named: str = "") -> tuple[KernelRepor
         for name, *numbers in _LAUNCH.findall(path.read_text()):
             if named in name:
                 launches[name] = tuple(map(int, numbers))
-    reports, seen = [], set()
+    distinct: dict[tuple, Path] = {}
     for ptx in sorted(dump.glob("*.ptx")):
         source = ptx.read_text()
         names = [name for name in _PTX_ENTRY.findall(source) if name in launches]
-        if not names:
-            continue
         for name in names:
             source = re.sub(rf"\b{name}\b", "kernel", source)
-        same = (source, *(launches[name] for name in names))
-        if same not in seen:
-            seen.add(same)
-            reports += _assemble(ptx, launches, ptxas, nvdisasm, target)
-    return tuple(reports)
+        if names:
+            distinct.setdefault((source, *(launches[name] for name in names)), ptx)
+    reports = []
+    for done, ptx in enumerate(distinct.values(), start=1):
+        reports += _assemble(ptx, launches, ptxas, nvdisasm, target)
+        if progress is not None:
+            progress(done, len(distinct))
+    return tuple(sorted(reports, key=lambda report: report.name))
 
 
 def _assemble(

@@ -1,7 +1,7 @@
 """Upper bounds of q.k over pages from the min and max of their keys, through the block table.
 
 max(q*max, q*min) = relu(q)*max + min(q, 0)*min, so the bound is a matrix product: pages are its
-rows, the G query heads its columns. One program scores `BLOCK_PAGES` pages of one KV head.
+rows, the G query heads its columns. One program scores a tile of pages of one KV head.
 """
 
 import jax
@@ -13,8 +13,17 @@ from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.platform import pltriton
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
 
-BLOCK_PAGES = 64
+# Pages in the tile of one program. At 64, 16-bit tiles take so many registers that they spill on an
+# A100; at 32, rows of 8-bit tiles are too short for loads of 128 bits.
+_TILE = 32
+_TILE_8_BIT = 64
 _COLUMNS = 16
+
+
+def tile_pages(pages: int, *, quantized: bool) -> int:
+    """Pages in the tile of one program, a power of two of at least 16."""
+    most = _TILE_8_BIT if quantized else _TILE
+    return min(most, max(16, pl.next_power_of_2(pages)))
 
 
 def page_scores(
@@ -29,7 +38,7 @@ def page_scores(
     batch, heads, group, width = q.shape
     pages = block_table.shape[1]
     quantized = isinstance(summaries, QuantizedSummaries)
-    block = min(BLOCK_PAGES, max(16, pl.next_power_of_2(pages)))
+    block = tile_pages(pages, quantized=quantized)
     columns = max(_COLUMNS, pl.next_power_of_2(group))
     part = group_size(width) if quantized else pl.next_power_of_2(width)
     num_parts = width // part if quantized else 1

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from flexijax.pallas_kernels import platform
-from flexijax.pallas_kernels.page_scores import BLOCK_PAGES
+from flexijax.pallas_kernels.page_scores import tile_pages
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
 
 
@@ -73,7 +73,7 @@ def options(
         "GROUP": group,
         "WIDTH": width,
         "PAGE": page,
-        "BLOCK": min(BLOCK_PAGES, max(16, triton.next_power_of_2(pages))),
+        "BLOCK": tile_pages(pages, quantized=quantized),
         "COLUMNS": max(16, triton.next_power_of_2(group)),
         "PART": part,
         "PARTS": width // part if quantized else 1,

@@ -66,6 +66,9 @@ def quantize(summaries: jax.Array) -> QuantizedSummaries:
     biased = jnp.where(mantissa == 0, 1, jnp.clip(exponent + _BIAS, 1, 254))
     scaled = grouped * _power_of_two(2 * _BIAS - biased)[..., None]
     low, high = jnp.floor(scaled[..., 0, :, :]), jnp.ceil(scaled[..., 1, :, :])
+    # The product of a tiny number and a small scale is 0, which bounds neither side.
+    low = jnp.where(grouped[..., 0, :, :] < 0, jnp.minimum(low, -1), low)
+    high = jnp.where(grouped[..., 1, :, :] > 0, jnp.maximum(high, 1), high)
     values = jnp.stack([low, high], axis=-3).reshape(summaries.shape)
     return QuantizedSummaries(values.astype(jnp.int8), biased.astype(jnp.uint8))
 

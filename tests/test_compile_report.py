@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 from flexijax import cli, cli_compile_report
-from flexijax.compile_report import (
+from flexijax.compile_report import compile_report
+from flexijax.config import CacheConfig
+from flexijax.footprint import (
     abstract_cache,
     assumed_profile,
-    compile_report,
     make_program,
     shipped_profile,
     step_bytes,
 )
-from flexijax.config import CacheConfig
 from flexijax.models import presets
 from flexijax.pallas_kernels.targets import target
 

@@ -87,14 +87,17 @@ FLOORS = {
         flexijax/requests.py
         flexijax/generate.py
         flexijax/agreement.py
+        flexijax/footprint.py
         flexijax/compile_report.py
         profiles/plots.py
         profiles/report.py
+        flexijax/sweep.py
     """,
     "5 face": """
         flexijax/terminal.py
         flexijax/cli_generate.py
         flexijax/cli_profile.py
+        flexijax/cli_compile_text.py
         flexijax/cli_compile_report.py
         flexijax/cli.py
         flexijax/demo.py

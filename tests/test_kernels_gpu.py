@@ -107,6 +107,19 @@ def test_scores_fit_the_gpu(quantized):
 
 
 @needs_compiler
+@pytest.mark.parametrize("heads", [1, 5, 7])
+def test_scores_of_odd_heads_do_not_spill(heads):
+    """A query head a KV head, five and seven KV heads once spilled on an A100."""
+    report = aot.compile_for(
+        functools.partial(dispatch.page_scores, page_size=16),
+        (shape(16, heads, 1, 128), shape(4096, heads, 2, 128), integers(16, 2048), integers(16)),
+        target=target("a100"),
+    )
+    [kernel] = report.kernels
+    assert kernel.spill_bytes == 0 and kernel.registers <= 128
+
+
+@needs_compiler
 @pytest.mark.parametrize(("bits", "width"), [(1, 80), (2, 128), (4, 128)])
 def test_sketch_scores_fit_the_gpu(bits, width):
     heads = (16, 2, 4)

@@ -1,11 +1,15 @@
 """Summaries, and pages moving between the tiers, bit for bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexijax.pallas_kernels import dispatch, reference, summaries
+from flexijax import tiers
+from flexijax.cache import LayerHost
+from flexijax.pallas_kernels import dispatch, platform, reference, summaries
 from tests.kernel_cases import numpy_dtype
 
 
@@ -49,6 +53,39 @@ def test_an_empty_plan_moves_nothing():
     assert equal(dispatch.promote(*map(jnp.asarray, (*slots, *host, none))), slots)
     kept = dispatch.offload(*map(jnp.asarray, (*host, *slots, none[:, 0], none)))
     assert equal(kept, host)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("page", "width"), [(16, 16), (8, 80)])
+def test_zero_copy_and_staged_agree(dtype, page, width):
+    """Both movers, NaN and all bits of it included, on plans with gaps, repeats and nothing."""
+    rng = np.random.default_rng(1)
+    for share in (0.0, 0.4, 1.0):
+        slots = [pages(rng, 2, 3, 5, page, width, dtype=dtype) for _ in "kv"]
+        slots[0] = np.moveaxis(slots[0], 4, 2).copy()
+        host = [pages(rng, 11, 3, page, width, dtype=dtype) for _ in "kv"]
+        host[1][3, 0, 0], slots[1][1, 1, 1] = np.nan, np.nan
+        moves = rng.random((2, 3, 5)) < share
+        load = np.where(moves, rng.integers(0, 11, moves.shape), -1).astype(np.int32)
+        # No block twice: who writes last is not said.
+        block = np.where(rng.random((2, 4)) < share, rng.permutation(11)[:8].reshape(2, 4), -1)
+        slot = np.where(rng.random((2, 3, 4)) < share, rng.integers(0, 5, (2, 3, 4)), -1)
+        found = {}
+        for transfer in ("zero_copy", "staged"):
+            # Interpret mode knows one memory; staged copies are told where everything lies.
+            memory = "pinned_host" if transfer == "staged" else "device"
+            tier = LayerHost(*jax.device_put(host, platform.sharding(memory)))
+            k, v = jax.device_put(slots, platform.sharding())
+            promote = jax.jit(functools.partial(tiers.promote, transfer=transfer))
+            offload = jax.jit(
+                functools.partial(tiers.offload, transfer=transfer),
+                out_shardings=platform.sharding(memory),
+            )
+            promoted = promote(k, v, tier, load)
+            stored = offload(tier, k, v, block.astype(np.int32), slot.astype(np.int32))
+            found[transfer] = (*promoted, stored.k, stored.v)
+        assert equal(found["zero_copy"], found["staged"])
+        assert equal(found["staged"], (*slots, *host)) == (share == 0.0)
 
 
 def test_bad_moves_are_named():
