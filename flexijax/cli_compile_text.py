@@ -138,6 +138,7 @@ def _programs(programs: dict[str, ProgramReport]) -> str:
             ["host arguments", *(megabytes(p.host.arguments) for p in columns)],
             ["host temporaries", *(megabytes(p.host.temporaries) for p in columns)],
             ["pool copies", *(str(p.pool_copies) for p in columns)],
+            ["staging copies", *(str(p.staging_copies) for p in columns)],
             ["host callbacks", *(str(p.host_callbacks) for p in columns)],
             ["collectives", *(str(p.collectives) for p in columns)],
             ["cache leaves not in place", *(str(len(p.unaliased)) for p in columns)],

@@ -39,6 +39,7 @@ OURS = "flexijax_"
 class ProgramReport:
     """One compiled program. kernels: ours, every one that differs in more than its name.
 
+    staging_copies: instructions other than kernels that touch host memory.
     pool_copies: copies of at least the smallest array of keys or values. unaliased: cache leaves
     that are not updated in place.
     """
@@ -49,6 +50,7 @@ class ProgramReport:
     host: MemoryReport
     pool_copies: int
     pool_bytes: int
+    staging_copies: int
     host_callbacks: int
     collectives: int
     unaliased: tuple[str, ...]
@@ -179,6 +181,7 @@ def _program_report(
         host=compiled.host,
         pool_copies=compiled.copies(at_least=pool_bytes),
         pool_bytes=pool_bytes,
+        staging_copies=compiled.staging_copies,
         host_callbacks=compiled.host_callbacks,
         collectives=compiled.collectives,
         unaliased=tuple(missing),

@@ -40,6 +40,10 @@ _CALL_TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
 )
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$", re.MULTILINE)
+# What hands an array on without reading it, and kernels, which address host memory themselves.
+_HANDS_ON = ("parameter", "tuple", "get-tuple-element", "bitcast", "custom-call")
+_HOST = "S(5)"  # XLA's number of the memory space
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16}
 
 
@@ -84,6 +88,17 @@ class CompiledReport:
     def collectives(self) -> int:
         """Exchanges between devices."""
         return len(_COLLECTIVE.findall(self.hlo))
+
+    @property
+    def staging_copies(self) -> int:
+        """Instructions, kernels aside, that read or write arrays in host memory."""
+        found = _INSTRUCTION.findall(self.hlo)
+        on_host = {name for name, made, *_ in found if _HOST in made and not made.startswith("(")}
+        return sum(
+            opcode not in _HANDS_ON
+            and (_HOST in made or not on_host.isdisjoint(re.findall(r"%[\w.-]+", operands)))
+            for _, made, opcode, operands in found
+        )
 
     def copies(self, *, at_least: int) -> int:
         """How many instructions copy an array of `at_least` bytes or more."""

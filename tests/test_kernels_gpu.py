@@ -210,7 +210,32 @@ def test_counting_in_the_program_text():
     assert report.copies(at_least=4096) == 2
     assert report.copies(at_least=1) == 3
     assert report.host_callbacks == 1 and report.collectives == 1
+    assert report.staging_copies == 0
     assert none.peak == 8
+
+
+def test_counting_what_touches_host_memory():
+    hlo = """HloModule m, is_scheduled=true
+    ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+      %a = bf16[64,128]{1,0:S(5)} parameter(0)
+      %k = bf16[64,128]{1,0:S(5)} custom-call(%a), custom_call_target="kernel"
+      %t = (bf16[64,128]{1,0:S(5)}, f32[]) tuple(%k, %z)
+      %c = (bf16[64,128]{1,0}, bf16[64,128]{1,0:S(5)}, u32[]) copy-start(%k)
+      %f = bf16[2,128]{1,0} fusion(%z, %a), kind=kLoop
+      ROOT %g = f32[] add(%z, %z)
+    }
+    """
+    none = aot.MemoryReport(arguments=0, outputs=0, aliased=0, temporaries=0)
+    report = aot.CompiledReport(
+        target=target("h100"),
+        device=none,
+        host=none,
+        kernels=(),
+        hlo=hlo,
+        lower_seconds=0.0,
+        compile_seconds=0.0,
+    )
+    assert report.staging_copies == 2  # the copy, and the fusion that reads an argument
 
 
 def test_occupancy_by_hand():
