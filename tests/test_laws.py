@@ -13,6 +13,7 @@ import pytest
 
 import flexijax
 from flexijax import cache as kv
+from flexijax import decode
 from flexijax.config import MODES
 from flexijax.continuation import Continuation, read
 from flexijax.decode import decode_chunk
@@ -50,6 +51,17 @@ def profile():
 
 def prompt_of(length, seed=0):
     return np.random.default_rng(seed).integers(0, 97, length).tolist()
+
+
+def request_of(length, *, max_new_tokens, index=0):
+    return Request(
+        index=index,
+        tokens=tuple(prompt_of(length, seed=index)),
+        max_new_tokens=max_new_tokens,
+        sampling=flexijax.Sampling(),
+        seed=0,
+        stop_ids=(),
+    )
 
 
 # Law 1: with room for the whole context the answer is the dense model's.
@@ -166,15 +178,7 @@ def test_pages_stay_readable_and_only_promoted_ones_move(cache, lm, profile, den
     layout, engine = program.layout, Engine(lm, program, progress=None)
     assert layout.page_bytes == 2 * PAGE * 8 * 4
     for index, length in enumerate((37, 52)):
-        request = Request(
-            index=index,
-            tokens=tuple(prompt_of(length, seed=index)),
-            max_new_tokens=40,
-            sampling=flexijax.Sampling(),
-            seed=0,
-            stop_ids=(),
-        )
-        engine.admit(request, "")
+        engine.admit(request_of(length, max_new_tokens=40, index=index), "")
     requests = list(engine.running.values())
     promoted = [0, 0]
     before = jax.device_get(engine.cache)
@@ -197,6 +201,43 @@ def test_pages_stay_readable_and_only_promoted_ones_move(cache, lm, profile, den
             assert counted.reranks == (len(running.tokens) - 1) // STEPS
         before = after
     assert min(promoted) > 0, "nothing moved, so nothing was tested"
+
+
+@INTERVALS
+def test_the_mover_is_given_promoted_pages_alone(cache, lm, profile, monkeypatch):
+    """What the counters say is what is loaded: nothing more crosses from the host."""
+    program = make_program(lm, cache, profile=profile, max_tokens=94, rows=2)
+    engine = Engine(lm, program, progress=None)
+    engine.admit(request_of(52, max_new_tokens=40), "")
+    loads = []
+
+    def watched(slots_k, slots_v, host, load_block, *, transfer):
+        loads.append(load_block)
+        return promote(slots_k, slots_v, host, load_block, transfer=transfer)
+
+    promote = decode.promote
+    monkeypatch.setattr(decode, "promote", watched)
+    steps = jax.jit(decode.decode_steps, static_argnums=0)
+
+    @jax.jit
+    def rerank(*args):
+        loads.clear()
+        return decode.rerank(program, *args), tuple(loads)
+
+    held, rows = engine.cache, jax.tree.map(jnp.asarray, engine._rows)
+    assert held is not None
+    total = 0
+    for _ in range(3):
+        layers, lengths, rows, _, queries = steps(
+            program, lm.params, held.layers, held.block_table, held.lengths, rows
+        )
+        after, given = rerank(held, layers, lengths, rows.active, queries)
+        named = sum(int((load >= 0).sum()) for load in given)
+        counted = int(after.counters.promoted.sum() - held.counters.promoted.sum())
+        assert named == counted
+        total += named
+        held = after
+    assert total > 0, "nothing moved, so nothing was tested"
 
 
 # Law 4: a page's score is at least every product in it.
@@ -323,3 +364,23 @@ def test_no_pool_is_copied_and_nobody_is_called(compiled_chunk):
     # What is not donated has to be copied: this is how a copy would show.
     kept = jax.jit(lambda x: x.at[0].set(1.0)).lower(jnp.zeros((5, 7))).compile()
     assert "5,7" in copied_shapes(kept)
+
+
+def places(tree):
+    """Where the pools, slots and summaries of a cache lie in memory."""
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) if leaf.ndim >= 4]
+
+
+def test_what_runs_updates_in_place_too(lm, profile):
+    """On a CPU a chunk runs as several programs: each must take over the memory it is given."""
+    program = make_program(lm, SMALL, profile=profile, max_tokens=94, rows=2)
+    engine = Engine(lm, program, progress=None)
+    engine.admit(request_of(37, max_new_tokens=40), "")
+    old = engine.cache
+    assert old is not None
+    before = places((old.layers, old.host))
+    engine.step()
+    assert len(before) >= 12 and engine.cache is not None
+    assert places((engine.cache.layers, engine.cache.host)) == before
+    held = [leaf for leaf in jax.tree.leaves((old.layers, old.host)) if leaf.ndim >= 4]
+    assert all(leaf.is_deleted() for leaf in held)
