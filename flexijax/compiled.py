@@ -155,6 +155,15 @@ def num_compiled() -> int:
     return len(_executables)
 
 
+def forget_compiled() -> None:
+    """Lets go of all executables; what is needed again is compiled again.
+
+    Each holds memory maps, of which Linux gives a process 65,530; a compiler without one crashes.
+    """
+    _executables.clear()
+    jax.clear_caches()
+
+
 @functools.cache
 def _jitted(function: Callable[..., Any], donate: tuple[int, ...]) -> Any:
     return jax.jit(function, static_argnums=0, donate_argnums=donate)

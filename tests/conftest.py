@@ -1,5 +1,6 @@
 """Settings that hold for every test, and the few fixtures that several files share."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -18,6 +19,16 @@ def strict_dtypes():
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_executables():
+    """Programs of one file are no use to the next; all together hold too many memory maps."""
+    yield
+    from flexijax.compiled import forget_compiled
+
+    forget_compiled()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
