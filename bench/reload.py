@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.timing import environment, table
-from flexijax.config import CacheConfig
+from flexijax.config import SCORES, CacheConfig
 from flexijax.continuation import Continuation, read
 from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
@@ -66,7 +66,7 @@ def measure_document(
             budget_tokens=budget * settings.page_size,
             rerank_interval=interval,
             # What the recording chose with; another score keeps its choices longer or less long.
-            score="minmax",
+            score=settings.score,
         ),
         profile=profile,
         max_tokens=settings.max_tokens + settings.steps,
@@ -106,9 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_compilation_cache()
     lm = load(args.model)
     settings = Settings(
-        budgets=(args.budget_tokens // 16,), steps=args.steps, max_tokens=args.max_tokens
+        budgets=(args.budget_tokens // 16,),
+        steps=args.steps,
+        max_tokens=args.max_tokens,
+        score=args.score,
     )
-    shipped = lookup.find(lm, settings.budgets[0])
+    shipped = lookup.find(lm, settings.budgets[0], score=args.score)
     profile = shipped if args.profile is None else lookup.load(args.profile)
     if profile is None:
         raise SystemExit(f"no profile of {lm.name} is shipped: name one with --profile")
@@ -133,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--profile", help="name or file; default: the shipped one of the model")
+    parser.add_argument("--score", choices=SCORES, default=CacheConfig().score, help="of pages")
     parser.add_argument("--documents", type=int, default=1, help="of each file")
     parser.add_argument("--max-tokens", type=int, default=5000, help="of a prompt")
     parser.add_argument("--steps", type=int, default=64)

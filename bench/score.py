@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +65,41 @@ _DRAWS = 10_000
 
 
 def programs(
-    lm: LanguageModel, systems: Sequence[str], *, max_tokens: int, profile: str | None
+    lm: LanguageModel,
+    systems: Sequence[str],
+    *,
+    max_tokens: int,
+    profiles: Mapping[str, HeadProfile | None],
 ) -> dict[str, Program]:
     """The static part of "full" and of every system, all with caches of one size."""
-    found = None if profile is None else lookup.load(profile)
 
-    def made(mode: str, budget: int) -> Program:
+    def made(mode: str, budget: int, profile: HeadProfile | None) -> Program:
         cache = CacheConfig(mode=mode, budget_tokens=budget)
-        return make_program(lm, cache, profile=found, max_tokens=max_tokens, rows=1)
+        return make_program(lm, cache, profile=profile, max_tokens=max_tokens, rows=1)
 
-    result = {"full": made("full", 1024)}
+    result = {"full": made("full", 1024, None)}
     for system in systems:
         mode, score, budget = split(system)
-        program = made(mode, budget)
+        program = made(mode, budget, profiles[system])
         assert isinstance(program.policy, Flexi | Quest)
         policy = dataclasses.replace(program.policy, score=named(program.layout.page_size)[score])
         result[system] = dataclasses.replace(program, policy=policy)
     return result
+
+
+def profile_of(lm: LanguageModel, system: str, *, given: str | None) -> HeadProfile | None:
+    """What tells a system's unstable heads; None in a mode where all heads are alike.
+
+    The profile named or, of the shipped ones, that which was measured with the system's score, or
+    one like it: a score that is none of the package's goes by single keys, as a sketch does.
+    """
+    mode, score, budget = split(system)
+    if mode != "flexi":
+        return None
+    if given is not None:
+        return lookup.load(given)
+    like = "minmax" if score.startswith("minmax") else CacheConfig.score
+    return lookup.find(lm, budget // CacheConfig.page_size, score=like)
 
 
 def split(system: str) -> tuple[str, str, int]:
@@ -100,11 +118,11 @@ def measure_document(
     prompt: Sequence[int],
     *,
     steps: int,
-    profile: HeadProfile | None = None,
+    profiles: Mapping[str, HeadProfile | None],
 ) -> Iterator[dict[str, Any]]:
     """One row a system: mean agreement and KL over the tokens up to full's first stop token.
 
-    profile: whose promised stability is compared with what the stable heads show.
+    profiles: by system; the stability that each promises is compared with what its heads show.
     """
     reading = read(lm, made["full"], prompt)
     said = Continuation(lm, made["full"], reading).greedy(steps)
@@ -123,7 +141,7 @@ def measure_document(
         same, kl = compare(full[:counted], fed.feed(said)[:counted])
         layout, policy = program.layout, program.policy
         seen = _stability(fed)
-        described = None
+        described, profile = None, profiles[system]
         if profile is not None:
             described = fit(
                 profile,
@@ -255,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lm.tokenizer is None:
         raise ValueError(f"--model {args.model} has no tokenizer, so it cannot read documents")
     systems = list(dict.fromkeys(args.systems))
-    made = programs(lm, systems, max_tokens=args.max_tokens + args.steps, profile=args.profile)
+    profiles = {system: profile_of(lm, system, given=args.profile) for system in systems}
+    longest = args.max_tokens + args.steps
+    made = programs(lm, systems, max_tokens=longest, profiles=profiles)
     records = Records(args.records)
     rows: list[dict[str, Any]] = []
     waiting = [iter(read_documents(path)) for path in args.data]
@@ -263,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(args.documents):
         for documents in waiting:
             for document in documents:
-                mine = _measured(lm, made, document, records, args)
+                mine = _measured(lm, made, profiles, document, records, args)
                 if mine:
                     rows += mine
                     _write(args, rows, systems)
@@ -275,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measured(
     lm: LanguageModel,
     made: dict[str, Program],
+    profiles: Mapping[str, HeadProfile | None],
     document: Document,
     records: Records,
     args: argparse.Namespace,
@@ -282,26 +303,29 @@ def _measured(
     """A document's rows, recorded or new; none where full attention answers with nothing."""
     assert lm.tokenizer is not None
     key = [lm.fingerprint, lm.name, document.text, document.instruction]
-    key += [args.profile, args.max_tokens, args.steps]
+    key += [args.max_tokens, args.steps]
     if records.get(*key, "full") == "no answer":
         return []
-    systems = [system for system in made if system != "full"]
-    missing = [system for system in systems if records.get(*key, system) is None]
+    # Another list of heads is another system.
+    systems = {
+        system: [system, profile.unstable if profile is not None else None]
+        for system, profile in profiles.items()
+    }
+    missing = [system for system, name in systems.items() if records.get(*key, *name) is None]
     if missing:
         prompt = prompt_ids(document, lm.tokenizer, max_tokens=args.max_tokens)
         some = {name: made[name] for name in ("full", *missing)}
-        found = lookup.find(lm, 64) if args.profile is None else lookup.load(args.profile)
         answered = False
-        for row in measure_document(lm, some, prompt, steps=args.steps, profile=found):
+        for row in measure_document(lm, some, prompt, steps=args.steps, profiles=profiles):
             answered = True
-            records.add(*key, row["system"], value=row)
+            records.add(*key, *systems[row["system"]], value=row)
             said = f"{row['system']} {row['agreement']:.2f} {row['kl']:.4f}"
             print(f"{document.task}[{document.index}]: {said}", file=sys.stderr, flush=True)
         if not answered:
             records.add(*key, "full", value="no answer")
             return []
     place = {"task": document.task, "index": document.index}
-    found = [records.get(*key, system) for system in systems]
+    found = [records.get(*key, *name) for name in systems.values()]
     return [{**place, **row} for row in found if row is not None]
 
 

@@ -28,6 +28,10 @@ from flexijax.prefill import Program, commit, commit_layer, enter, heads
 
 _executables: dict[Any, Callable[..., Any]] = {}
 
+# LLVM takes half of AVX-512 by default, for what the clock of old CPUs lost by all of it. Whole
+# vectors make a decode step at batch 4 1.03 times as fast, and prefill 1.02 to 1.05 times.
+_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+
 
 class Compiler:
     """Compiles functions of a `Program` when they are first needed and counts what that took.
@@ -56,7 +60,9 @@ class Compiler:
             if self._progress is not None:
                 self._progress(f"compiling {stage}", 0, 1)
             jitted = _jitted(function, tuple(at + 1 for at in donate))
-            _executables[key] = jitted.lower(self.program, *args).compile()
+            options = None if platform.is_gpu() else _CPU_OPTIONS
+            lowered = jitted.lower(self.program, *args)
+            _executables[key] = lowered.compile(compiler_options=options)
             if self._progress is not None:
                 self._progress(f"compiling {stage}", 1, 1)
             self.seconds += time.perf_counter() - started

@@ -68,6 +68,7 @@ def generate(
             profile,
             page_size=cache.page_size,
             budget_pages=cache.budget_pages,
+            score=cache.score,
             prompts=[request.tokens for request in requests],
             progress=progress,
         )
@@ -102,7 +103,11 @@ def make_program(
     found = None
     if cache.mode == "flexi":
         found = choose(
-            lm, profile, page_size=cache.page_size, budget_pages=cache.budget_pages
+            lm,
+            profile,
+            page_size=cache.page_size,
+            budget_pages=cache.budget_pages,
+            score=cache.score,
         ).profile
     policy = make(cache, profile=found, num_layers=shape.num_layers, dtype=dtype)
 

@@ -168,7 +168,7 @@ def make(
     """
     if config.mode == "full":
         return Full()
-    score = _score(config, dtype)
+    score = make_score(config, dtype)
     if config.mode == "quest":
         return Quest(score, config.budget_pages)
     if profile is None:
@@ -179,8 +179,8 @@ def make(
     )
 
 
-def _score(config: CacheConfig, dtype: str) -> Score:
-    """What `config.score` names."""
+def make_score(config: CacheConfig, dtype: str) -> Score:
+    """What `config.score` names; dtype and errors: see `make`."""
     if config.score == "minmax":
         summary_dtype = config.summary_dtype or dtype
         if summary_dtype == "float16" and dtype != "float16":

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from flexijax.config import CacheConfig
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles import stability
 from flexijax.profiles.documents import Document, Tokenizer, prompt_ids
@@ -29,8 +30,9 @@ class Settings:
 
     page_size: tokens in a page. budgets: pages a head chooses, ascending, several at once. window:
     steps over which a head is called stable or not. fraction: share of all heads to call unstable.
-    steps: decode steps a document, a multiple of 16. max_tokens: longest prompt. score: "minmax" or
-    "mass", see `recorder.record`. Raises ValueError naming the field.
+    steps: decode steps a document, a multiple of 16. max_tokens: longest prompt. score: what ranks
+    the pages, see `recorder.record`; a head is as stable as the score makes it that its run will
+    choose by. Raises ValueError naming the field.
     """
 
     page_size: int = 16
@@ -39,7 +41,7 @@ class Settings:
     fraction: float = 0.25
     steps: int = 64
     max_tokens: int = 5000
-    score: str = "minmax"
+    score: str = CacheConfig.score
 
     def __post_init__(self) -> None:
         for name in ("page_size", "window", "steps", "max_tokens"):
@@ -310,14 +312,15 @@ def profile_prompt(
     *,
     page_size: int,
     budget_pages: int,
+    score: str = CacheConfig.score,
     steps: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadProfile:
     """A profile from nothing but one prompt, for a model that nobody has profiled.
 
     tokens: the prompt's ids, at least `least_tokens` of them, with room for `steps` more in the
-    model's context. progress: called with (tokens done, of how many). Raises ValueError when they
-    are too few to say anything.
+    model's context. score: see `Settings`. progress: called with (tokens done, of how many). Raises
+    ValueError when they are too few to say anything.
     """
     least = least_tokens(page_size=page_size, budget_pages=budget_pages)
     if len(tokens) < least:
@@ -326,7 +329,11 @@ def profile_prompt(
             f"pages of {page_size} tokens; it must have at least {least}"
         )
     settings = Settings(
-        page_size=page_size, budgets=(budget_pages,), steps=steps, max_tokens=len(tokens)
+        page_size=page_size,
+        budgets=(budget_pages,),
+        score=score,
+        steps=steps,
+        max_tokens=len(tokens),
     )
     entry = measure_prompt(lm, tokens, settings, progress=progress)
     return make_profile(lm, [entry], settings, budget=budget_pages)

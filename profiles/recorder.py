@@ -7,20 +7,22 @@ shares of attention mass leave the device, never attention weights.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexijax import config
 from flexijax.models.config import AttentionShape
 from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
-from flexijax.pallas_kernels.dispatch import page_scores
 from flexijax.pallas_kernels.prefill import prefill_attention
-from flexijax.pallas_kernels.summaries import summarize, update
+from flexijax.policy import forced, make_score
+from flexijax.score import Score
 
-SCORES = ("minmax", "mass")
+MASS = "mass"
+SCORES = (*config.SCORES, MASS)
 _PREFILL_TOKENS = 512
 _DECODE_STEPS = 16
 
@@ -43,26 +45,30 @@ class Recording(NamedTuple):
 
 @dataclass(frozen=True)
 class _Program:
-    """What the compiled programs depend on beside the shapes of their arguments."""
+    """What the compiled programs depend on beside the shapes of their arguments.
+
+    score: None ranks pages by their true attention mass.
+    """
 
     decoder: DecoderLike
     shape: AttentionShape
     page_size: int
     budgets: tuple[int, ...]
-    score: str
+    score: Score | None
     stop_ids: frozenset[int]
 
 
 class _Workspace(NamedTuple):
-    """Everything kept of one prompt, a list of layers each: keys, values and page summaries.
+    """Everything kept of one prompt, a list of layers each: keys, values and what scores pages.
 
-    k: [K, H, S] and v: [K, S, H], the forms that CPU matmuls read fastest; summaries:
-    [P, K, 2, H].
+    k: [K, H, S] and v: [K, S, H], the forms that CPU matmuls read fastest; states and summaries:
+    as the score has them, leaves [K, ...] and [P, K, ...].
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
-    summaries: tuple[jax.Array, ...]
+    states: tuple[Any, ...]
+    summaries: tuple[Any, ...]
 
 
 def record(
@@ -73,15 +79,15 @@ def record(
     page_size: int,
     budgets: tuple[int, ...],
     capacity: int,
-    score: str = "minmax",
+    score: str = config.CacheConfig.score,
     progress: Callable[[int, int], None] | None = None,
 ) -> Recording:
     """Continues a prompt greedily for `steps` steps and records the pages each head would choose.
 
     tokens: the prompt's ids. steps: a multiple of 16. budgets: pages a head may choose, at several
     sizes at once. capacity: tokens to make room for, at least prompt and steps; prompts of one
-    capacity share one compilation. score: "minmax", the bound from page minima and maxima that
-    decoding uses, or "mass", the true attention mass of each page. As in decoding, the first and
+    capacity share one compilation. score: one of those that decoding chooses by, see `CacheConfig`,
+    or "mass", the true attention mass of each page. As in decoding, the first and
     the newest page are always chosen, and stop tokens are never said. progress: called with
     (tokens done, of how many), prompt and steps. Raises ValueError when the sizes do not fit.
     """
@@ -89,7 +95,9 @@ def record(
     block = max(_PREFILL_TOKENS, page_size)
     room = -(-capacity // block) * block
     stop_ids = lm.tokenizer.stop_ids if lm.tokenizer is not None else frozenset[int]()
-    program = _Program(lm.decoder, lm.attention, page_size, budgets, score, stop_ids)
+    program = _Program(
+        lm.decoder, lm.attention, page_size, budgets, _score(lm, score, page_size), stop_ids
+    )
     k, v = _empty(lm, room)
     first = jnp.int32(0)
     for start in range(0, len(tokens), block):
@@ -136,16 +144,23 @@ def _prefill(program, params: Params, tokens, start, last, k, v):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def _summarized(program, k, v, length) -> _Workspace:
-    """The workspace with the summaries of the prompt's pages."""
-    size = program.page_size
+    """The workspace with the score's state of the prompt and the summaries of its pages.
+
+    That of the page not yet full means nothing: it is the newest, chosen by rule, and is summarised
+    when it is full.
+    """
+    score, size = program.score, program.page_size
+    if score is None:
+        return _Workspace(k, v, ((),) * len(k), ((),) * len(k))
 
     def of_layer(keys):
         heads, head_dim, _ = keys.shape
         pages = jnp.transpose(keys.reshape(heads, head_dim, -1, size), (2, 0, 3, 1))
-        counts = jnp.clip(length - jnp.arange(pages.shape[0]) * size, 0, size)
-        return summarize(pages, counts[:, None])
+        state = score.fit(pages, length)
+        return state, score.summarize(pages, state)
 
-    return _Workspace(k, v, tuple(of_layer(keys) for keys in k))
+    states, summaries = zip(*map(of_layer, k), strict=True)
+    return _Workspace(k, v, states, summaries)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -171,9 +186,7 @@ def _attend_and_choose(program, length, layer, q, k_new, v_new, state):
     shape, size = program.shape, program.page_size
     k_all, v_all = _written(work.k[layer], work.v[layer], k_new, v_new, length)
     newest = length // size
-    old = jax.lax.dynamic_index_in_dim(work.summaries[layer], newest, keepdims=False)
-    new = update(old, k_new[0, 0], jnp.asarray(length % size == 0)[None])
-    summaries = jax.lax.dynamic_update_index_in_dim(work.summaries[layer], new, newest, axis=0)
+    summaries = _filled(program, k_all, work.states[layer], work.summaries[layer], length)
 
     q = q[0].reshape(shape.num_kv_heads, shape.group_size, shape.head_dim)
     logits = jnp.einsum("KGH,KHS->KGS", q, k_all, preferred_element_type=jnp.float32)
@@ -183,22 +196,45 @@ def _attend_and_choose(program, length, layer, q, k_new, v_new, state):
 
     per_page = weights.reshape(*weights.shape[:2], -1, size).sum(axis=-1).mean(axis=1)  # [K, P]
     pages = jnp.arange(per_page.shape[1], dtype=jnp.int32)
-    if program.score == "minmax":
-        scores = page_scores(q[None], summaries, pages[None], (length + 1)[None], page_size=size)[0]
-    else:
+    if program.score is None:
         scores = jnp.where((pages <= newest)[None], per_page, -jnp.inf)
-    forced = (pages == 0) | (pages == newest)
-    values, ids = jax.lax.top_k(jnp.where(forced[None], jnp.inf, scores), program.budgets[-1])
+    else:
+        scores = program.score.scores(
+            q[None],
+            summaries,
+            jax.tree.map(lambda leaf: leaf[None], work.states[layer]),
+            pages[None],
+            (length + 1)[None],
+            page_size=size,
+            scale=shape.scale,
+            implementation=None,
+        )[0]
+    scores = forced(scores[None], (length + 1)[None], page_size=size)[0]
+    values, ids = jax.lax.top_k(scores, program.budgets[-1])
     held = jnp.cumsum(jnp.take_along_axis(per_page, ids, axis=1), axis=1)
     ids = jnp.where(values == -jnp.inf, -1, ids)
     held = jnp.stack([held[:, budget - 1] for budget in program.budgets], axis=-1)
     work = _Workspace(
         _replace(work.k, layer, k_all),
         _replace(work.v, layer, v_all),
+        work.states,
         _replace(work.summaries, layer, summaries),
     )
     out = out.reshape(1, 1, shape.num_heads, shape.head_dim)
     return out, (work, (*chosen, ids), (*mass, held))
+
+
+def _filled(program, k, state, summaries, length):
+    """A layer's summaries, with that of the page which the token at position `length` fills."""
+    score, size = program.score, program.page_size
+    if score is None:
+        return summaries
+    page = length // size
+    keys = jax.lax.dynamic_slice_in_dim(k, page * size, size, axis=2).transpose(0, 2, 1)
+    # Out of bounds, so dropped, until the page is full.
+    at = jnp.where(length % size == size - 1, page, k.shape[2] // size)
+    new = score.summarize(keys, state)
+    return jax.tree.map(lambda pool, row: pool.at[at].set(row, mode="drop"), summaries, new)
 
 
 def _greedy(program, params: Params, x: jax.Array) -> jax.Array:
@@ -219,8 +255,15 @@ def _written(k, v, k_new, v_new, start) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _replace(leaves: tuple, at: int, leaf: jax.Array) -> tuple:
+def _replace(leaves: tuple, at: int, leaf: Any) -> tuple:
     return (*leaves[:at], leaf, *leaves[at + 1 :])
+
+
+def _score(lm: LanguageModel, name: str, page_size: int) -> Score | None:
+    if name == MASS:
+        return None
+    made = config.CacheConfig(page_size=page_size, budget_tokens=2 * page_size, score=name)
+    return make_score(made, jnp.dtype(lm.dtype).name)
 
 
 def _empty(lm: LanguageModel, room: int):
