@@ -13,12 +13,12 @@ from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
 from flexijax.models.dense import dense_attend
 from flexijax.models.language_model import from_config
+from flexijax.pallas_kernels import reference
+from flexijax.pallas_kernels.sketches import SPACING
 from flexijax.profiles import measure
 from flexijax.profiles.documents import prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.measure import Settings
-from flexijax.pallas_kernels import reference
-from flexijax.pallas_kernels.sketches import SPACING
 from flexijax.profiles.recorder import record
 from tests.planted import WORDS, planted_model, text_document, words_tokenizer
 
@@ -128,7 +128,7 @@ def choose(q, k, now, shape, length):
 
 
 def sketch_score(q, keys, length):
-    """Log of the mean over queries q [G, H] of the attention share of each full page of keys [S, H].
+    """Log of the mean over queries q [G, H] of each full page's share of attention to keys [S, H].
 
     Keys are rounded to 2 bits by the code of the first `length` of them, and queries to 6 bits.
     """
