@@ -4,8 +4,7 @@ Keys at 16 (or 32) bits are one array [..., 2, H]: index 0 of the axis of two is
 maximum. At 8 bits they are a `QuantizedSummaries`: int8 values, and for each group of up to 32
 channels one shared power of two, stored as its biased exponent in a byte (the MXINT8 format of the
 OCP Microscaling specification). Minima are rounded down and maxima up, so scores stay upper bounds,
-and powers of two make every step exact: what is read back is exactly a multiple of the scale, so
-a page updated token by token widens by less than two of its final steps and not more each time.
+and powers of two make every step exact: what is read back is exactly a multiple of the scale.
 """
 
 import math
@@ -80,24 +79,6 @@ def dequantize(summaries: Summaries) -> jax.Array:
     scales = _power_of_two(summaries.exponents)
     group = group_size(summaries.values.shape[-1])
     return summaries.values.astype(jnp.float32) * jnp.repeat(scales, group, axis=-1)
-
-
-def update(summaries: Summaries, k: jax.Array, first: jax.Array) -> Summaries:
-    """Summaries of pages to each of which one token was added.
-
-    Args:
-      summaries: [..., 2, H], the pages' summaries before; read only where `first` is false.
-      k: [..., H], the new token's keys.
-      first: bool[...], broadcast: whether the token is its page's first.
-    Returns:
-      The same kind as `summaries`.
-    """
-    old = dequantize(summaries)
-    new = jnp.broadcast_to(k[..., None, :], old.shape).astype(old.dtype)
-    low = jnp.minimum(old[..., 0, :], new[..., 0, :])
-    high = jnp.maximum(old[..., 1, :], new[..., 1, :])
-    result = jnp.where(first[..., None, None], new, jnp.stack([low, high], axis=-2))
-    return quantize(result) if isinstance(summaries, QuantizedSummaries) else result
 
 
 def _power_of_two(biased: jax.Array) -> jax.Array:

@@ -131,24 +131,3 @@ def test_eight_bits_round_outward(scale):
     assert (found[:, 0] <= low_high[:, 0]).all() and (found[:, 1] >= low_high[:, 1]).all()
     step = np.abs(low_high).max(axis=-1, keepdims=True) / 63.5
     assert (np.abs(found - low_high) <= step).all()
-
-
-def test_update_token_by_token():
-    """16 bits: the same as at once. 8 bits: outside of it by less than two steps of the end."""
-    rng = np.random.default_rng(0)
-    keys = (rng.normal(size=(3, 16, 32)) * np.exp(0.3 * np.arange(16))[:, None]).astype(np.float32)
-    exact = jnp.full((3, 2, 32), jnp.nan)
-    small = summaries.QuantizedSummaries(
-        jnp.full((3, 2, 32), 77, jnp.int8), jnp.full((3, 2, 1), 255, jnp.uint8)
-    )
-    update = jax.jit(summaries.update)
-    for t in range(16):
-        first = jnp.full(3, t == 0)
-        exact = update(exact, jnp.asarray(keys[:, t]), first)
-        small = update(small, jnp.asarray(keys[:, t]), first)
-    once = reference.summarize(keys, np.full(3, 16))
-    np.testing.assert_array_equal(exact, once)
-    found = reference.dequantize(small.values, small.exponents)
-    step = 2.0 ** (np.asarray(small.exponents, np.float64) - 127)
-    assert (found[:, 0] <= once[:, 0]).all() and (found[:, 1] >= once[:, 1]).all()
-    assert (np.abs(found - once) < 2 * step).all()
