@@ -59,10 +59,9 @@ class Compiler:
             started = time.perf_counter()
             if self._progress is not None:
                 self._progress(f"compiling {stage}", 0, 1)
-            jitted = _jitted(function, tuple(at + 1 for at in donate))
-            options = None if platform.is_gpu() else _CPU_OPTIONS
-            lowered = jitted.lower(self.program, *args)
-            _executables[key] = lowered.compile(compiler_options=options)
+            _executables[key] = _compiled(
+                function, tuple(at + 1 for at in donate), self.program, args
+            )
             if self._progress is not None:
                 self._progress(f"compiling {stage}", 1, 1)
             self.seconds += time.perf_counter() - started
@@ -170,6 +169,17 @@ def forget_compiled() -> None:
     jax.clear_caches()
 
 
-@functools.cache
-def _jitted(function: Callable[..., Any], donate: tuple[int, ...]) -> Any:
-    return jax.jit(function, static_argnums=0, donate_argnums=donate)
+def _compiled(
+    function: Callable[..., Any], donate: tuple[int, ...], program: Program, args: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """The executable of function(program, *args); donate: indices into both."""
+
+    # A function of its own each time: jax keeps what it traced for as long as the function lives,
+    # and all of a run's programs are traced just once.
+    @functools.wraps(function)
+    def once(program: Program, *args: Any) -> Any:
+        return function(program, *args)
+
+    options = None if platform.is_gpu() else _CPU_OPTIONS
+    jitted = jax.jit(once, static_argnums=0, donate_argnums=donate)
+    return jitted.lower(program, *args).compile(compiler_options=options)

@@ -52,8 +52,18 @@ def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, j
     positions int32[B, T] -> two float32[B, T, 1, H / 2].
     """
     frequency = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+
+    def tables(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+        return jnp.cos(angle), jnp.sin(angle)
+
+    def once(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # XLA's CPU compiler, which drops barriers, would work out every angle again in every layer
+        # and head, a twentieth of a prefill. It does not look into a branch, though.
+        zeros = jnp.zeros((*positions.shape, 1, len(frequency)))
+        return jax.lax.cond(positions[0, 0] >= 0, tables, lambda _: (zeros, zeros), positions)
+
+    return jax.lax.platform_dependent(positions, cpu=once, default=tables)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """Causal attention of a chunk of queries over a dense workspace, for prefill."""
 
-import functools
 import math
 from typing import TypeAlias
 
@@ -40,44 +39,60 @@ def prefill_attention(
     if implementation != "xla" and prefill_cudnn.fits(q):
         return prefill_cudnn.prefill_attention(q, k, v, start, scale=scale)
     tokens, heads, group, width = q.shape
-    size = k.shape[2]
-    block = math.gcd(BLOCK, size)
-    rows = q.transpose(1, 2, 0, 3).reshape(heads, group * tokens, width)
-    before = start // block  # blocks that lie wholly before the chunk need no mask
-    masked_blocks = -(-tokens // block) + 1
-    key = (before + jnp.arange(masked_blocks))[:, None, None] * block + jnp.arange(block)
-    # One bias for all heads, so that no tile compares positions again.
-    position = start + jnp.arange(tokens)[None, :, None]
-    bias = jnp.where(key <= position, 0.0, -jnp.inf)  # [blocks, T, block]
+    block, tile = math.gcd(BLOCK, k.shape[2]), math.gcd(BLOCK, tokens)
+    tiles = tokens // tile
+    rows = q.reshape(tiles, tile, heads, group, width).transpose(2, 0, 3, 1, 4)
+    rows = rows.reshape(heads, tiles, group * tile, width) * jnp.asarray(scale, q.dtype)
+    first = start + jnp.arange(tiles) * tile  # position of each tile's first query
+    # Blocks that lie wholly before a tile need no mask. One bias for all heads, so that no tile
+    # compares positions again: [tiles, blocks, tile, block].
+    key = jnp.arange(-(-tile // block) + 1)[:, None] * block + jnp.arange(block)
+    position = first[:, None] % block + jnp.arange(tile)
+    bias = jnp.where(key[None, :, None] <= position[:, None, :, None], 0.0, -jnp.inf)
 
-    def head(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        queries, keys, values = inputs  # [G * T, H], [H, S], [S, H]
-        queries = queries * jnp.asarray(scale, queries.dtype)
+    def head(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        at, queries = inputs  # [tiles, G * tile, H]
 
-        def attend(i: jax.Array, carry: _Carry, *, masked: bool) -> _Carry:
+        def attend(
+            i: jax.Array, carry: _Carry, queries: jax.Array, bias: jax.Array | None
+        ) -> _Carry:
             highest, total, out = carry
-            k_block = lax.dynamic_slice_in_dim(keys, i * block, block, axis=1)
-            v_block = lax.dynamic_slice_in_dim(values, i * block, block, axis=0)
+            k_block = lax.dynamic_slice(k, (at, 0, i * block), (1, width, block))[0]
+            v_block = lax.dynamic_slice(v, (at, i * block, 0), (1, block, width))[0]
             scores = jnp.matmul(queries, k_block, preferred_element_type=jnp.float32)
-            if masked:
-                by_group = scores.reshape(group, tokens, block)
-                scores = (by_group + bias[i - before][None]).reshape(scores.shape)
+            if bias is not None:
+                scores = (scores.reshape(group, tile, block) + bias).reshape(scores.shape)
             new = jnp.maximum(highest, scores.max(-1))
             keep = jnp.exp(highest - new)
             weights = jnp.exp(scores - new[:, None])
             product = jnp.matmul(
-                weights.astype(values.dtype), v_block, preferred_element_type=jnp.float32
+                weights.astype(v.dtype), v_block, preferred_element_type=jnp.float32
             )
             return new, total * keep + weights.sum(-1), out * keep[:, None] + product
 
-        lowest = jnp.full((group * tokens,), jnp.finfo(jnp.float32).min)
-        carry = (lowest, jnp.zeros_like(lowest), jnp.zeros((group * tokens, width)))
-        end = (start + tokens + block - 1) // block
-        carry = lax.fori_loop(0, before, functools.partial(attend, masked=False), carry)
-        carry = lax.fori_loop(before, end, functools.partial(attend, masked=True), carry)
-        return carry[2] / carry[1][:, None]
+        def rest(inputs: tuple[jax.Array, _Carry, jax.Array]) -> jax.Array:
+            """A tile's own blocks, behind those that the whole chunk attends to."""
+            t, carry, queries = inputs
+            inner = first[t] // block
+
+            def unmasked(i: jax.Array, carry: _Carry) -> _Carry:
+                return attend(i, carry, queries, None)
+
+            def masked(i: jax.Array, carry: _Carry) -> _Carry:
+                return attend(i, carry, queries, bias[t, i - inner])
+
+            carry = lax.fori_loop(start // block, inner, unmasked, carry)
+            carry = lax.fori_loop(inner, (first[t] + tile + block - 1) // block, masked, carry)
+            return carry[2] / carry[1][:, None]
+
+        flat = queries.reshape(-1, width)
+        lowest = jnp.full(len(flat), jnp.finfo(jnp.float32).min)
+        carry = (lowest, jnp.zeros_like(lowest), jnp.zeros(flat.shape))
+        carry = lax.fori_loop(0, start // block, lambda i, c: attend(i, c, flat, None), carry)
+        carry = jax.tree.map(lambda x: x.reshape(tiles, group * tile, *x.shape[1:]), carry)
+        return lax.map(rest, (jnp.arange(tiles), carry, queries))
 
     # One head at a time: XLA's CPU compiler runs two-dimensional products a third faster than
     # batched ones, and the tile of scores stays in the cache.
-    out = lax.map(head, (rows, k, v)).reshape(heads, group, tokens, width)
-    return out.transpose(2, 0, 1, 3).astype(q.dtype)
+    out = lax.map(head, (jnp.arange(heads), rows)).reshape(heads, tiles, group, tile, width)
+    return out.transpose(1, 3, 0, 2, 4).reshape(q.shape).astype(q.dtype)
