@@ -38,7 +38,7 @@ def measure(
     program = make_program(
         lm,
         cache,
-        profile=lookup.find(lm, cache.budget_pages, score=cache.score) if mode == "flexi" else None,
+        profile=lookup.find(lm, cache.budget_pages) if mode == "flexi" else None,
         max_tokens=len(prompts[0]) + steps + 1,
         rows=len(prompts),
     )

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_tokens=args.max_tokens,
         score=args.score,
     )
-    shipped = lookup.find(lm, settings.budgets[0], score=args.score)
+    shipped = lookup.find(lm, settings.budgets[0])
     profile = shipped if args.profile is None else lookup.load(args.profile)
     if profile is None:
         raise SystemExit(f"no profile of {lm.name} is shipped: name one with --profile")
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--profile", help="name or file; default: the shipped one of the model")
-    parser.add_argument("--score", choices=SCORES, default=CacheConfig().score, help="of pages")
+    parser.add_argument("--score", choices=SCORES, default="minmax", help="of pages")
     parser.add_argument("--documents", type=int, default=1, help="of each file")
     parser.add_argument("--max-tokens", type=int, default=5000, help="of a prompt")
     parser.add_argument("--steps", type=int, default=64)

@@ -88,18 +88,13 @@ def programs(
 
 
 def profile_of(lm: LanguageModel, system: str, *, given: str | None) -> HeadProfile | None:
-    """What tells a system's unstable heads; None in a mode where all heads are alike.
-
-    The profile named or, of the shipped ones, that which was measured with the system's score, or
-    one like it: a score that is none of the package's goes by single keys, as a sketch does.
-    """
-    mode, score, budget = split(system)
+    """The profile named, else the shipped one; None in a mode where all heads are alike."""
+    mode, _, budget = split(system)
     if mode != "flexi":
         return None
     if given is not None:
         return lookup.load(given)
-    like = "minmax" if score.startswith("minmax") else CacheConfig.score
-    return lookup.find(lm, budget // CacheConfig.page_size, score=like)
+    return lookup.find(lm, budget // CacheConfig.page_size)
 
 
 def split(system: str) -> tuple[str, str, int]:

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         if args.profile is not None:
             profile = lookup.load(args.profile)
         else:
-            profile = shipped_profile(args.model, cache.budget_pages, cache.score)
+            profile = shipped_profile(args.model, cache.budget_pages)
             profile = profile or assumed_profile(config, cache)
     common = {
         "name": args.model,

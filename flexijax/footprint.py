@@ -139,9 +139,9 @@ def footprint(
     return counted, program
 
 
-def shipped_profile(preset: str, budget_pages: int, score: str) -> HeadProfile | None:
-    """The profile shipped for a preset at the nearest budget, or None; score: see `lookup.find`."""
-    return lookup.find(_PROFILED.get(preset, preset), budget_pages, score=score)
+def shipped_profile(preset: str, budget_pages: int) -> HeadProfile | None:
+    """The profile shipped for a preset at the nearest budget, or None."""
+    return lookup.find(_PROFILED.get(preset, preset), budget_pages)
 
 
 def assumed_profile(config: ModelConfig, cache: CacheConfig) -> HeadProfile:

@@ -68,7 +68,6 @@ def generate(
             profile,
             page_size=cache.page_size,
             budget_pages=cache.budget_pages,
-            score=cache.score,
             prompts=[request.tokens for request in requests],
             progress=progress,
         )
@@ -103,11 +102,7 @@ def make_program(
     found = None
     if cache.mode == "flexi":
         found = choose(
-            lm,
-            profile,
-            page_size=cache.page_size,
-            budget_pages=cache.budget_pages,
-            score=cache.score,
+            lm, profile, page_size=cache.page_size, budget_pages=cache.budget_pages
         ).profile
     policy = make(cache, profile=found, num_layers=shape.num_layers, dtype=dtype)
 

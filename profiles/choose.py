@@ -28,7 +28,6 @@ def choose(
     *,
     page_size: int,
     budget_pages: int,
-    score: str,
     prompts: Sequence[Sequence[int]] = (),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Choice:
@@ -37,17 +36,16 @@ def choose(
     profile: a HeadProfile; the name of a shipped one, or a file; None, the shipped one of the
     model; or "auto", the shipped one where there is one, else one measured on the first of
     `prompts` (token ids) that says something about the choice of `budget_pages`. That reads the
-    prompt once more than the run itself will. score: that the run chooses pages by, as in
-    `CacheConfig`. Where no prompt says anything, every head is called
+    prompt once more than the run itself will. Where no prompt says anything, every head is called
     unstable: it chooses at every step, which is right whatever the head is like. progress: called
     with (stage, done, total) while measuring.
     Raises ValueError when there is no such profile, or it is of another model.
     """
-    choice = _found(lm, profile, budget_pages, score)
+    choice = _found(lm, profile, budget_pages)
     if choice is None and profile == AUTO:
         if not prompts:
             raise ValueError("profile='auto' measures on a prompt, and here is none")
-        choice = _measured(lm, page_size, budget_pages, score, prompts, progress)
+        choice = _measured(lm, page_size, budget_pages, prompts, progress)
     if choice is None:
         raise ValueError(
             f"profile=None: no profile of {lm.name!r} is shipped; pass profile='auto' to measure "
@@ -62,16 +60,14 @@ def choose(
     return choice
 
 
-def _found(
-    lm: LanguageModel, profile: HeadProfile | str | None, budget: int, score: str
-) -> Choice | None:
+def _found(lm: LanguageModel, profile: HeadProfile | str | None, budget: int) -> Choice | None:
     """What needs no measurement; None where nothing is shipped for the model."""
     if isinstance(profile, HeadProfile):
         return Choice(profile=profile, origin="given by the caller")
     if profile is not None and profile != AUTO:
         kind = "shipped" if profile in lookup.names() else "read from the file"
         return Choice(profile=lookup.load(profile), origin=f"{kind} {profile}")
-    shipped = lookup.find(lm, budget, score=score)
+    shipped = lookup.find(lm, budget)
     if shipped is None:
         return None
     return Choice(
@@ -83,7 +79,6 @@ def _measured(
     lm: LanguageModel,
     page_size: int,
     budget_pages: int,
-    score: str,
     prompts: Sequence[Sequence[int]],
     progress: Callable[[str, int, int], None] | None,
 ) -> Choice:
@@ -99,7 +94,6 @@ def _measured(
             tokens,
             page_size=page_size,
             budget_pages=budget_pages,
-            score=score,
             steps=STEPS,
             progress=None if progress is None else partial(progress, stage),
         )

@@ -43,16 +43,12 @@ def load(name: str | Path) -> HeadProfile:
     )
 
 
-def find(
-    model: str | NamedModel, budget_pages: int, *, score: str | None = None
-) -> HeadProfile | None:
+def find(model: str | NamedModel, budget_pages: int) -> HeadProfile | None:
     """The shipped profile for a model at the nearest budget, or None where there is none.
 
     model: a model's hub name, with or without the owner, or a loaded model, which is looked up by
         its fingerprint first. A profile of the same name and another fingerprint is no match.
     budget_pages: pages a head will attend to; nearest by ratio, the smaller one of two equals.
-    score: that the pages will be chosen by, as in `CacheConfig`; of profiles at one budget, one
-        that was measured with it comes first, then one with a score of its kind.
     """
     if budget_pages <= 0:
         raise ValueError(f"budget_pages={budget_pages} must be a positive integer")
@@ -65,8 +61,7 @@ def find(
             continue
         if known or _plain(profile.model) == _plain(name):
             ratio = abs(math.log(profile.budget_pages / budget_pages))
-            far = _distance(str(profile.measured.get("score", "")), score)
-            ranked.append((not known, ratio, profile.budget_pages, far, shipped))
+            ranked.append((not known, ratio, profile.budget_pages, shipped))
     return _shipped(min(ranked)[-1]) if ranked else None
 
 
@@ -74,13 +69,6 @@ def find(
 def _shipped(name: str) -> HeadProfile:
     text = resources.files("flexijax.profiles").joinpath(f"{name}.json").read_text("utf-8")
     return HeadProfile.from_json(text)
-
-
-def _distance(measured: str, score: str | None) -> int:
-    """0: the same score or none asked for; 1: the same kind, as sketch1 and sketch2; 2: neither."""
-    if score is None or score == measured:
-        return 0
-    return 1 if measured.rstrip("0123456789") == score.rstrip("0123456789") else 2
 
 
 def _plain(model: str) -> str:

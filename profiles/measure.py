@@ -10,7 +10,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax.config import CacheConfig
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles import stability
 from flexijax.profiles.documents import Document, Tokenizer, prompt_ids
@@ -31,8 +30,11 @@ class Settings:
     page_size: tokens in a page. budgets: pages a head chooses, ascending, several at once. window:
     steps over which a head is called stable or not. fraction: share of all heads to call unstable.
     steps: decode steps a document, a multiple of 16. max_tokens: longest prompt. score: what ranks
-    the pages, see `recorder.record`; a head is as stable as the score makes it that its run will
-    choose by. Raises ValueError naming the field.
+    the pages, see `recorder.record`. Raises ValueError naming the field.
+
+    By min/max whatever the run will choose by: of SmolLM2, lists found by "sketch2" agree better
+    between tasks (0.86 against 0.82) and yet serve a run that chooses by "sketch2" worse, a
+    divergence of 0.027 nats from full attention against 0.015 over 30 documents.
     """
 
     page_size: int = 16
@@ -41,7 +43,7 @@ class Settings:
     fraction: float = 0.25
     steps: int = 64
     max_tokens: int = 5000
-    score: str = CacheConfig.score
+    score: str = "minmax"
 
     def __post_init__(self) -> None:
         for name in ("page_size", "window", "steps", "max_tokens"):
@@ -312,15 +314,14 @@ def profile_prompt(
     *,
     page_size: int,
     budget_pages: int,
-    score: str = CacheConfig.score,
     steps: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadProfile:
     """A profile from nothing but one prompt, for a model that nobody has profiled.
 
     tokens: the prompt's ids, at least `least_tokens` of them, with room for `steps` more in the
-    model's context. score: see `Settings`. progress: called with (tokens done, of how many). Raises
-    ValueError when they are too few to say anything.
+    model's context. progress: called with (tokens done, of how many). Raises ValueError when they
+    are too few to say anything.
     """
     least = least_tokens(page_size=page_size, budget_pages=budget_pages)
     if len(tokens) < least:
@@ -329,11 +330,7 @@ def profile_prompt(
             f"pages of {page_size} tokens; it must have at least {least}"
         )
     settings = Settings(
-        page_size=page_size,
-        budgets=(budget_pages,),
-        score=score,
-        steps=steps,
-        max_tokens=len(tokens),
+        page_size=page_size, budgets=(budget_pages,), steps=steps, max_tokens=len(tokens)
     )
     entry = measure_prompt(lm, tokens, settings, progress=progress)
     return make_profile(lm, [entry], settings, budget=budget_pages)

@@ -79,7 +79,7 @@ def record(
     page_size: int,
     budgets: tuple[int, ...],
     capacity: int,
-    score: str = config.CacheConfig.score,
+    score: str = "minmax",
     progress: Callable[[int, int], None] | None = None,
 ) -> Recording:
     """Continues a prompt greedily for `steps` steps and records the pages each head would choose.

@@ -25,14 +25,14 @@ LLAMA = presets.config("llama-3.1-8b")
 def program(mode, *, summary_dtype=None, config=LLAMA):
     score = CacheConfig().score if summary_dtype is None else "minmax"
     cache = CacheConfig(mode=mode, score=score, summary_dtype=summary_dtype)
-    profile = shipped_profile("llama-3.1-8b", 64, score) if mode == "flexi" else None
+    profile = shipped_profile("llama-3.1-8b", 64) if mode == "flexi" else None
     return make_program(config, cache, profile=profile, context=32768, batch=16)
 
 
 @pytest.mark.parametrize("preset", presets.NAMES)
 def test_every_preset_has_a_profile_that_fits(preset):
     config, cache = presets.config(preset), CacheConfig()
-    profile = shipped_profile(preset, 64, "sketch2")
+    profile = shipped_profile(preset, 64)
     assert (profile is None) == (preset == "qwen3-8b")
     profile = profile or assumed_profile(config, cache)
     profile.check(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)

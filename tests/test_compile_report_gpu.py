@@ -109,7 +109,7 @@ def test_zero_copy_stages_nothing():
 
 def test_equal_layers_are_assembled_once():
     config = presets.config("llama-3.1-8b")
-    profile = shipped_profile("llama-3.1-8b", 64, "sketch2")
+    profile = shipped_profile("llama-3.1-8b", 64)
     assert profile is not None
     pairs = tuple((layer, head) for layer in range(4) for head in (1, 2))
     report = compile_report(

@@ -154,26 +154,6 @@ def test_find_by_fingerprint_before_name(profile, monkeypatch):
     assert profiles.find(Model("unheard", "of no profile"), 8) is None
 
 
-def test_find_prefers_the_score_of_the_run(profile, monkeypatch):
-    shipped = {
-        "a": replace(profile, measured={"score": "minmax"}),
-        "b": replace(profile, measured={"score": "sketch2"}),
-        "c": replace(profile, budget_pages=2 * profile.budget_pages, measured={"score": "mass"}),
-    }
-    monkeypatch.setattr("flexijax.profiles.lookup.names", lambda: tuple(shipped))
-    monkeypatch.setattr("flexijax.profiles.lookup._shipped", shipped.__getitem__)
-
-    def found(score, budget_pages=profile.budget_pages):
-        best = profiles.find(profile.model, budget_pages, score=score)
-        return next(name for name, entry in shipped.items() if entry is best)
-
-    assert [found(score) for score in ("minmax", "sketch2", "sketch1", "mass", None)] == list(
-        "abbaa"
-    )
-    # The budget says more of a choice than the score does.
-    assert found("minmax", 2 * profile.budget_pages) == "c"
-
-
 def test_unknown_names_say_what_there_is():
     with pytest.raises(ValueError, match=r"profile='llama'.*llama-3\.1-8b-instruct"):
         profiles.load("llama")

@@ -16,8 +16,8 @@ from tests.planted import WORDS, planted_model
 from tests.tiny_models import tiny_model
 
 PAGE, BUDGET = 4, 8
+SIZES = dict(page_size=PAGE, budget_pages=BUDGET)
 CACHE = flexijax.CacheConfig(page_size=PAGE, budget_tokens=PAGE * BUDGET, rerank_interval=8)
-SIZES = dict(page_size=PAGE, budget_pages=BUDGET, score=CACHE.score)
 GREEDY = flexijax.Sampling(ignore_eos=True)
 
 

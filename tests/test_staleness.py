@@ -23,9 +23,7 @@ CACHE = flexijax.CacheConfig(
 def planted():
     """(model, its profile, the same profile with the planted heads given to others)."""
     lm, unstable = planted_model()
-    right = profile_prompt(
-        lm, prompt_of(150), page_size=PAGE, budget_pages=BUDGET, score=CACHE.score
-    )
+    right = profile_prompt(lm, prompt_of(150), page_size=PAGE, budget_pages=BUDGET)
     assert right.unstable == unstable
     at_lag = right.measured["rco_at_lag"]
     assert isinstance(at_lag, dict)
