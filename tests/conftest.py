@@ -21,6 +21,12 @@ def strict_dtypes():
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_compilation_cache(tmp_path_factory):
+    """The command line keeps compiled programs; here apart from the user's, which may be locked."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_executables():
     """Programs of one file are no use to the next; all together hold too many memory maps."""
