@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.records import Records
 from bench.timing import environment, table
 from flexijax.config import SCORES, CacheConfig
 from flexijax.continuation import Continuation, read
@@ -28,6 +27,7 @@ from flexijax.policy import Flexi, Quest
 from flexijax.prefill import Program
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
+from flexijax.profiles.records import Records
 from flexijax.terminal import use_compilation_cache
 
 # The last two are for the scale: every head treated as stable, and pages chosen by age alone.

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from bench.agreement import compare
-from bench.records import Records
 from bench.timing import environment, table
 from flexijax.config import ADAPTIVE, CacheConfig
 from flexijax.continuation import Continuation, read
@@ -27,6 +26,7 @@ from flexijax.policy import Flexi
 from flexijax.prefill import Program
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
+from flexijax.profiles.records import Records
 from flexijax.terminal import use_compilation_cache
 
 COLUMNS = (

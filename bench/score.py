@@ -10,14 +10,13 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.agreement import compare
-from bench.records import Records
 from bench.score_candidates import named
 from bench.timing import environment, table
 from flexijax.config import CacheConfig
@@ -31,6 +30,7 @@ from flexijax.prefill import Program
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
+from flexijax.profiles.records import Records
 from flexijax.profiles.staleness import HeadStability, fit
 from flexijax.terminal import use_compilation_cache
 
@@ -65,36 +65,23 @@ _DRAWS = 10_000
 
 
 def programs(
-    lm: LanguageModel,
-    systems: Sequence[str],
-    *,
-    max_tokens: int,
-    profiles: Mapping[str, HeadProfile | None],
+    lm: LanguageModel, systems: Sequence[str], *, max_tokens: int, profile: str | None
 ) -> dict[str, Program]:
     """The static part of "full" and of every system, all with caches of one size."""
+    found = None if profile is None else lookup.load(profile)
 
-    def made(mode: str, budget: int, profile: HeadProfile | None) -> Program:
+    def made(mode: str, budget: int) -> Program:
         cache = CacheConfig(mode=mode, budget_tokens=budget)
-        return make_program(lm, cache, profile=profile, max_tokens=max_tokens, rows=1)
+        return make_program(lm, cache, profile=found, max_tokens=max_tokens, rows=1)
 
-    result = {"full": made("full", 1024, None)}
+    result = {"full": made("full", 1024)}
     for system in systems:
         mode, score, budget = split(system)
-        program = made(mode, budget, profiles[system])
+        program = made(mode, budget)
         assert isinstance(program.policy, Flexi | Quest)
         policy = dataclasses.replace(program.policy, score=named(program.layout.page_size)[score])
         result[system] = dataclasses.replace(program, policy=policy)
     return result
-
-
-def profile_of(lm: LanguageModel, system: str, *, given: str | None) -> HeadProfile | None:
-    """The profile named, else the shipped one; None in a mode where all heads are alike."""
-    mode, _, budget = split(system)
-    if mode != "flexi":
-        return None
-    if given is not None:
-        return lookup.load(given)
-    return lookup.find(lm, budget // CacheConfig.page_size)
 
 
 def split(system: str) -> tuple[str, str, int]:
@@ -113,11 +100,11 @@ def measure_document(
     prompt: Sequence[int],
     *,
     steps: int,
-    profiles: Mapping[str, HeadProfile | None],
+    profile: HeadProfile | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One row a system: mean agreement and KL over the tokens up to full's first stop token.
 
-    profiles: by system; the stability that each promises is compared with what its heads show.
+    profile: whose promised stability is compared with what the stable heads show.
     """
     reading = read(lm, made["full"], prompt)
     said = Continuation(lm, made["full"], reading).greedy(steps)
@@ -136,7 +123,7 @@ def measure_document(
         same, kl = compare(full[:counted], fed.feed(said)[:counted])
         layout, policy = program.layout, program.policy
         seen = _stability(fed)
-        described, profile = None, profiles[system]
+        described = None
         if profile is not None:
             described = fit(
                 profile,
@@ -268,9 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lm.tokenizer is None:
         raise ValueError(f"--model {args.model} has no tokenizer, so it cannot read documents")
     systems = list(dict.fromkeys(args.systems))
-    profiles = {system: profile_of(lm, system, given=args.profile) for system in systems}
-    longest = args.max_tokens + args.steps
-    made = programs(lm, systems, max_tokens=longest, profiles=profiles)
+    made = programs(lm, systems, max_tokens=args.max_tokens + args.steps, profile=args.profile)
     records = Records(args.records)
     rows: list[dict[str, Any]] = []
     waiting = [iter(read_documents(path)) for path in args.data]
@@ -278,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(args.documents):
         for documents in waiting:
             for document in documents:
-                mine = _measured(lm, made, profiles, document, records, args)
+                mine = _measured(lm, made, document, records, args)
                 if mine:
                     rows += mine
                     _write(args, rows, systems)
@@ -290,7 +275,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measured(
     lm: LanguageModel,
     made: dict[str, Program],
-    profiles: Mapping[str, HeadProfile | None],
     document: Document,
     records: Records,
     args: argparse.Namespace,
@@ -298,20 +282,22 @@ def _measured(
     """A document's rows, recorded or new; none where full attention answers with nothing."""
     assert lm.tokenizer is not None
     key = [lm.fingerprint, lm.name, document.text, document.instruction]
-    key += [args.max_tokens, args.steps]
+    key += [args.profile, args.max_tokens, args.steps]
     if records.get(*key, "full") == "no answer":
         return []
-    # Another list of heads is another system.
+    # The shipped profile may come to name other heads, which is another system.
     systems = {
-        system: [system, profile.unstable if profile is not None else None]
-        for system, profile in profiles.items()
+        system: (system, getattr(program.policy, "unstable", None))
+        for system, program in made.items()
+        if system != "full"
     }
     missing = [system for system, name in systems.items() if records.get(*key, *name) is None]
     if missing:
         prompt = prompt_ids(document, lm.tokenizer, max_tokens=args.max_tokens)
         some = {name: made[name] for name in ("full", *missing)}
+        found = lookup.find(lm, 64) if args.profile is None else lookup.load(args.profile)
         answered = False
-        for row in measure_document(lm, some, prompt, steps=args.steps, profiles=profiles):
+        for row in measure_document(lm, some, prompt, steps=args.steps, profile=found):
             answered = True
             records.add(*key, *systems[row["system"]], value=row)
             said = f"{row['system']} {row['agreement']:.2f} {row['kl']:.4f}"

@@ -1,11 +1,10 @@
 """Measures on real text which KV heads of a model are unstable, and makes the profile of it."""
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from flexijax.profiles import stability
 from flexijax.profiles.documents import Document, Tokenizer, prompt_ids
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.recorder import SCORES, Recording, record
+from flexijax.profiles.records import Records
 
 LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 # A prompt must hold this many times the budget before its heads are told apart. The 22 heads of
@@ -138,22 +138,19 @@ def measure_documents(
     tokenizer.
     """
     tokenizer = _tokenizer(lm)
-    known: dict[str, DocumentRecord] = {}
-    if records is not None and records.exists():
-        known = _from_lines(records.read_text(encoding="utf-8").splitlines())
-    result = []
+    known, result = Records(records), []
     for done, document in enumerate(documents):
-        key = _key(lm, document, settings)
+        key: list[Any] = [lm.fingerprint, lm.name, asdict(settings)]
+        key += [document.task, document.text, document.instruction]
         if progress is not None:
             progress(done, len(documents), f"{document.task}[{document.index}]")
-        if key not in known:
+        found = known.get(*key)
+        if found is None:
             tokens = prompt_ids(document, tokenizer, max_tokens=settings.max_tokens)
-            line = _to_line(key, measure_prompt(lm, tokens, settings, document=document))
-            if records is not None:
-                _append_line(records, line)
-            # The result is always what the file says, so that resuming changes no digit.
-            known |= _from_lines([line])
-        result.append(known[key])
+            found = _to_json(measure_prompt(lm, tokens, settings, document=document))
+            known.add(*key, value=found)
+        # The result is always what the file says, so that resuming changes no digit.
+        result.append(_from_json(found))
     if progress is not None:
         progress(len(documents), len(documents), "done")
     return result
@@ -348,46 +345,28 @@ def _nanmean(windows: Sequence[np.ndarray]) -> np.ndarray:
     return stacked[np.isfinite(stacked).all(axis=(1, 2))].mean(axis=0)
 
 
-def _key(lm: LanguageModel, document: Document, settings: Settings) -> str:
-    parts = [lm.fingerprint, lm.name, document.task, document.text, document.instruction]
-    text = json.dumps([*parts, asdict(settings)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _to_line(key: str, entry: DocumentRecord) -> str:
-    fields = asdict(entry)
-    fields["at_budget"] = {
+def _to_json(entry: DocumentRecord) -> dict[str, Any]:
+    at_budget = {
         str(budget): {name: _rounded(value) for name, value in asdict(found).items()}
         for budget, found in entry.at_budget.items()
     }
-    return json.dumps({"key": key, **fields})
+    return {**asdict(entry), "at_budget": at_budget}
 
 
-def _from_lines(lines: Iterable[str]) -> dict[str, DocumentRecord]:
-    """Finished documents by key; a line that an interrupt cut short is passed over."""
-    records = {}
-    for line in lines:
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        key = fields.pop("key")
-        at_budget = {
-            int(budget): Statistics(
-                undefined=found.pop("undefined"),
-                # None becomes NaN.
-                **{name: np.array(value, np.float64) for name, value in found.items()},
-            )
-            for budget, found in fields.pop("at_budget").items()
-        }
-        records[key] = DocumentRecord(at_budget=at_budget, **fields)
-    return records
-
-
-def _append_line(path: Path, line: str) -> None:
-    # A new line first, in case an interrupt left the last one unfinished.
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"\n{line}\n")
+def _from_json(fields: Mapping[str, Any]) -> DocumentRecord:
+    at_budget = {
+        int(budget): Statistics(
+            undefined=found["undefined"],
+            # None becomes NaN.
+            **{
+                name: np.array(value, np.float64)
+                for name, value in found.items()
+                if name != "undefined"
+            },
+        )
+        for budget, found in fields["at_budget"].items()
+    }
+    return DocumentRecord(**{**fields, "at_budget": at_budget})
 
 
 def _rounded(value):

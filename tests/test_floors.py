@@ -15,6 +15,7 @@ FLOORS = {
         models/config.py
         profiles/head_profile.py
         profiles/lookup.py
+        profiles/records.py
         profiles/__init__.py
     """,
     "1 kernels": """

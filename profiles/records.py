@@ -1,4 +1,4 @@
-"""What a long bench has finished, in a file of JSON lines, so that a second start goes on there."""
+"""What a long run has finished, in a file of JSON lines, so that a second start goes on there."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ class Records:
     """Values by key; each is in the file as soon as it is added.
 
     path: of the file, made when something is added; None keeps nothing beyond this process. A line
-    that an interrupt cut short is passed over.
+    that an interrupt cut short is passed over; ValueError for a file that holds other things.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -22,6 +22,8 @@ class Records:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     continue
+                if not isinstance(record, dict) or not {"key", "value"} <= record.keys():
+                    raise ValueError(f"{path} is not a file of records: name another one")
                 self._values[record["key"]] = record["value"]
 
     def get(self, *key: Any) -> Any | None:

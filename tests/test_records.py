@@ -1,6 +1,8 @@
-"""A bench that was interrupted goes on where it was."""
+"""A run that was interrupted goes on where it was."""
 
-from bench.records import Records
+import pytest
+
+from flexijax.profiles.records import Records
 
 
 def test_values_come_back_by_their_key(tmp_path):
@@ -26,3 +28,12 @@ def test_without_a_file_nothing_is_kept(tmp_path, monkeypatch):
     Records(None).add("a", value=1)
     assert Records(None).get("a") is None
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", ['{"text": "a document"}', "3"])
+def test_a_file_of_other_things_is_refused_and_left_alone(tmp_path, line):
+    path = tmp_path / "documents.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match="not a file of records"):
+        Records(path)
+    assert path.read_text() == line
