@@ -87,9 +87,9 @@ def record(
     tokens: the prompt's ids. steps: a multiple of 16. budgets: pages a head may choose, at several
     sizes at once. capacity: tokens to make room for, at least prompt and steps; prompts of one
     capacity share one compilation. score: one of those that decoding chooses by, see `CacheConfig`,
-    or "mass", the true attention mass of each page. As in decoding, the first and
-    the newest page are always chosen, and stop tokens are never said. progress: called with
-    (tokens done, of how many), prompt and steps. Raises ValueError when the sizes do not fit.
+    or "mass", the true attention mass of each page. As in decoding, the first and the newest page
+    are always chosen, and stop tokens are never said. progress: called with (tokens done, of how
+    many), prompt and steps. Raises ValueError when the sizes do not fit.
     """
     _check(lm, tokens, steps, page_size, budgets, capacity, score)
     block = max(_PREFILL_TOKENS, page_size)
