@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -137,6 +138,12 @@ def init(layout: CacheLayout, score: Score | None) -> Cache:
     pairs = [init_layer(layout, score, layer) for layer in range(layout.shape.num_layers)]
     layers, host = zip(*pairs, strict=True)
     return init_tables(layout, layers, host)
+
+
+def abstract(layout: CacheLayout, score: Score | None) -> Cache:
+    """What `init` makes, as `jax.ShapeDtypeStruct`s that lie in the memory of their tier."""
+    cache = platform.placed(jax.eval_shape(functools.partial(init, layout, score)))
+    return dataclasses.replace(cache, host=platform.placed(cache.host, "pinned_host"))
 
 
 def init_layer(

@@ -10,17 +10,16 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from flexijax import cache as kv
 from flexijax.config import CacheConfig
 from flexijax.decode import decode_chunk
 from flexijax.engine import free_rows
 from flexijax.footprint import (
     Footprint,
-    abstract_cache,
     abstract_params,
     abstract_workspace,
     footprint,
     nbytes,
-    placed,
 )
 from flexijax.models.config import ModelConfig
 from flexijax.pallas_kernels import aot, platform
@@ -121,8 +120,8 @@ def describe(profile: HeadProfile) -> str:
 def _decode(
     program: Program, params: Any, target: Target, progress: Progress | None
 ) -> ProgramReport:
-    cache = abstract_cache(program)
-    rows = placed(jax.eval_shape(functools.partial(free_rows, program.layout.rows)))
+    cache = kv.abstract(program.layout, program.policy.score)
+    rows = platform.placed(jax.eval_shape(functools.partial(free_rows, program.layout.rows)))
     device = platform.sharding()
     compiled = aot.compile_for(
         functools.partial(decode_chunk, program),

@@ -12,7 +12,7 @@ import numpy as np
 
 from flexijax.blocks import BlockAllocator
 from flexijax.cache import Cache
-from flexijax.compiled import Compiler, run_decode
+from flexijax.compiled import Compiler, compile_decode, run_decode
 from flexijax.decode import Drawn, Rows
 from flexijax.models.language_model import LanguageModel
 from flexijax.prefill import Program
@@ -105,6 +105,8 @@ class Engine:
         row = next(r for r in range(layout.rows) if r not in self.running)
         blocks = self._allocator.allocate(self.blocks_of(request))
         admitted, compiled = time.perf_counter(), self.compiler.seconds
+        if self.cache is None and request.max_new_tokens > 1:
+            compile_decode(self.compiler, self.lm.params, self._device_rows())
         reading = self._reader.read(request.tokens, label)
         self.cache = reading.commit(self.compiler, self.cache, row=row, blocks=blocks, release=True)
         drawn = self.compiler.run(
@@ -150,13 +152,16 @@ class Engine:
     def step(self) -> list[Running]:
         """One decode chunk over all rows; returns the requests that drew tokens in it."""
         started, compiled = time.perf_counter(), self.compiler.seconds
-        rows = jax.tree.map(jnp.asarray, self._rows)
+        rows = self._device_rows()
         assert self.cache is not None, "nothing has been admitted"
         self.cache, rows, drawn = run_decode(self.compiler, self.lm.params, self.cache, rows)
         rows, drawn = jax.device_get((rows, drawn))
         self._rows = jax.tree.map(np.array, rows)
         took = time.perf_counter() - started - (self.compiler.seconds - compiled)
         return [r for r in self.running.values() if r.active and self._take(r, drawn, took)]
+
+    def _device_rows(self) -> Rows:
+        return jax.tree.map(jnp.asarray, self._rows)
 
     def _take(self, running: Running, drawn: Drawn, took: float) -> bool:
         emitted = drawn.emitted[:, running.row]

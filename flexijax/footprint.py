@@ -184,17 +184,6 @@ def make_program(
     )
 
 
-def abstract_cache(program: Program) -> kv.Cache:
-    """The cache as `jax.ShapeDtypeStruct`s, each with the memory that it lies in."""
-    layout, score = program.layout, program.policy.score
-
-    def empty() -> kv.Cache:
-        return kv.init(layout, score)
-
-    cache = placed(jax.eval_shape(empty))
-    return dataclasses.replace(cache, host=placed(cache.host, "pinned_host"))
-
-
 def abstract_params(config: ModelConfig) -> Any:
     """The model's weights as `jax.ShapeDtypeStruct`s."""
     return Decoder(config).abstract(dtype=jnp.dtype(DTYPE))
@@ -202,15 +191,7 @@ def abstract_params(config: ModelConfig) -> Any:
 
 def abstract_workspace(program: Program) -> Workspace:
     """The prefill workspace as `jax.ShapeDtypeStruct`s."""
-    return placed(jax.eval_shape(functools.partial(new_workspace, program.layout)))
-
-
-def placed(tree: Any, memory: str = "device") -> Any:
-    """Abstract leaves in the named memory."""
-    sharding = platform.sharding(memory)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-    )
+    return platform.placed(jax.eval_shape(functools.partial(new_workspace, program.layout)))
 
 
 def nbytes(tree: Any) -> int:
@@ -219,7 +200,7 @@ def nbytes(tree: Any) -> int:
 
 
 def _sizes(config: ModelConfig, program: Program) -> Sizes:
-    cache = abstract_cache(program)
+    cache = kv.abstract(program.layout, program.policy.score)
 
     def of(*names: str) -> int:
         return nbytes([[getattr(layer, name) for name in names] for layer in cache.layers])

@@ -72,6 +72,14 @@ def sharding(memory_kind: str = "device") -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
 
 
+def placed(tree: Any, memory_kind: str = "device") -> Any:
+    """The leaves as `jax.ShapeDtypeStruct`s that lie in `memory_kind`."""
+    where = sharding(memory_kind)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
+    )
+
+
 def float32_precision() -> lax.PrecisionLike:
     """For float32 matrix products in kernels: on a GPU three TF32 products on tensor cores.
 

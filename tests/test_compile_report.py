@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flexijax import cache as kv
 from flexijax import cli, cli_compile_report
 from flexijax.compile_report import compile_report
 from flexijax.config import CacheConfig
 from flexijax.footprint import (
-    abstract_cache,
     assumed_profile,
     make_program,
     shipped_profile,
@@ -65,7 +65,7 @@ def test_bytes_of_a_step_by_hand():
 )
 def test_the_cache_lies_where_it_should(dtype, least, most):
     found = program("flexi", summary_dtype=dtype)
-    cache = abstract_cache(found)
+    cache = kv.abstract(found.layout, found.policy.score)
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(cache.host)} == {"pinned_host"}
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(cache.layers)} == {"device"}
     full = 256 * found.layout.blocks * found.layout.page_bytes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax.compiled import num_compiled
+from flexijax.compiled import forget_compiled, num_compiled
 from flexijax.models.dense import dense_attend
 from tests.planted import WORDS, words_tokenizer
 from tests.tiny_models import tiny_model
@@ -188,6 +188,27 @@ def test_other_lengths_of_one_bucket_compile_nothing(run, results):
     assert num_compiled() == before
     assert not compiled
     assert [o.metrics.compile_s for o in out] == [0.0] * 4
+
+
+def test_decoding_is_compiled_once_and_before_there_is_a_cache(run):
+    """What the compiler needs for itself is gone when the cache comes."""
+    stages: list[str] = []
+
+    def saw(stage: str, done: int, total: int) -> None:
+        if (done, total) == (0, 1):
+            stages.append(stage)
+
+    forget_compiled()
+    run([prompt_of(50)], progress=saw)
+    assert stages.count("compiling decode") == 1
+    assert stages.index("compiling decode") < stages.index("compiling prefill")
+    reranks = [at for at, stage in enumerate(stages) if stage == "compiling rerank"]
+    assert reranks and max(reranks) < stages.index("compiling commit")
+    # A request that ends with the prompt's own token needs none of it.
+    stages.clear()
+    forget_compiled()
+    run([prompt_of(50)], max_new_tokens=1, progress=saw)
+    assert "compiling prefill" in stages and "compiling decode" not in stages
 
 
 def test_no_prompts_give_no_results(run):
