@@ -225,7 +225,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     curves = sorted({split(row["system"])[:2] for row in rows})
-    for mode, score in curves:
+    for at, (mode, score) in enumerate(curves):
         mine = sorted(
             (row for row in rows if split(row["system"])[:2] == (mode, score)),
             key=lambda row: row["device_mb"],
@@ -237,11 +237,18 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ]
         marker = "o" if mode == "flexi" else "s"
         axes.errorbar(x, y, yerr=error, marker=marker, capsize=2, label=f"{mode}, {score}")
+        # Curves take turns with the side of their labels, since some lie close to each other.
+        offset, side = ((5, 4), "left") if at % 2 == 0 else ((-5, -9), "right")
         for row in mine:
-            at = (row["device_mb"], row["kl"])
             axes.annotate(
-                str(split(row["system"])[2]), at, (4, 4), textcoords="offset points", fontsize=7
+                str(split(row["system"])[2]),
+                (row["device_mb"], row["kl"]),
+                offset,
+                textcoords="offset points",
+                ha=side,
+                fontsize=7,
             )
+    axes.margins(x=0.1)
     axes.set(yscale="log", xlabel="KV bytes on the device, MB", ylabel="KL to full, nats a token")
     axes.set_title("Closeness to full attention; numbers are budgets in tokens", fontsize=10)
     axes.legend(fontsize=7)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flexijax.cache import CacheLayout, LayerCache
 from flexijax.pallas_kernels import dispatch
@@ -58,8 +59,8 @@ class PrefillAttention:
         keys, values = state.workspace.k[layer], state.workspace.v[layer]
         new_k = k[0].astype(keys.dtype).transpose(1, 2, 0)
         new_v = v[0].astype(values.dtype).transpose(1, 0, 2)
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, new_k, state.start, axis=2)
-        values = jax.lax.dynamic_update_slice_in_dim(values, new_v, state.start, axis=1)
+        keys = lax.dynamic_update_slice_in_dim(keys, new_k, state.start, axis=2)
+        values = lax.dynamic_update_slice_in_dim(values, new_v, state.start, axis=1)
         out = prefill_attention(
             grouped,
             keys,
@@ -71,7 +72,7 @@ class PrefillAttention:
         workspace = Workspace(
             _replaced(state.workspace.k, layer, keys), _replaced(state.workspace.v, layer, values)
         )
-        last = jax.lax.dynamic_index_in_dim(grouped, state.last, keepdims=False)[None]
+        last = lax.dynamic_index_in_dim(grouped, state.last, keepdims=False)[None]
         queries = (*state.queries, last)
         return out.reshape(q.shape), dataclasses.replace(
             state, workspace=workspace, queries=queries
@@ -109,19 +110,18 @@ class DecodeAttention:
         outs, heads = [], []
         queries = grouped[:, :0]
         if paged := self.layout.paged[layer]:
-            at = jnp.asarray(paged)
-            out, cache = self._paged(cache, grouped[:, at], k[:, at], v[:, at], state)
+            mine = (_of_heads(x, paged) for x in (grouped, k, v))
+            out, cache = self._paged(cache, *mine, state)
             outs.append(out)
             heads += paged
         if slotted := self.layout.slotted(layer):
-            at = jnp.asarray(slotted)
-            queries = grouped[:, at]
-            out, cache = self._slotted(cache, queries, k[:, at], v[:, at], state)
+            queries, *mine = (_of_heads(x, slotted) for x in (grouped, k, v))
+            out, cache = self._slotted(cache, queries, *mine, state)
             outs.append(out)
             heads += slotted
         # Back from paged-then-slotted to the model's order of heads.
-        place = [heads.index(head) for head in range(shape.num_kv_heads)]
-        out = jnp.concatenate(outs, axis=1)[:, jnp.asarray(place)]
+        place = tuple(heads.index(head) for head in range(shape.num_kv_heads))
+        out = _of_heads(jnp.concatenate(outs, axis=1), place)
         return out.reshape(q.shape), dataclasses.replace(
             state,
             layers=_replaced(state.layers, layer, cache),
@@ -135,7 +135,7 @@ class DecodeAttention:
         score = self.policy.score
         assert score is not None and cache.pages_k is not None and cache.pages_v is not None
         page_size, blocks = self.layout.page_size, self.layout.blocks
-        page, offset = state.lengths // page_size, state.lengths % page_size
+        page, offset = lax.div(state.lengths, page_size), lax.rem(state.lengths, page_size)
         block = jnp.take_along_axis(state.block_table, page[:, None], axis=1, mode="clip")[:, 0]
         written = jnp.where(state.active, block, blocks)  # out of bounds: dropped
         pages_k = cache.pages_k.at[written, :, offset].set(k, mode="drop")
@@ -180,7 +180,7 @@ class DecodeAttention:
         assert cache.slot_page is not None
         assert cache.slots_k is not None and cache.slots_v is not None
         page_size = self.layout.page_size
-        page, offset = state.lengths // page_size, state.lengths % page_size
+        page, offset = lax.div(state.lengths, page_size), lax.rem(state.lengths, page_size)
         slot = find_slots(cache.slot_page, page)  # [B, K_s]
         slot = jnp.where(state.active[:, None] & (slot >= 0), slot, self.layout.slots)
         row = jnp.arange(slot.shape[0])[:, None]
@@ -204,6 +204,13 @@ def slot_counts(slot_page: jax.Array, lengths: jax.Array, *, page_size: int) -> 
     """int32[B, K, S]: how many tokens of the page in each slot exist; 0 for an empty slot."""
     counts = jnp.clip(lengths[:, None, None] - slot_page * page_size, 0, page_size)
     return jnp.where(slot_page < 0, 0, counts)
+
+
+def _of_heads(x: jax.Array, wanted: tuple[int, ...]) -> jax.Array:
+    """x [B, K, ...] of the wanted heads; in slices, which XLA fuses where it would not a gather."""
+    if wanted == tuple(range(x.shape[1])):
+        return x
+    return jnp.stack([x[:, head] for head in wanted], axis=1)
 
 
 def _replaced(items: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:

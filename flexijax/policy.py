@@ -27,7 +27,7 @@ def forced(scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Arra
     scores: float32[B, K, P]; lengths: int32[B]. A free row stays at -inf everywhere.
     """
     page = jnp.arange(scores.shape[-1])[None, :]
-    newest = (lengths - 1) // page_size
+    newest = lax.div(lengths - 1, page_size)
     keep = ((page == 0) | (page == newest[:, None])) & (lengths > 0)[:, None]
     return jnp.where(keep[:, None, :], jnp.inf, scores)
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ def plan_rerank(
     missing = wanted & ~resident
 
     # Pages beyond the newest take whatever slots are left, in the order in which they begin.
-    newest = (lengths - 1) // page_size
+    newest = lax.div(lengths - 1, page_size)
     page = jnp.arange(pages, dtype=jnp.int32)[None, None]
     begins = (page > newest[:, None, None]) & (lengths > 0)[:, None, None]
     incoming = missing | begins
@@ -88,14 +89,15 @@ def plan_rerank(
 
 def filled_pages(before: jax.Array, after: jax.Array, *, page_size: int, count: int) -> jax.Array:
     """int32[B, count]: the pages that filled up while lengths int32[B] grew, -1 for none."""
-    page = before[:, None] // page_size + jnp.arange(count, dtype=jnp.int32)[None]
-    return jnp.where(page < after[:, None] // page_size, page, -1)
+    page = lax.div(before, page_size)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+    return jnp.where(page < lax.div(after, page_size)[:, None], page, -1)
 
 
 def find_slots(slot_page: jax.Array, page: jax.Array) -> jax.Array:
     """int32[B, K]: the slot that holds page int32[B] of each head, -1 where none does."""
     match = slot_page == page[:, None, None]  # [B, K, S]
-    return jnp.where(match.any(-1), jnp.argmax(match, axis=-1), -1).astype(jnp.int32)
+    slot = jnp.arange(slot_page.shape[-1], dtype=jnp.int32)
+    return jnp.max(jnp.where(match, slot, -1), axis=-1)
 
 
 def _members(pages_of: jax.Array, pages: int) -> jax.Array:
