@@ -50,8 +50,8 @@ def prefill_attention(
     position = first[:, None] % block + jnp.arange(tile)
     bias = jnp.where(key[None, :, None] <= position[:, None, :, None], 0.0, -jnp.inf)
 
-    def head(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        at, queries = inputs  # [tiles, G * tile, H]
+    def head(at: jax.Array, rows: jax.Array) -> jax.Array:
+        queries = rows[at]  # [tiles, G * tile, H]
 
         def attend(
             i: jax.Array, carry: _Carry, queries: jax.Array, bias: jax.Array | None
@@ -70,29 +70,30 @@ def prefill_attention(
             )
             return new, total * keep + weights.sum(-1), out * keep[:, None] + product
 
-        def rest(inputs: tuple[jax.Array, _Carry, jax.Array]) -> jax.Array:
+        def rest(t: jax.Array, rows: jax.Array) -> jax.Array:
             """A tile's own blocks, behind those that the whole chunk attends to."""
-            t, carry, queries = inputs
             inner = first[t] // block
 
             def unmasked(i: jax.Array, carry: _Carry) -> _Carry:
-                return attend(i, carry, queries, None)
+                return attend(i, carry, queries[t], None)
 
             def masked(i: jax.Array, carry: _Carry) -> _Carry:
-                return attend(i, carry, queries, bias[t, i - inner])
+                return attend(i, carry, queries[t], bias[t, i - inner])
 
+            carry = jax.tree.map(lambda x: x[t], before)
             carry = lax.fori_loop(start // block, inner, unmasked, carry)
             carry = lax.fori_loop(inner, (first[t] + tile + block - 1) // block, masked, carry)
-            return carry[2] / carry[1][:, None]
+            return rows.at[at, t].set((carry[2] / carry[1][:, None]).astype(rows.dtype))
 
         flat = queries.reshape(-1, width)
         lowest = jnp.full(len(flat), jnp.finfo(jnp.float32).min)
         carry = (lowest, jnp.zeros_like(lowest), jnp.zeros(flat.shape))
         carry = lax.fori_loop(0, start // block, lambda i, c: attend(i, c, flat, None), carry)
-        carry = jax.tree.map(lambda x: x.reshape(tiles, group * tile, *x.shape[1:]), carry)
-        return lax.map(rest, (jnp.arange(tiles), carry, queries))
+        before = jax.tree.map(lambda x: x.reshape(tiles, group * tile, *x.shape[1:]), carry)
+        return lax.fori_loop(0, tiles, rest, rows)
 
     # One head at a time: XLA's CPU compiler runs two-dimensional products a third faster than
-    # batched ones, and the tile of scores stays in the cache.
-    out = lax.map(head, (jnp.arange(heads), rows)).reshape(heads, tiles, group, tile, width)
-    return out.transpose(1, 3, 0, 2, 4).reshape(q.shape).astype(q.dtype)
+    # batched ones, and the tile of scores stays in the cache. What comes out takes the place of the
+    # queries, since an empty array to fill is copied for every layer, all at the program's start.
+    out = lax.fori_loop(0, heads, head, rows).reshape(heads, tiles, group, tile, width)
+    return out.transpose(1, 3, 0, 2, 4).reshape(q.shape)
