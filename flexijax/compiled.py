@@ -133,8 +133,7 @@ def compile_decode(compiler: Compiler, params: Params, rows: Rows) -> None:
     """
     if platform.is_gpu():
         return
-    program = compiler.program
-    cache = kv.abstract(program.layout, program.policy.score)
+    cache = _abstract_cache(compiler.program)
     counters, table, lengths = cache.counters, cache.block_table, cache.lengths
     steps = compiler.compile(
         decode_steps, "decode", (1,), params, cache.layers, table, lengths, rows
@@ -145,6 +144,12 @@ def compile_decode(compiler: Compiler, params: Params, rows: Rows) -> None:
         if host is not None:
             args = (held, host, tally, counted, table, lengths, lengths, rows.active, q)
             compiler.compile(rerank_layer, "rerank", (0, 1, 2, 3), *args)
+
+
+@functools.cache
+def _abstract_cache(program: Program) -> Cache:
+    # Kept, since it takes 50 ms and every call of `generate` asks for it.
+    return kv.abstract(program.layout, program.policy.score)
 
 
 def run_decode(
@@ -197,6 +202,7 @@ def forget_compiled() -> None:
     Each holds memory maps, of which Linux gives a process 65,530; a compiler without one crashes.
     """
     _executables.clear()
+    _abstract_cache.cache_clear()
     jax.clear_caches()
 
 
