@@ -110,13 +110,13 @@ class DecodeAttention:
         outs, heads = [], []
         queries = grouped[:, :0]
         if paged := self.layout.paged[layer]:
-            mine = (_of_heads(x, paged) for x in (grouped, k, v))
-            out, cache = self._paged(cache, *mine, state)
+            mine_q, mine_k, mine_v = (_of_heads(x, paged) for x in (grouped, k, v))
+            out, cache = self._paged(cache, mine_q, mine_k, mine_v, state)
             outs.append(out)
             heads += paged
         if slotted := self.layout.slotted(layer):
-            queries, *mine = (_of_heads(x, slotted) for x in (grouped, k, v))
-            out, cache = self._slotted(cache, queries, *mine, state)
+            queries, mine_k, mine_v = (_of_heads(x, slotted) for x in (grouped, k, v))
+            out, cache = self._slotted(cache, queries, mine_k, mine_v, state)
             outs.append(out)
             heads += slotted
         # Back from paged-then-slotted to the model's order of heads.
