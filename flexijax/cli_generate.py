@@ -249,6 +249,8 @@ def report(results: dict[str, Generation], *, chosen: int | None = None) -> list
         ["  pages already there", *(_share(m.mean_overlap) for *_, m in columns)],
         ["  mean RCO (of the profile)", *(_stability(m.profile_fit) for *_, m in columns)],
     ]
+    # A profile that another score measured promises nothing of the heads' RCO.
+    rows = [row for row in rows if any(row[1:])]
     if len(columns) == 2:
         (_, one, _), (_, other, _) = columns
         pairs = list(zip(one.token_ids, other.token_ids, strict=False))
