@@ -263,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--model {args.model} has no tokenizer, so it cannot read documents")
     systems = list(dict.fromkeys(args.systems))
     made = programs(lm, systems, max_tokens=args.max_tokens + args.steps, profile=args.profile)
+    profile = lookup.find(lm, 64) if args.profile is None else lookup.load(args.profile)
     records = Records(args.records)
     rows: list[dict[str, Any]] = []
     waiting = [iter(read_documents(path)) for path in args.data]
@@ -270,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(args.documents):
         for documents in waiting:
             for document in documents:
-                mine = _measured(lm, made, document, records, args)
+                mine = _measured(lm, made, profile, document, records, args)
                 if mine:
                     rows += mine
                     _write(args, rows, systems)
@@ -282,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measured(
     lm: LanguageModel,
     made: dict[str, Program],
+    profile: HeadProfile | None,
     document: Document,
     records: Records,
     args: argparse.Namespace,
@@ -302,9 +304,8 @@ def _measured(
     if missing:
         prompt = prompt_ids(document, lm.tokenizer, max_tokens=args.max_tokens)
         some = {name: made[name] for name in ("full", *missing)}
-        found = lookup.find(lm, 64) if args.profile is None else lookup.load(args.profile)
         answered = False
-        for row in measure_document(lm, some, prompt, steps=args.steps, profile=found):
+        for row in measure_document(lm, some, prompt, steps=args.steps, profile=profile):
             answered = True
             records.add(*key, *systems[row["system"]], value=row)
             said = f"{row['system']} {row['agreement']:.2f} {row['kl']:.4f}"
