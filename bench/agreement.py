@@ -18,17 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.timing import environment, table
+from flexijax.cli.terminal import use_compilation_cache
 from flexijax.config import SCORES, CacheConfig
-from flexijax.continuation import Continuation, read
+from flexijax.engine.continuation import Continuation, read
+from flexijax.engine.prefill import Program
 from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
-from flexijax.policy import Flexi, Quest
-from flexijax.prefill import Program
+from flexijax.policies.base import Flexi, Quest
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
 from flexijax.profiles.records import Records
-from flexijax.terminal import use_compilation_cache
 
 # The last two are for the scale: every head treated as stable, and pages chosen by age alone.
 SYSTEMS = ("flexi", "quest", "all_stable", "sink_recent")

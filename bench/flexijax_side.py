@@ -21,15 +21,15 @@ def measure(
     token, whole chunks of 16. A step's time is the median over chunks, their rerank included.
     Compiling is outside of the clock; peak memory counts it, and the loading too.
     """
+    from flexijax.cache.memory import request_bytes
+    from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
     from flexijax.config import CacheConfig
-    from flexijax.engine import Engine
+    from flexijax.engine.engine import Engine
+    from flexijax.engine.requests import make_requests
+    from flexijax.engine.sampling import Sampling
     from flexijax.generate import make_program
-    from flexijax.memory import request_bytes
     from flexijax.models.load import load
     from flexijax.profiles import lookup
-    from flexijax.requests import make_requests
-    from flexijax.sampling import Sampling
-    from flexijax.terminal import return_freed_memory, use_compilation_cache
 
     # As the command line does.
     return_freed_memory()

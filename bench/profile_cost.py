@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.timing import environment, table
+from flexijax.cli.terminal import use_compilation_cache
 from flexijax.config import CacheConfig
+from flexijax.engine.sampling import Sampling
 from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
-from flexijax.profiles.measure import Settings, record_prompt, reduced
-from flexijax.sampling import Sampling
-from flexijax.terminal import use_compilation_cache
+from flexijax.profiling.measure import Settings, record_prompt, reduced
 
 COLUMNS = ("task", "index", "prompt", "profile_s", "full_s", "ratio")
 

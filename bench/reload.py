@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from bench.timing import environment, table
+from flexijax.cli.terminal import use_compilation_cache
 from flexijax.config import SCORES, CacheConfig
-from flexijax.continuation import Continuation, read
+from flexijax.engine.continuation import Continuation, read
 from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiles.measure import LAGS, Settings, averages, record_prompt, reduced
 from flexijax.profiles.plots import reload_bytes
-from flexijax.terminal import use_compilation_cache
+from flexijax.profiling.measure import LAGS, Settings, averages, record_prompt, reduced
 
 COLUMNS = (
     "task",

@@ -17,17 +17,17 @@ import numpy as np
 
 from bench.agreement import compare
 from bench.timing import environment, table
+from flexijax.cli.terminal import use_compilation_cache
 from flexijax.config import ADAPTIVE, CacheConfig
-from flexijax.continuation import Continuation, read
+from flexijax.engine.continuation import Continuation, read
+from flexijax.engine.prefill import Program
 from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
-from flexijax.policy import Flexi
-from flexijax.prefill import Program
+from flexijax.policies.base import Flexi
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
 from flexijax.profiles.records import Records
-from flexijax.terminal import use_compilation_cache
 
 COLUMNS = (
     "system",

@@ -19,20 +19,20 @@ import numpy as np
 from bench.agreement import compare
 from bench.score_candidates import named
 from bench.timing import environment, table
+from flexijax.cache.memory import request_bytes, state_bytes, summary_bytes
+from flexijax.cli.terminal import use_compilation_cache
 from flexijax.config import CacheConfig
-from flexijax.continuation import Continuation, read
+from flexijax.engine.continuation import Continuation, read
+from flexijax.engine.prefill import Program
 from flexijax.generate import make_program
-from flexijax.memory import request_bytes, state_bytes, summary_bytes
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
-from flexijax.policy import Flexi, Quest
-from flexijax.prefill import Program
+from flexijax.policies.base import Flexi, Quest
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.records import Records
 from flexijax.profiles.staleness import HeadStability, fit
-from flexijax.terminal import use_compilation_cache
 
 SYSTEMS = (
     *(f"flexi:{score}:1024" for score in ("minmax16", "minmax8", "sketch1", "sketch2", "sketch4")),

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from bench.score_fitted import Early, LowRank, Product
 from flexijax.pallas_kernels import platform
-from flexijax.score import Score
-from flexijax.score_minmax import MinMax
-from flexijax.score_sketch import Sketch, log_mass
+from flexijax.policies.minmax import MinMax
+from flexijax.policies.score import Score
+from flexijax.policies.sketch import Sketch, log_mass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from flexijax.pallas_kernels import dispatch, platform, sketches
 from flexijax.pallas_kernels.sketches import SketchCode
-from flexijax.score import Score
-from flexijax.score_sketch import log_mass
+from flexijax.policies.score import Score
+from flexijax.policies.sketch import log_mass
 
 
 @dataclasses.dataclass(frozen=True)

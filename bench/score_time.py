@@ -21,8 +21,8 @@ from bench.score_candidates import named
 from bench.timing import environment, interleaved, median, table
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels import reference
+from flexijax.policies.score import Score
 from flexijax.profiles import lookup
-from flexijax.score import Score
 
 PAGE = 16
 SCORES = ("minmax32", "minmax16", "minmax8", "sketch1", "sketch2", "sketch4")

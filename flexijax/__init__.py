@@ -2,6 +2,7 @@
 
 from flexijax import profiles as profiles
 from flexijax.config import CacheConfig as CacheConfig
+from flexijax.engine.sampling import Sampling as Sampling
 from flexijax.generate import generate as generate
 from flexijax.models.checkpoint import save as save
 from flexijax.models.language_model import LanguageModel as LanguageModel
@@ -10,4 +11,3 @@ from flexijax.profiles.head_profile import HeadProfile as HeadProfile
 from flexijax.results import Generation as Generation
 from flexijax.results import Metrics as Metrics
 from flexijax.results import StaleProfileWarning as StaleProfileWarning
-from flexijax.sampling import Sampling as Sampling

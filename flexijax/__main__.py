@@ -2,6 +2,6 @@
 
 import sys
 
-from flexijax.cli import main
+from flexijax.cli.main import main
 
 sys.exit(main())

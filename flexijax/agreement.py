@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from flexijax.config import CacheConfig
-from flexijax.continuation import Continuation, read
+from flexijax.engine.continuation import Continuation, read
+from flexijax.engine.prefiller import Progress
 from flexijax.generate import make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.reading import Progress
 
 
 def agreeing_tokens(

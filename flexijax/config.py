@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flexijax.intervals import Adaptive
+from flexijax.policies.intervals import Adaptive
 
 MODES = ("flexi", "quest", "full")
 DTYPES = ("float32", "bfloat16", "float16")

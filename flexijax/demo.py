@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flexijax import cli
+from flexijax.cli.main import main as cli
 
 # Documentation that every Python carries with it; at three to four letters a token this is more
 # than 4,000 tokens and leaves room for the answer in the model's 8,192.

@@ -7,21 +7,21 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from flexijax.cache import CacheLayout
+from flexijax.cache.cache import CacheLayout
+from flexijax.cache.memory import available_bytes, cache_bytes, request_bytes
 from flexijax.config import CacheConfig
-from flexijax.engine import Counted, Engine, Progress, Request, Running
-from flexijax.memory import available_bytes, cache_bytes, request_bytes
+from flexijax.engine.engine import Counted, Engine, Progress, Request, Running
+from flexijax.engine.prefill import Program
+from flexijax.engine.requests import check_cache, make_requests, whole_number
+from flexijax.engine.sampling import Sampling
+from flexijax.engine.text import RunningText
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
-from flexijax.policy import Policy, make
-from flexijax.prefill import Program
-from flexijax.profiles.choose import Choice, choose
+from flexijax.policies.base import Policy, make
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.staleness import MOST_DIFFERENCE, Fit, HeadStability, fit
-from flexijax.requests import check_cache, make_requests, whole_number
+from flexijax.profiling.choose import Choice, choose
 from flexijax.results import Generation, Metrics, StaleProfileWarning
-from flexijax.sampling import Sampling
-from flexijax.text import RunningText
 
 # Requests decoded together when the caller names no number and memory allows.
 MAX_BATCH = 8

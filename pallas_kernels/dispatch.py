@@ -216,7 +216,7 @@ def promote(
       slots_k: float[B, K, H, S, page]; slots_v: float[B, K, S, page, H], in device memory.
       host_k, host_v: float[blocks, K, page, H], in pinned host memory on a GPU.
       load: int32[B, K, S], the block to load into each slot, negative where the slot stays.
-      transfer: "zero_copy"; staged moves are made a floor above, in `flexijax.tiers`.
+      transfer: "zero_copy"; staged moves are made a floor above, in `flexijax.cache.tiers`.
     Returns:
       The new slots_k and slots_v.
     """

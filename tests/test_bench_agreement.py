@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bench import agreement
-from flexijax.policy import forced, top_pages
+from flexijax.policies.base import forced, top_pages
 
 
 def test_compare_equals_hand_computed_values():

@@ -8,7 +8,7 @@ import pytest
 import flexijax
 from bench import profile_cost, reload, rerank
 from flexijax.models.language_model import LanguageModel
-from flexijax.profiles.measure import Settings
+from flexijax.profiling.measure import Settings
 from tests.planted import WORDS, planted_model, text_document, words_tokenizer
 from tests.tiny_models import tiny_model
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flexijax.blocks import BlockAllocator
+from flexijax.cache.blocks import BlockAllocator
 
 
 def test_hands_out_every_block_once():

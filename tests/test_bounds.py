@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from flexijax.config import CacheConfig
 from flexijax.pallas_kernels import summaries
-from flexijax.policy import make
-from flexijax.score_minmax import MinMax
+from flexijax.policies.base import make
+from flexijax.policies.minmax import MinMax
 
 PAGE, WIDTH = 4, 40  # five groups of eight channels share an exponent each
 # float32 keys, magnitudes that a float32 product can still hold.

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from flexijax.cache import CacheLayout
-from flexijax.engine import CountedHead, Engine, Request
-from flexijax.intervals import Adaptive
+from flexijax.cache.cache import CacheLayout
+from flexijax.engine.engine import CountedHead, Engine, Request
+from flexijax.engine.prefill import Program
+from flexijax.engine.sampling import Sampling
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
-from flexijax.policy import Flexi
-from flexijax.prefill import Program
-from flexijax.sampling import Sampling
-from flexijax.score_minmax import MinMax
+from flexijax.policies.base import Flexi
+from flexijax.policies.intervals import Adaptive
+from flexijax.policies.minmax import MinMax
 
 LAYERS, KV_HEADS, GROUP, WIDTH, VOCAB = 2, 2, 2, 8, 13
 # R is no multiple of the page, so that one page or two fill up between reranks.

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from flexijax import cli, cli_generate
-from flexijax.compiled import num_compiled
+from flexijax.cli import generate as cli_generate
+from flexijax.cli.main import main as cli
+from flexijax.cli.terminal import Progress, megabytes, table, write_json
 from flexijax.config import CacheConfig
+from flexijax.engine.program import num_compiled
+from flexijax.engine.sampling import Sampling
 from flexijax.models.load import load
 from flexijax.profiles.staleness import Fit
 from flexijax.results import Generation, Metrics
-from flexijax.sampling import Sampling
-from flexijax.terminal import Progress, megabytes, table, write_json
 
 METRICS: dict[str, Any] = {
     "prompt_tokens": 4812,
@@ -314,7 +315,7 @@ def test_compiled_programs_are_kept_between_runs(tmp_path, repository):
         "hits = []\n"
         "jax.monitoring.register_event_listener(\n"
         "    lambda event, **_: hits.append(event) if event.endswith('/cache_hits') else None)\n"
-        "from flexijax import cli\n"
+        "from flexijax.cli import main as cli\n"
         "def compute(args):\n"
         "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
         "    jax.jit(lambda x: x @ x + 7)(jax.numpy.ones((9, 9))).block_until_ready()\n"

@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexijax import cache as kv
-from flexijax import cli, cli_compile_report
-from flexijax.compile_report import compile_report
-from flexijax.config import CacheConfig
-from flexijax.footprint import (
+from flexijax.aot.compile_report import compile_report
+from flexijax.aot.footprint import (
     assumed_profile,
     make_program,
     shipped_profile,
     step_bytes,
 )
+from flexijax.aot.targets import target
+from flexijax.cache import cache as kv
+from flexijax.cli import compile_report as cli_compile_report
+from flexijax.cli.main import main as cli
+from flexijax.config import CacheConfig
 from flexijax.models import presets
-from flexijax.pallas_kernels.targets import target
 
 LLAMA = presets.config("llama-3.1-8b")
 

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from flexijax.compile_report import compile_report
+from flexijax.aot import compile as aot
+from flexijax.aot.compile_report import compile_report
+from flexijax.aot.footprint import shipped_profile
+from flexijax.aot.targets import target
 from flexijax.config import CacheConfig
-from flexijax.footprint import shipped_profile
 from flexijax.models import presets
-from flexijax.pallas_kernels import aot
-from flexijax.pallas_kernels.targets import target
 from flexijax.profiles.head_profile import HeadProfile
 
 try:

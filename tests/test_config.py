@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from flexijax.config import CacheConfig
-from flexijax.intervals import Adaptive
+from flexijax.policies.intervals import Adaptive
 
 
 def test_defaults_are_those_of_the_paper():

@@ -7,7 +7,7 @@ import pytest
 
 import flexijax
 from flexijax.config import MODES
-from flexijax.continuation import Continuation, read
+from flexijax.engine.continuation import Continuation, read
 from flexijax.generate import make_program
 from tests.tiny_models import tiny_model
 

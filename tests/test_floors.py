@@ -1,114 +1,55 @@
 """The floors of the design, read from the imports: a file may only look down."""
 
 import ast
-from itertools import chain
+import statistics
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-# A file imports only from lower floors, or from files listed above it on its own floor.
-FLOORS = {
-    "0 plain data": """
-        flexijax/intervals.py
-        flexijax/config.py
-        models/__init__.py
-        models/config.py
-        profiles/head_profile.py
-        profiles/lookup.py
-        profiles/records.py
-        profiles/__init__.py
-    """,
-    "1 kernels": """
-        pallas_kernels/platform.py
-        pallas_kernels/reference.py
-        pallas_kernels/partials.py
-        pallas_kernels/summaries.py
-        pallas_kernels/sketches.py
-        pallas_kernels/xla.py
-        pallas_kernels/sketch_scores_xla.py
-        pallas_kernels/page_scores.py
-        pallas_kernels/sketch_scores.py
-        pallas_kernels/sparse_decode.py
-        pallas_kernels/page_moves.py
-        pallas_kernels/page_scores_triton.py
-        pallas_kernels/sketch_scores_triton.py
-        pallas_kernels/sparse_decode_triton.py
-        pallas_kernels/prefill_cudnn.py
-        pallas_kernels/prefill.py
-        pallas_kernels/dispatch.py
-        pallas_kernels/targets.py
-        pallas_kernels/disassembly.py
-        pallas_kernels/aot.py
-        pallas_kernels/__init__.py
-    """,
-    "2 cache": """
-        flexijax/blocks.py
-        flexijax/score.py
-        flexijax/score_minmax.py
-        flexijax/score_sketch.py
-        flexijax/cache.py
-        flexijax/policy.py
-        flexijax/schedule.py
-        flexijax/tiers.py
-        flexijax/attention.py
-    """,
-    "3 models": """
-        models/layers.py
-        models/decoder.py
-        models/presets.py
-        models/weights.py
-        models/gguf_header.py
-        models/gguf_header.py
-        models/gguf.py
-        models/tokenizer.py
-        models/gguf_tokenizer.py
-        models/huggingface.py
-        models/language_model.py
-        models/checkpoint.py
-        models/dense.py
-        models/load.py
-    """,
-    "4 running": """
-        profiles/staleness.py
-        profiles/documents.py
-        profiles/stability.py
-        profiles/recorder.py
-        profiles/measure.py
-        profiles/choose.py
-        flexijax/sampling.py
-        flexijax/results.py
-        flexijax/text.py
-        flexijax/memory.py
-        flexijax/prefill.py
-        flexijax/decode.py
-        flexijax/compiled.py
-        flexijax/reading.py
-        flexijax/engine.py
-        flexijax/continuation.py
-        flexijax/requests.py
-        flexijax/generate.py
-        flexijax/agreement.py
-        flexijax/footprint.py
-        flexijax/compile_report.py
-        profiles/plots.py
-        profiles/report.py
-        flexijax/sweep.py
-    """,
-    "5 face": """
-        flexijax/terminal.py
-        flexijax/cli_generate.py
-        flexijax/cli_profile.py
-        flexijax/cli_compile_text.py
-        flexijax/cli_compile_report.py
-        flexijax/cli.py
-        flexijax/demo.py
-        flexijax/server.py
-        flexijax/__main__.py
-        flexijax/__init__.py
-    """,
-}
+# From the ground up: a folder, or a file that stands beside the folders, imports only from what is
+# listed above it here. Inside a folder files may import each other, but not in a circle.
+FLOORS = (
+    "profiles",
+    "pallas_kernels",
+    "models",
+    "flexijax/policies",
+    "flexijax/cache",
+    "flexijax/config.py",
+    "flexijax/results.py",
+    "flexijax/engine",
+    "flexijax/profiling",
+    "flexijax/generate.py",
+    "flexijax/agreement.py",
+    "flexijax/evaluate.py",
+    "flexijax/aot",
+    "flexijax/server",
+    "flexijax/cli",
+    "flexijax/demo.py",
+    "flexijax/__main__.py",
+    "flexijax/__init__.py",
+)
 FOLDERS = ("flexijax", "models", "pallas_kernels", "profiles")
-RANK = {name: rank for rank, name in enumerate(chain(*map(str.split, FLOORS.values())))}
+
+
+def floor_of(file: str) -> str | None:
+    """The entry of `FLOORS` that a file belongs to; None where nobody has named one.
+
+    "models/config.py" -> "models"; "flexijax/config.py" -> "flexijax/config.py"
+    """
+    return next((name for name in FLOORS if file == name or file.startswith(f"{name}/")), None)
+
+
+def edges(file: str, source: str, root: Path) -> Iterator[tuple[int, str, str | None]]:
+    """(line, module, file of ours or None) of each import of this package."""
+    for line, module, name in imported(ast.parse(source)):
+        if module.split(".")[0] == "flexijax":
+            yield (
+                line,
+                module,
+                (name and file_of(f"{module}.{name}", root)) or file_of(module, root),
+            )
 
 
 def library_files(root: Path) -> list[str]:
@@ -151,23 +92,25 @@ def imported(tree: ast.AST) -> list[tuple[int, str, str | None]]:
 def faults(file: str, source: str, root: Path) -> list[str]:
     """What a file of the package imports and must not."""
     wrong = []
-    for line, module, name in imported(ast.parse(source)):
+    for line, module, _ in imported(ast.parse(source)):
         top = module.split(".")[0]
         if not top or top in FOLDERS[1:] or top in ("tests", "bench", "examples"):
             wrong.append(f"{file}:{line} imports {module or '.'}: write flexijax.<folder>.<file>")
-            continue
-        if top != "flexijax":
-            continue
-        target = (name and file_of(f"{module}.{name}", root)) or file_of(module, root)
+    mine = floor_of(file)
+    for line, module, target in edges(file, source, root):
         if target is None:
             wrong.append(f"{file}:{line} imports {module}, which is no file of ours")
-        elif RANK.get(target, -1) >= RANK[file]:
-            wrong.append(f"{file}:{line} imports {target}, which stands on its floor or above")
+            continue
+        theirs = floor_of(target)
+        if theirs is None or mine is None or FLOORS.index(theirs) > FLOORS.index(mine):
+            wrong.append(f"{file}:{line} imports {target}, which stands above it")
+        elif theirs == mine and target == file:
+            wrong.append(f"{file}:{line} imports itself")
     return wrong
 
 
 def test_every_file_has_a_floor(repository):
-    unlisted = [file for file in library_files(repository) if file not in RANK]
+    unlisted = [file for file in library_files(repository) if floor_of(file) is None]
     assert not unlisted, f"name the floor of {unlisted} in FLOORS"
 
 
@@ -175,10 +118,35 @@ def test_files_import_only_from_below(repository):
     wrong = [
         fault
         for file in library_files(repository)
-        if file in RANK
         for fault in faults(file, (repository / file).read_text(encoding="utf-8"), repository)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_folder_imports_in_a_circle(repository):
+    """Not between folders, and not between the files of one: `graphlib` names the circle."""
+    between, within = {}, {}
+    for file in library_files(repository):
+        if file.endswith("/__init__.py"):
+            continue  # says what a folder shows, and is imported with each of its files
+        source = (repository / file).read_text(encoding="utf-8")
+        targets = [target for *_, target in edges(file, source, repository) if target is not None]
+        mine = floor_of(file)
+        between.setdefault(mine, set()).update({floor_of(target) for target in targets} - {mine})
+        within[file] = {target for target in targets if not target.endswith("/__init__.py")}
+    TopologicalSorter(between).prepare()
+    TopologicalSorter(within).prepare()
+
+
+def test_files_are_short(repository):
+    """One idea a file: at most 300 lines, half of them below 120."""
+    lines = {
+        file: len((repository / file).read_text(encoding="utf-8").splitlines())
+        for file in library_files(repository)
+    }
+    long = {file: count for file, count in lines.items() if count > 300}
+    assert not long
+    assert statistics.median(lines.values()) < 120
 
 
 def test_scripts_do_not_import_a_second_copy(repository):
@@ -201,8 +169,8 @@ def test_scripts_do_not_import_a_second_copy(repository):
         "from . import config",
         "from flexijax import CacheConfig",
         "import flexijax",
-        "def f():\n    from flexijax.profiles.lookup import find",
-        "from flexijax.profiles import find",
+        "def f():\n    from flexijax.cache.blocks import BlockAllocator",
+        "from flexijax.engine import sampling",
         "from flexijax.nowhere import thing",
         "from tests.conftest import REPOSITORY",
     ],
@@ -212,5 +180,5 @@ def test_a_planted_fault_is_found(source, repository):
 
 
 def test_looking_down_is_allowed(repository):
-    source = "from flexijax.config import CacheConfig\nimport jax\nfrom pathlib import Path"
-    assert not faults("profiles/head_profile.py", source, repository)
+    source = "from flexijax.profiles.lookup import find\nimport jax\nfrom pathlib import Path"
+    assert not faults("flexijax/cache/blocks.py", source, repository)

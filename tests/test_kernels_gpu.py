@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flexijax.pallas_kernels import aot, dispatch, platform, prefill_cudnn
+from flexijax.aot import compile as aot
+from flexijax.aot.targets import target, targets
+from flexijax.pallas_kernels import dispatch, platform, prefill_cudnn
 from flexijax.pallas_kernels.prefill import prefill_attention
 from flexijax.pallas_kernels.sketches import SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, group_size
-from flexijax.pallas_kernels.targets import target, targets
 
 try:
     aot.prepare()  # while tests are collected, before any of them touches a device

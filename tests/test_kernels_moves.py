@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexijax import tiers
-from flexijax.cache import LayerHost
+from flexijax.cache import tiers
+from flexijax.cache.cache import LayerHost
 from flexijax.pallas_kernels import dispatch, platform, reference, summaries
 from tests.kernel_cases import numpy_dtype
 

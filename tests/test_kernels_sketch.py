@@ -9,7 +9,7 @@ import pytest
 
 from flexijax.pallas_kernels import dispatch, reference, sketches
 from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery
-from flexijax.score_sketch import Sketch, log_mass
+from flexijax.policies.sketch import Sketch, log_mass
 from tests.kernel_cases import SKETCH_CASES, assert_numbers_close, sketch_inputs
 
 

@@ -138,11 +138,11 @@ def test_sketch_scores(case):
 
 COMPILE = """
 import functools
-from flexijax.pallas_kernels import aot
+from flexijax.aot import compile as aot
 aot.prepare()
 import jax, jax.numpy as jnp
 from flexijax.pallas_kernels import dispatch, platform
-from flexijax.pallas_kernels.targets import target
+from flexijax.aot.targets import target
 
 def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=platform.sharding())

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax import cache as kv
-from flexijax import decode
+from flexijax.cache import cache as kv
 from flexijax.config import MODES
-from flexijax.continuation import Continuation, read
-from flexijax.decode import decode_chunk
-from flexijax.engine import Engine, Request
+from flexijax.engine import decode
+from flexijax.engine.continuation import Continuation, read
+from flexijax.engine.decode import decode_chunk
+from flexijax.engine.engine import Engine, Request
 from flexijax.generate import make_program
 from flexijax.models.dense import dense_attend
-from flexijax.score_minmax import MinMax
+from flexijax.policies.minmax import MinMax
 from tests.tiny_models import tiny_model
 
 PAGE, STEPS = 4, 8

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax import cli, cli_generate
-from flexijax.profiles import choose as module
+from flexijax.cli import generate as cli_generate
+from flexijax.cli.main import main as cli
 from flexijax.profiles import lookup
-from flexijax.profiles.choose import choose
-from flexijax.profiles.measure import profile_prompt
+from flexijax.profiling import choose as module
+from flexijax.profiling.choose import choose
+from flexijax.profiling.measure import profile_prompt
 from tests.planted import WORDS, planted_model
 from tests.tiny_models import tiny_model
 

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexijax import profiles
 from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
 from flexijax.models.dense import dense_attend
 from flexijax.models.language_model import from_config
 from flexijax.pallas_kernels import reference
 from flexijax.pallas_kernels.sketches import SPACING
-from flexijax.profiles import measure
 from flexijax.profiles.documents import prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiles.measure import Settings
-from flexijax.profiles.recorder import record
+from flexijax.profiling import measure
+from flexijax.profiling.measure import Settings
+from flexijax.profiling.recorder import record
 from tests.planted import WORDS, planted_model, text_document, words_tokenizer
 
 PAGE, STEPS, BUDGETS = 4, 16, (3, 6)
@@ -338,7 +339,7 @@ def test_no_tokenizer_is_said(planted):
 
 
 def test_shipped_profile_of_smollm2_holds_a_quarter_of_the_heads():
-    path = Path(measure.__file__).resolve().parent / "smollm2-135m.json"
+    path = Path(profiles.__file__).parent / "smollm2-135m.json"
     profile = HeadProfile.load(path)
     assert (profile.num_layers, profile.num_kv_heads) == (30, 3)
     assert (profile.page_size, profile.budget_pages, len(profile.unstable)) == (16, 64, 22)

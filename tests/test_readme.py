@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from flexijax import cli
+from flexijax.cli.main import main as cli
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexijax.sampling import (
+from flexijax.engine.sampling import (
     Sampling,
     SamplingRows,
     filtered_weights,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax.engine import Engine, Request
+from flexijax.engine.engine import Engine, Request
+from flexijax.engine.sampling import Sampling
 from flexijax.generate import make_program
 from flexijax.pallas_kernels import reference
 from flexijax.pallas_kernels.sketches import SPACING
-from flexijax.sampling import Sampling
 from tests.tiny_models import tiny_model
 
 PAGE, STEPS = 4, 8

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax import cli, cli_generate
-from flexijax.profiles.measure import profile_prompt
+from flexijax.cli import generate as cli_generate
+from flexijax.cli.main import main as cli
 from flexijax.profiles.staleness import Fit, HeadStability, fit, promised_rco
+from flexijax.profiling.measure import profile_prompt
 from tests.planted import WORDS, planted_model
 
 PAGE, BUDGET = 4, 8

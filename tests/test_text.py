@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from flexijax.text import RunningText
+from flexijax.engine.text import RunningText
 
 
 class Letters:

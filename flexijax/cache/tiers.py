@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.cache import LayerHost
+from flexijax.cache.cache import LayerHost
 from flexijax.pallas_kernels import dispatch, platform
 
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax.attention import Workspace
-from flexijax.cache import Cache
-from flexijax.compiled import Compiler, run_commit
+from flexijax.cache.attention import Workspace
+from flexijax.cache.cache import Cache
+from flexijax.engine.prefill import Program, new_workspace, prefill_chunk
+from flexijax.engine.program import Compiler, run_commit
 from flexijax.models.decoder import Params
-from flexijax.prefill import Program, new_workspace, prefill_chunk
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.attention import DecodeAttention, DecodeState
-from flexijax.cache import Cache, Counters, HeadCounters, LayerCache, LayerHost, Pace
+from flexijax.cache.attention import DecodeAttention, DecodeState
+from flexijax.cache.cache import Cache, Counters, HeadCounters, LayerCache, LayerHost, Pace
+from flexijax.cache.rerank import filled_pages, find_slots, plan_rerank
+from flexijax.cache.tiers import offload, promote
+from flexijax.engine.prefill import Program
+from flexijax.engine.sampling import SamplingRows, sample, step_keys
 from flexijax.models.decoder import Params
-from flexijax.policy import forced
-from flexijax.prefill import Program
-from flexijax.sampling import SamplingRows, sample, step_keys
-from flexijax.schedule import filled_pages, find_slots, plan_rerank
-from flexijax.tiers import offload, promote
+from flexijax.policies.base import forced
 
 LayerProgram: TypeAlias = Callable[..., Any]
 

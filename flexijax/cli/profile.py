@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
+from flexijax.cli.terminal import Progress, check_writable, table, write_json
 from flexijax.models.load import load
 from flexijax.profiles import plots, report
 from flexijax.profiles.documents import read_documents
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiles.measure import Settings, averages, make_profile, measure_documents
-from flexijax.profiles.recorder import SCORES
-from flexijax.terminal import Progress, check_writable, table, write_json
+from flexijax.profiling.measure import Settings, averages, make_profile, measure_documents
+from flexijax.profiling.recorder import SCORES
 
 NAME = "profile"
 HELP = "measure which KV heads of a model keep choosing the same pages"

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.config import CacheConfig
-from flexijax.intervals import Adaptive
+from flexijax.policies.intervals import Adaptive
+from flexijax.policies.minmax import MinMax
+from flexijax.policies.score import Score
+from flexijax.policies.sketch import Sketch
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.score import Score
-from flexijax.score_minmax import MinMax
-from flexijax.score_sketch import Sketch
 
 
 def forced(scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:

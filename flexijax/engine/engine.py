@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax.blocks import BlockAllocator
-from flexijax.cache import Cache
-from flexijax.compiled import Compiler, compile_decode, run_decode
-from flexijax.decode import Drawn, Rows
+from flexijax.cache.blocks import BlockAllocator
+from flexijax.cache.cache import Cache
+from flexijax.engine.decode import Drawn, Rows
+from flexijax.engine.prefill import Program
+from flexijax.engine.prefiller import Progress, Reader
+from flexijax.engine.program import Compiler, compile_decode, run_decode
+from flexijax.engine.sampling import Sampling, SamplingRows, sample, step_keys
 from flexijax.models.language_model import LanguageModel
-from flexijax.prefill import Program
-from flexijax.reading import Progress, Reader
-from flexijax.sampling import Sampling, SamplingRows, sample, step_keys
 
 # Stop tokens a request may name; a fixed width, so that programs are compiled once.
 MAX_STOP_IDS = 16

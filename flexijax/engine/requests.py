@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import SupportsIndex, cast
 
 from flexijax.config import CacheConfig
-from flexijax.engine import MAX_STOP_IDS, Request
+from flexijax.engine.engine import MAX_STOP_IDS, Request
+from flexijax.engine.sampling import Sampling, request_seed
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
-from flexijax.sampling import Sampling, request_seed
 
 
 def make_requests(

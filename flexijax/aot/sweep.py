@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexijax.aot.footprint import footprint
+from flexijax.aot.targets import Target
 from flexijax.config import CacheConfig
-from flexijax.footprint import footprint
 from flexijax.models.config import ModelConfig
-from flexijax.pallas_kernels.targets import Target
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.plots import pyplot
 

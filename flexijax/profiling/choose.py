@@ -7,7 +7,7 @@ from functools import partial
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiles.measure import least_tokens, profile_prompt
+from flexijax.profiling.measure import least_tokens, profile_prompt
 
 AUTO = "auto"
 # Steps that an unprofiled model is watched for: four windows.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flexijax.pallas_kernels.targets import Target
+from flexijax.aot.targets import Target
 
 _PTX_ENTRY = re.compile(r"\.entry (\w+)")
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")

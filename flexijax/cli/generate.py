@@ -8,6 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from flexijax.agreement import agreeing_tokens
+from flexijax.cli.terminal import (
+    Progress,
+    check_writable,
+    environment,
+    megabytes,
+    table,
+    write_json,
+)
 from flexijax.config import (
     ADAPTIVE,
     DTYPES,
@@ -18,22 +26,14 @@ from flexijax.config import (
     TRANSFERS,
     CacheConfig,
 )
+from flexijax.engine.sampling import Sampling
 from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.profiles import lookup
-from flexijax.profiles.choose import AUTO
 from flexijax.profiles.staleness import Fit
+from flexijax.profiling.choose import AUTO
 from flexijax.results import Generation, StaleProfileWarning
-from flexijax.sampling import Sampling
-from flexijax.terminal import (
-    Progress,
-    check_writable,
-    environment,
-    megabytes,
-    table,
-    write_json,
-)
 
 NAME = "generate"
 HELP = "continue a prompt with a model, through the cache of your choice"

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.cache import CacheLayout, LayerCache
+from flexijax.cache.cache import CacheLayout, LayerCache
+from flexijax.cache.rerank import find_slots
 from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.prefill import prefill_attention
-from flexijax.policy import Policy, forced
-from flexijax.schedule import find_slots
+from flexijax.policies.base import Policy, forced
 
 
 @jax.tree_util.register_dataclass

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from flexijax.compile_report import OURS, CompileReport, ProgramReport
-from flexijax.pallas_kernels.disassembly import KernelReport
-from flexijax.sweep import Point
-from flexijax.terminal import megabytes, table
+from flexijax.aot.compile_report import OURS, CompileReport, ProgramReport
+from flexijax.aot.disassembly import KernelReport
+from flexijax.aot.sweep import Point
+from flexijax.cli.terminal import megabytes, table
 
 
 def as_json(report: CompileReport) -> dict[str, Any]:

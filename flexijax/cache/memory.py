@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from flexijax import cache as kv
+from flexijax.cache import cache as kv
 from flexijax.pallas_kernels import platform
-from flexijax.policy import Policy
+from flexijax.policies.base import Policy
 
 
 def cache_bytes(layout: kv.CacheLayout, policy: Policy) -> tuple[int, int]:

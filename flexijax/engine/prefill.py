@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.attention import PrefillAttention, PrefillState, Workspace
-from flexijax.cache import Cache, CacheLayout, LayerCache, LayerHost, Pace
+from flexijax.cache.attention import PrefillAttention, PrefillState, Workspace
+from flexijax.cache.cache import Cache, CacheLayout, LayerCache, LayerHost, Pace
+from flexijax.cache.rerank import plan_rerank
+from flexijax.cache.tiers import offload
 from flexijax.models.decoder import DecoderLike, Params
 from flexijax.pallas_kernels import platform
-from flexijax.policy import Policy, forced
-from flexijax.schedule import plan_rerank
-from flexijax.tiers import offload
+from flexijax.policies.base import Policy, forced
 
 # Tokens in a chunk: enough for the matrix products to run at full rate, few enough for a progress
 # bar that moves and for short prompts not to wait.

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
-from flexijax import cache as kv
-from flexijax.attention import Workspace
-from flexijax.cache import Cache
-from flexijax.decode import (
+from flexijax.cache import cache as kv
+from flexijax.cache.attention import Workspace
+from flexijax.cache.cache import Cache
+from flexijax.cache.memory import trim_heap
+from flexijax.engine.decode import (
     Drawn,
     Rows,
     decode_chunk,
@@ -22,10 +23,9 @@ from flexijax.decode import (
     rerank,
     rerank_layer,
 )
-from flexijax.memory import trim_heap
+from flexijax.engine.prefill import Program, commit, commit_layer, enter, heads
 from flexijax.models.decoder import Params
 from flexijax.pallas_kernels import platform
-from flexijax.prefill import Program, commit, commit_layer, enter, heads
 
 _executables: dict[Any, jax.stages.Compiled] = {}
 

@@ -10,17 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexijax import cache as kv
-from flexijax.attention import Workspace
+from flexijax.aot.targets import Target
+from flexijax.cache import cache as kv
+from flexijax.cache.attention import Workspace
+from flexijax.cache.memory import summary_bytes
 from flexijax.config import CacheConfig
+from flexijax.engine.prefill import Program, new_workspace
 from flexijax.generate import make_layout
-from flexijax.memory import summary_bytes
 from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
 from flexijax.pallas_kernels import platform
-from flexijax.pallas_kernels.targets import Target
-from flexijax.policy import make
-from flexijax.prefill import Program, new_workspace
+from flexijax.policies.base import make
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
 

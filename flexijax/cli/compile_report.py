@@ -6,15 +6,16 @@ from pathlib import Path
 
 import jax
 
-from flexijax.cli_compile_text import as_json, sweep_table, text
-from flexijax.compile_report import compile_report, describe
+from flexijax.aot import compile as aot
+from flexijax.aot import targets
+from flexijax.aot.compile_report import compile_report, describe
+from flexijax.aot.footprint import assumed_profile, shipped_profile
+from flexijax.aot.sweep import default_contexts, draw, sweep
+from flexijax.cli.compile_text import as_json, sweep_table, text
+from flexijax.cli.terminal import Progress, check_writable, write_json
 from flexijax.config import IMPLEMENTATIONS, MODES, SCORES, SUMMARY_DTYPES, TRANSFERS, CacheConfig
-from flexijax.footprint import assumed_profile, shipped_profile
 from flexijax.models import presets
-from flexijax.pallas_kernels import aot, targets
 from flexijax.profiles import lookup
-from flexijax.sweep import default_contexts, draw, sweep
-from flexijax.terminal import Progress, check_writable, write_json
 
 NAME = "compile-report"
 HELP = "compile a preset for a GPU that need not be here: memory, kernels, time per step"

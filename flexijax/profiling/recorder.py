@@ -18,8 +18,8 @@ from flexijax.models.config import AttentionShape
 from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels.prefill import prefill_attention
-from flexijax.policy import forced, make_score
-from flexijax.score import Score
+from flexijax.policies.base import forced, make_score
+from flexijax.policies.score import Score
 
 MASS = "mass"
 SCORES = (*config.SCORES, MASS)

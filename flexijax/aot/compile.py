@@ -21,9 +21,10 @@ import jax
 import numpy as np
 from jax import export
 
-from flexijax.pallas_kernels import disassembly, platform
-from flexijax.pallas_kernels.disassembly import KernelReport
-from flexijax.pallas_kernels.targets import Target
+from flexijax.aot import disassembly
+from flexijax.aot.disassembly import KernelReport
+from flexijax.aot.targets import Target
+from flexijax.pallas_kernels import platform
 
 # Without it the CUDA plugin refuses to load where there is no driver; jax looks when it first
 # touches a device.
@@ -200,7 +201,7 @@ def _compile_only_device(target: Target) -> Any:
         )
     except NotImplementedError as error:
         raise RuntimeError(
-            "jax looked for devices before flexijax.pallas_kernels.aot.prepare(): "
+            "jax looked for devices before flexijax.aot.compile.prepare(): "
             f"call it first, or start Python with {_NO_DRIVER}=1"
         ) from error
     return topology.devices[0]

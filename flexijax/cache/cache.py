@@ -12,7 +12,7 @@ import numpy as np
 
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels import platform
-from flexijax.score import Score
+from flexijax.policies.score import Score
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from flexijax.models.language_model import LanguageModel
 from flexijax.profiles import stability
 from flexijax.profiles.documents import Document, Tokenizer, prompt_ids
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiles.recorder import SCORES, Recording, record
 from flexijax.profiles.records import Records
+from flexijax.profiling.recorder import SCORES, Recording, record
 
 LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 # A prompt must hold this many times the budget before its heads are told apart. The 22 heads of

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax.compiled import Compiler, run_decode, run_forced
-from flexijax.engine import free_rows
+from flexijax.engine.engine import free_rows
+from flexijax.engine.prefill import Program
+from flexijax.engine.prefiller import Progress, Reader, Reading
+from flexijax.engine.program import Compiler, run_decode, run_forced
 from flexijax.models.decoder import Params
 from flexijax.models.language_model import LanguageModel
-from flexijax.prefill import Program
-from flexijax.reading import Progress, Reader, Reading
 
 
 def read(

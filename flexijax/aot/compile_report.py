@@ -10,23 +10,24 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from flexijax import cache as kv
-from flexijax.config import CacheConfig
-from flexijax.decode import decode_chunk
-from flexijax.engine import free_rows
-from flexijax.footprint import (
+from flexijax.aot import compile as aot
+from flexijax.aot.compile import CompiledReport, MemoryReport
+from flexijax.aot.disassembly import KernelReport
+from flexijax.aot.footprint import (
     Footprint,
     abstract_params,
     abstract_workspace,
     footprint,
     nbytes,
 )
+from flexijax.aot.targets import Target
+from flexijax.cache import cache as kv
+from flexijax.config import CacheConfig
+from flexijax.engine.decode import decode_chunk
+from flexijax.engine.engine import free_rows
+from flexijax.engine.prefill import Program, prefill_chunk
 from flexijax.models.config import ModelConfig
-from flexijax.pallas_kernels import aot, platform
-from flexijax.pallas_kernels.aot import CompiledReport, MemoryReport
-from flexijax.pallas_kernels.disassembly import KernelReport
-from flexijax.pallas_kernels.targets import Target
-from flexijax.prefill import Program, prefill_chunk
+from flexijax.pallas_kernels import platform
 from flexijax.profiles.head_profile import HeadProfile
 
 Progress: TypeAlias = Callable[[str, int, int], None]

@@ -1,0 +1,1 @@
+"""Programs compiled for a GPU that this machine does not have, and what is read from them."""

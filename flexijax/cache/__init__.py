@@ -1,0 +1,1 @@
+"""The two-tier cache: arrays in both memories, blocks, moves, reranks."""

@@ -1,0 +1,1 @@
+"""Running requests: prefill, decode, sampling, batching."""

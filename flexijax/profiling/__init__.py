@@ -1,0 +1,1 @@
+"""Measuring on text which KV heads of a model are stable."""
