@@ -1,28 +1,220 @@
-"""Policies: which heads keep all pages on the device, which pages a step reads, what is reranked.
+"""What a cache method is: head groups with their ladders, what is observed, how things are ranked.
 
-A policy is a small frozen dataclass of pure functions. The mechanism (cache, tiers, attention,
-decode) asks it and knows no policy by name; a new one is a class with these methods.
+Every published method is a ranking of tokens or pages plus a ladder of places: the best ranked stay
+on the device, the rest goes to the host or is dropped. A policy says which heads are kept how, and
+ranks; the mechanism in `flexijax.cache` takes the top, moves, counts, and knows no policy by name.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.config import CacheConfig
-from flexijax.policies.intervals import Adaptive
-from flexijax.policies.minmax import MinMax
-from flexijax.policies.score import Score
-from flexijax.policies.sketch import Sketch
+from flexijax.models.config import AttentionShape
+from flexijax.policies.adaptive import Adaptive
+from flexijax.policies.page_score import PageScore
 from flexijax.profiles.head_profile import HeadProfile
 
+DEVICE = "device"
+HOST = "host"
 
-def forced(scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
-    """Scores with the first page (attention sink) and the newest page at +inf.
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """One rung of a ladder: room for so many pages or tokens of each head; None takes all."""
+
+    room: int | None
+    memory: Literal["device", "host"] = DEVICE
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadGroup:
+    """KV heads of one layer that are kept alike. Static: programs are compiled for it.
+
+    heads: ascending. ladder: where their pages or tokens are, best ranked first; what falls below
+    the last rung is dropped for good, and counted. unit: what is ranked and moved. attends: pages
+    that each step chooses among those on the device; None attends to all of them. score: how pages
+    are scored, where they are chosen or moved. prompt_room: of a prompt only so many stay, and what
+    is generated fills the rest of the room; None fills all of it. schedule: each head is reranked
+    in an interval of its own; None reranks all after every chunk of decode steps.
+
+    | ladder | unit | attends | kept as |
+    |---|---|---|---|
+    | all on the device | page | None | dense: attention over everything |
+    | all on the device | page | n | selected: n pages chosen at every step, by a block table |
+    | n on the device, all on the host | page | None | offloaded: reranked, new ones load |
+    | n on the device | token | None | evicting: the lowest ranked are overwritten |
+
+    Raises ValueError for any other combination.
+    """
+
+    heads: tuple[int, ...]
+    ladder: tuple[Tier, ...]
+    unit: Literal["page", "token"] = "page"
+    attends: int | None = None
+    score: PageScore | None = None
+    prompt_room: int | None = None
+    schedule: Adaptive | None = None
+
+    def __post_init__(self) -> None:
+        if list(self.heads) != sorted(set(self.heads)):
+            raise ValueError(f"heads={self.heads} of a group must ascend, each named once")
+        for name, value in (("attends", self.attends), ("prompt_room", self.prompt_room)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} of a head group must be at least 1")
+        if self.room is not None and self.room < 1:
+            raise ValueError(f"room={self.room} of a tier must be at least 1")
+        if self.prompt_room is not None and self.prompt_room > (self.room or 0):
+            raise ValueError(f"prompt_room={self.prompt_room} is more than room={self.room}")
+        if self.kind in ("selected", "offloaded") and self.score is None:
+            raise ValueError("a head group whose pages are chosen needs a score")
+
+    @property
+    def room(self) -> int | None:
+        """Units on the device, for each head; None: all that come."""
+        return self.ladder[0].room
+
+    @property
+    def kind(self) -> Literal["dense", "selected", "offloaded", "evicting"]:
+        """How the group is kept: see the table above."""
+        limited = self.room is not None
+        match ([tier.memory for tier in self.ladder], self.unit, limited, self.attends is None):
+            case (["device"], "page", False, True):
+                return "dense"
+            case (["device"], "page", False, False):
+                return "selected"
+            case (["device", "host"], "page", True, True) if self.ladder[1].room is None:
+                return "offloaded"
+            case (["device"], "token", True, True):
+                return "evicting"
+        raise ValueError(
+            f"{self} is no ladder that the cache has: pages all on the device (all attended, or "
+            "`attends` of them chosen), pages with limited room on the device and all of them on "
+            "the host, or tokens with limited room and the rest dropped (rank the tokens of a page "
+            "alike to drop whole pages)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """What a policy may know of a run when it states its groups.
+
+    budget_tokens: that a head attends to beside the newest ones. max_tokens: of the longest
+    request; max_new_tokens of them are generated. chunk_steps: decode steps between two reranks.
+    adaptive: of `CacheConfig(rerank_interval="adaptive")`. profile: of the model's heads, None
+    unless the policy asks for one.
+    """
+
+    shape: AttentionShape
+    page_size: int
+    budget_tokens: int
+    max_tokens: int
+    max_new_tokens: int
+    chunk_steps: int
+    adaptive: Adaptive | None
+    profile: HeadProfile | None
+
+    @property
+    def budget_pages(self) -> int:
+        """The budget in pages."""
+        return self.budget_tokens // self.page_size
+
+    @property
+    def all_heads(self) -> tuple[int, ...]:
+        """The KV heads of a layer."""
+        return tuple(range(self.shape.num_kv_heads))
+
+
+class Tokens(NamedTuple):
+    """The tokens of one KV head that are on the device, in any order."""
+
+    k: jax.Array  # [T, H], rotated
+    v: jax.Array  # [T, H]
+    position: jax.Array  # int32[T], in the text; -1 where there is no token
+    length: jax.Array  # int32[], tokens of the text so far
+    layer: jax.Array  # int32[]
+
+
+class Window(NamedTuple):
+    """The last W queries of one KV head over its T tokens."""
+
+    q: jax.Array  # [G, W, H], unscaled
+    position: jax.Array  # int32[W], in the text; -1 where there is no query
+    logits: jax.Array  # float32[G, W, T], scaled; -inf where the query does not see the token
+    lse: jax.Array  # float32[G, W], log of the sum of their exponentials
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyState:
+    """What a policy remembers of one KV head of one request; both may be without leaves."""
+
+    tokens: Any = ()  # leaves [T, ...], which stay with their token wherever it moves
+    head: Any = ()  # leaves of any shape
+
+
+class Policy(abc.ABC):
+    """A cache method: a frozen dataclass of pure functions, hashable, one file each.
+
+    `groups` is all that must be given. What is here besides are the defaults: the first and the
+    newest page always rank highest, no query is observed, the newest tokens stay.
+    """
+
+    @property
+    def name(self) -> str:
+        """What messages and tables call the method; that of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether the method asks which heads of the model are stable."""
+        return False
+
+    @property
+    def prompt_window(self) -> int | None:
+        """How many of a prompt's last queries are observed at its end; None: every one of it."""
+        return 0
+
+    @property
+    def observes_decode(self) -> bool:
+        """Whether the queries of each chunk of decode steps are observed at its end."""
+        return False
+
+    @abc.abstractmethod
+    def groups(self, layer: int, run: RunSpec) -> tuple[HeadGroup, ...]:
+        """How each KV head of a layer is kept; every head is in one group."""
+
+    def rank_pages(self, scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
+        """What pages are chosen by, in a step or at a rerank: float32[B, K, P], -inf for never.
+
+        scores: float32[B, K, P] of the group's page score. lengths: int32[B]. The newest page's
+        score may be anything, so a method says by rule whether to attend to it; of an offloaded
+        head it stays on the device whatever its rank, since its tokens are nowhere else.
+        """
+        return keep_first_and_newest(scores, lengths, page_size=page_size)
+
+    def init_state(self, tokens: int) -> PolicyState:
+        """What is remembered of a head of which nothing was observed yet; tokens: T."""
+        return PolicyState()
+
+    def observe(
+        self, group: HeadGroup, state: PolicyState, window: Window, tokens: Tokens
+    ) -> PolicyState:
+        """What is remembered of a head after its queries in `window`."""
+        return state
+
+    def rank_tokens(self, group: HeadGroup, state: PolicyState, tokens: Tokens) -> jax.Array:
+        """What tokens are kept by: float32[T]; the `room` greatest stay. Equal ranks: any."""
+        return tokens.position.astype(jnp.float32)
+
+
+def keep_first_and_newest(scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
+    """Scores with the first page (the attention sink) and the newest page at +inf.
 
     scores: float32[B, K, P]; lengths: int32[B]. A free row stays at -inf everywhere.
     """
@@ -32,162 +224,17 @@ def forced(scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Arra
     return jnp.where(keep[:, None, :], jnp.inf, scores)
 
 
-def top_pages(scores: jax.Array, count: int) -> jax.Array:
-    """int32[B, K, n]: the pages of the n = min(count, P) greatest scores, -1 where none is left."""
-    best, page = lax.top_k(scores, min(count, scores.shape[-1]))
-    return jnp.where(best > -jnp.inf, page, -1).astype(jnp.int32)
+def attention(window: Window) -> jax.Array:
+    """The weights float32[G, W, T] of the window's softmax; 0 for queries that are not there."""
+    weights = jnp.exp(window.logits - window.lse[..., None])
+    return jnp.where((window.position >= 0)[None, :, None], weights, 0.0)
 
 
-class Policy(Protocol):
-    """What the mechanism asks of a method."""
-
-    @property
-    def score(self) -> Score | None:
-        """How pages are scored; None when no head ever chooses."""
-        ...
-
-    @property
-    def offloads(self) -> bool:
-        """Whether slotted heads keep their pages on the host and are reranked."""
-        ...
-
-    @property
-    def intervals(self) -> Adaptive | None:
-        """How each slotted head's rerank interval changes; None: all are reranked every chunk."""
-        ...
-
-    def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
-        """KV heads of a layer that keep every page on the device and choose at every step."""
-        ...
-
-    def slots(self, pages: int) -> int:
-        """Pages that a slotted head has room for when a request has up to `pages`."""
-        ...
-
-    def select(self, scores: jax.Array) -> jax.Array:
-        """Pages a step reads for paged heads: scores float32[B, K, P] -> int32[B, K, n]."""
-        ...
-
-    def plan(self, scores: jax.Array) -> jax.Array:
-        """Pages of slotted heads to be resident after a rerank: as `select`."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Full:
-    """Dense attention: every page of every head in a slot of its own, nothing chosen."""
-
-    score: None = None
-    offloads: bool = False
-    intervals: None = None
-
-    def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
-        """None: see `Policy`."""
-        return ()
-
-    def slots(self, pages: int) -> int:
-        """All: see `Policy`."""
-        return pages
-
-    def select(self, scores: jax.Array) -> jax.Array:
-        """Never asked: no head is paged."""
-        raise AssertionError("mode full has no paged heads")
-
-    def plan(self, scores: jax.Array) -> jax.Array:
-        """Never asked: nothing is offloaded."""
-        raise AssertionError("mode full has nothing to rerank")
-
-
-@dataclasses.dataclass(frozen=True)
-class Quest:
-    """All pages of all heads on the device; every head chooses at every step."""
-
-    score: Score
-    budget_pages: int
-    offloads: bool = False
-    intervals: None = None
-
-    def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
-        """All: see `Policy`."""
-        return tuple(range(num_kv_heads))
-
-    def slots(self, pages: int) -> int:
-        """None: see `Policy`."""
-        return 0
-
-    def select(self, scores: jax.Array) -> jax.Array:
-        """The budget's best pages: see `Policy`."""
-        return top_pages(scores, self.budget_pages)
-
-    def plan(self, scores: jax.Array) -> jax.Array:
-        """Never asked: no head is slotted."""
-        raise AssertionError("mode quest has nothing to rerank")
-
-
-@dataclasses.dataclass(frozen=True)
-class Flexi:
-    """FlexiCache: unstable heads as `Quest`, stable heads by periodic rerank from the host.
-
-    unstable: per layer, the KV heads that choose at every step. tail_pages: the most pages that
-    can begin between two reranks. intervals: see `Policy`. Source:
-    https://arxiv.org/abs/2511.00868.
-    """
-
-    score: Score
-    unstable: tuple[tuple[int, ...], ...]
-    budget_pages: int
-    tail_pages: int
-    offloads: bool = True
-    intervals: Adaptive | None = None
-
-    def paged_heads(self, layer: int, num_kv_heads: int) -> tuple[int, ...]:
-        """The unstable ones: see `Policy`."""
-        return self.unstable[layer]
-
-    def slots(self, pages: int) -> int:
-        """The budget and the tail: see `Policy`."""
-        return min(pages, self.budget_pages + self.tail_pages)
-
-    def select(self, scores: jax.Array) -> jax.Array:
-        """The budget's best pages: see `Policy`."""
-        return top_pages(scores, self.budget_pages)
-
-    def plan(self, scores: jax.Array) -> jax.Array:
-        """The budget's best pages: see `Policy`."""
-        return top_pages(scores, self.budget_pages)
-
-
-def make(
-    config: CacheConfig, *, profile: HeadProfile | None, num_layers: int, dtype: str
-) -> Policy:
-    """The policy that `config.mode` names; the only place that knows the names.
-
-    dtype: of keys and values, which summaries follow unless the config says otherwise.
-    Raises ValueError when mode "flexi" comes without a profile, or for summaries in float16 of keys
-    in another dtype.
-    """
-    if config.mode == "full":
-        return Full()
-    score = make_score(config, dtype)
-    if config.mode == "quest":
-        return Quest(score, config.budget_pages)
-    if profile is None:
-        raise ValueError("mode='flexi' needs a head profile: pass profile=HeadProfile or its name")
-    unstable = tuple(profile.unstable_heads(layer) for layer in range(num_layers))
-    return Flexi(
-        score, unstable, config.budget_pages, config.tail_pages, intervals=config.intervals
-    )
-
-
-def make_score(config: CacheConfig, dtype: str) -> Score:
-    """What `config.score` names; dtype and errors: see `make`."""
-    if config.score == "minmax":
-        summary_dtype = config.summary_dtype or dtype
-        if summary_dtype == "float16" and dtype != "float16":
-            raise ValueError(
-                f"summary_dtype='float16' ends at 65504, and keys in {dtype} do not: beyond it a "
-                "bound would be infinite and its product with 0 no number; take 'bfloat16' or "
-                "'int8'"
-            )
-        return MinMax(summary_dtype)
-    return Sketch(bits=int(config.score.removeprefix("sketch")), page_size=config.page_size)
+def check_groups(groups: tuple[HeadGroup, ...], *, num_kv_heads: int, layer: int) -> None:
+    """Raises ValueError unless every KV head of the layer is in exactly one group."""
+    named = sorted(head for group in groups for head in group.heads)
+    if named != list(range(num_kv_heads)):
+        raise ValueError(
+            f"the head groups of layer {layer} name heads {named}; each of 0 .. {num_kv_heads - 1} "
+            "must be in one group"
+        )

@@ -7,61 +7,82 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from flexijax.pallas_kernels import dispatch, platform
 from flexijax.pallas_kernels.summaries import quantize, summarize
+from flexijax.policies.page_score import PageShape, PageTable
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
 class MinMax:
     """Quest's upper bound of q.k over a page, from the elementwise min and max of its keys.
 
-    dtype: of the summaries; "int8" shares a power-of-two scale among 32 channels.
-    Source: https://arxiv.org/abs/2406.10774, equation 2.
+    dtype: of the summaries, one of `DTYPES`; None is that of the keys, "int8" shares a power-of-two
+    scale among 32 channels. Source: https://arxiv.org/abs/2406.10774, equation 2.
+    Raises ValueError for another dtype.
     """
 
-    dtype: str
+    dtype: str | None = None
 
-    def empty(self, blocks: int, heads: int, head_dim: int) -> Any:
-        """See `Score.empty`: [blocks, heads, 2, head_dim], minimum then maximum."""
-        shape, device = (blocks, heads, 2, head_dim), platform.sharding()
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            listed = ", ".join(map(repr, DTYPES))
+            raise ValueError(f"dtype={self.dtype!r} of MinMax must be None or one of {listed}")
+
+    def empty(self, blocks: int, heads: int, page: PageShape) -> Any:
+        """See `PageScore.empty`: [blocks, heads, 2, head_dim], minimum then maximum."""
+        shape, device = (blocks, heads, 2, page.head_dim), platform.sharding()
+        if self.dtype == "float16" != page.dtype:
+            raise ValueError(
+                f"summaries in dtype='float16' end at 65504, and keys in {page.dtype} do not: "
+                "beyond it a bound would be infinite and its product with 0 no number; take "
+                "'bfloat16' or 'int8'"
+            )
         if self.dtype != "int8":
-            return jnp.zeros(shape, self.dtype, device=device)
+            return jnp.zeros(shape, self.dtype or page.dtype, device=device)
         leaves = jax.eval_shape(quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=device), leaves)
 
-    def empty_state(self, rows: int, heads: int, head_dim: int) -> Any:
-        """None is needed: see `Score`."""
+    def empty_state(self, rows: int, heads: int, page: PageShape) -> Any:
+        """None is needed: see `PageScore`."""
         return ()
 
     def fit(self, k_pages: jax.Array, length: jax.Array) -> Any:
-        """None is needed: see `Score`."""
+        """None is needed: see `PageScore`."""
         return ()
 
     def summarize(self, k_pages: jax.Array, state: Any = ()) -> Any:
-        """See `Score.summarize`."""
+        """See `PageScore.summarize`."""
         bounds = summarize(k_pages, jnp.full(k_pages.shape[:-2], k_pages.shape[-2], jnp.int32))
-        return quantize(bounds) if self.dtype == "int8" else _outward(bounds, self.dtype)
+        if self.dtype == "int8":
+            return quantize(bounds)
+        return _outward(bounds, self.dtype or k_pages.dtype)
 
     def scores(
         self,
         q: jax.Array,
         summaries: Any,
         state: Any,
-        block_table: jax.Array,
-        lengths: jax.Array,
+        table: PageTable,
         *,
-        page_size: int,
         scale: float,
         implementation: str | None,
     ) -> jax.Array:
-        """See `Score.scores`."""
+        """See `PageScore.scores`."""
         return dispatch.page_scores(
-            q, summaries, block_table, lengths, page_size=page_size, implementation=implementation
+            q,
+            summaries,
+            table.blocks,
+            table.lengths,
+            page_size=table.page_size,
+            implementation=implementation,
         )
 
 
-def _outward(bounds: jax.Array, dtype: str) -> jax.Array:
+def _outward(bounds: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Min and max [..., 2, H] in `dtype`, rounded away from each other: still bounds."""
     ours, theirs = jnp.finfo(dtype), jnp.finfo(bounds.dtype)
     # Both, since float16 and bfloat16, equally wide, do not hold each other's values.

@@ -10,43 +10,44 @@ import jax.numpy as jnp
 
 from flexijax.pallas_kernels import dispatch, platform, sketches
 from flexijax.pallas_kernels.sketches import SketchCode
-
-REDUCTIONS = ("mass", "max")
+from flexijax.policies.page_score import PageShape, PageTable
 
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
     """The attention that a page's keys, rounded to `bits` bits, would get.
 
-    bits: 1, 2 or 4 of each key element. page_size: tokens a page. reduction: of the G query heads
-    of a KV head; "mass" is the log of the mean over them of the page's share of attention, a
-    softmax over all full pages; "max" is the greatest logarithm of the page's summed exponentials.
-    The code is fitted on a request's prompt, and what is generated is rounded by the same code.
+    Of the G query heads of a KV head: the log of the mean over them of the page's share of
+    attention, a softmax over all full pages. bits: 1, 2 or 4 of each key element. The code is
+    fitted on a request's prompt, and what is generated is rounded by the same code.
+    Raises ValueError for other bits.
     """
 
-    bits: int
-    page_size: int
-    reduction: str = "mass"
+    bits: int = 2
 
-    def empty(self, blocks: int, heads: int, head_dim: int) -> Any:
-        """See `Score.empty`: uint32[blocks, heads, bits, W, page]."""
-        shape = (blocks, heads, self.bits, sketches.words(head_dim), self.page_size)
+    def __post_init__(self) -> None:
+        if self.bits not in sketches.SPACING:
+            raise ValueError(f"bits={self.bits!r} of Sketch must be one of {(*sketches.SPACING,)}")
+
+    def empty(self, blocks: int, heads: int, page: PageShape) -> Any:
+        """See `PageScore.empty`: uint32[blocks, heads, bits, W, page]."""
+        shape = (blocks, heads, self.bits, sketches.words(page.head_dim), page.page_size)
         return jnp.zeros(shape, jnp.uint32, device=platform.sharding())
 
-    def empty_state(self, rows: int, heads: int, head_dim: int) -> Any:
-        """See `Score.empty_state`: a `SketchCode` of leaves [rows, heads, head_dim]."""
-        shape, device = (rows, heads, head_dim), platform.sharding()
+    def empty_state(self, rows: int, heads: int, page: PageShape) -> Any:
+        """See `PageScore.empty_state`: a `SketchCode` of leaves [rows, heads, head_dim]."""
+        shape, device = (rows, heads, page.head_dim), platform.sharding()
         return SketchCode(
             jnp.zeros(shape, jnp.float32, device=device),
             jnp.zeros(shape, jnp.float32, device=device),
         )
 
     def fit(self, k_pages: jax.Array, length: jax.Array) -> Any:
-        """See `Score.fit`."""
+        """See `PageScore.fit`."""
         return sketches.fit(k_pages, length, bits=self.bits)
 
     def summarize(self, k_pages: jax.Array, state: Any) -> Any:
-        """See `Score.summarize`."""
+        """See `PageScore.summarize`."""
         return sketches.encode(k_pages, state, bits=self.bits)
 
     def scores(
@@ -54,23 +55,21 @@ class Sketch:
         q: jax.Array,
         summaries: Any,
         state: Any,
-        block_table: jax.Array,
-        lengths: jax.Array,
+        table: PageTable,
         *,
-        page_size: int,
         scale: float,
         implementation: str | None,
     ) -> jax.Array:
-        """See `Score.scores`; the newest page is scored once it is full."""
+        """See `PageScore.scores`; the newest page is scored once it is full."""
         logits = dispatch.sketch_scores(
             sketches.prepare(q, state, bits=self.bits, scale=scale),
             summaries,
-            block_table,
-            lengths,
-            page_size=page_size,
+            table.blocks,
+            table.lengths,
+            page_size=table.page_size,
             implementation=implementation,
         )
-        return logits.max(axis=2) if self.reduction == "max" else log_mass(logits)
+        return log_mass(logits)
 
 
 def log_mass(logits: jax.Array) -> jax.Array:

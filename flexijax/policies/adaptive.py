@@ -1,4 +1,4 @@
-"""How long each slotted head waits between two reranks, when each has its own interval."""
+"""How long each offloaded head waits between two reranks, when each has its own interval."""
 
 from __future__ import annotations
 

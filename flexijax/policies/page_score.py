@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
 
 
-class Score(Protocol):
+@dataclasses.dataclass(frozen=True)
+class PageShape:
+    """What a page of one KV head is made of. dtype: of its keys and values."""
+
+    page_size: int  # tokens
+    head_dim: int
+    dtype: str
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """Where the pages of a batch of requests lie."""
+
+    blocks: jax.Array  # int32[B, P], the block of each page; anything beyond a request's own
+    lengths: jax.Array  # int32[B], tokens of each request, 0 for a free row
+    page_size: int = dataclasses.field(metadata={"static": True})
+
+
+class PageScore(Protocol):
     """What is kept of pages and of requests in order to score pages, and the scores.
 
     A summary is what is kept of one page of one KV head. A state is what is kept of a request, for
     each KV head: fitted once, on its prompt, and read whenever one of its pages is summarised or
-    scored. Both are pytrees; a score that needs no state has one without leaves.
+    scored. Both are pytrees; a score that needs no state has one without leaves. A score is a
+    frozen dataclass: programs are compiled once per value.
     """
 
-    def empty(self, blocks: int, heads: int, head_dim: int) -> Any:
-        """Leaves [blocks, heads, ...] of unwritten summaries, in device memory."""
+    def empty(self, blocks: int, heads: int, page: PageShape) -> Any:
+        """Leaves [blocks, heads, ...] of unwritten summaries, in device memory.
+
+        Raises ValueError where pages of this shape or dtype cannot be summarised.
+        """
         ...
 
-    def empty_state(self, rows: int, heads: int, head_dim: int) -> Any:
+    def empty_state(self, rows: int, heads: int, page: PageShape) -> Any:
         """Leaves [rows, heads, ...] of unwritten states, in device memory."""
         ...
 
@@ -39,10 +63,8 @@ class Score(Protocol):
         q: jax.Array,
         summaries: Any,
         state: Any,
-        block_table: jax.Array,
-        lengths: jax.Array,
+        table: PageTable,
         *,
-        page_size: int,
         scale: float,
         implementation: str | None,
     ) -> jax.Array:
