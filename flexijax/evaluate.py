@@ -47,8 +47,8 @@ def evaluate(
     """Feeds full attention's greedy answer to every config and compares next-token distributions.
 
     A prompt is read once for all configs. Compared are the tokens before full's first stop token,
-    at most `steps`; all configs are fed as many, whole chunks of each one's decode steps. A
-    document that full attention answers with nothing but a stop token has no row.
+    at most `steps`; every config is fed the same ones, and as many more as make whole chunks for
+    all of them. A document that full attention answers with nothing but a stop token has no row.
     documents: each a `Document`, which is cut to a prompt of max_tokens, or a prompt's token ids.
     configs: by the name that their rows bear; of one page size, dtype and implementation. records:
     a file of finished rows; what it holds is not measured again, whatever the config was called. A
@@ -81,7 +81,7 @@ def evaluate(
         if isinstance(document, Document):
             task, index = document.task, document.index
         shared = run.key_of_answer(prompt)
-        keys = {name: [*shared, *key_of_program(programs[name])] for name in configs}
+        keys = {name: [*shared, *_key_of_program(programs[name])] for name in configs}
         missing = [name for name, key in keys.items() if known.get(*key) is None]
         if missing and known.get(*shared) != NO_ANSWER:
             values = None
@@ -177,7 +177,7 @@ class _Run:
             progress(f"comparing on {label}", len(names), len(names))
 
 
-def key_of_program(program: Program) -> list[Any]:
+def _key_of_program(program: Program) -> list[Any]:
     """Everything of a program that numbers depend on, the list of unstable heads among it."""
     return [
         repr(program.policy),
