@@ -11,6 +11,7 @@ from flexijax.config import CacheConfig
 from flexijax.engine.engine import Engine
 from flexijax.engine.measured import metrics
 from flexijax.engine.plan import make_program
+from flexijax.engine.prefiller import PrefillResult
 from flexijax.engine.program import Progress
 from flexijax.engine.requests import check_cache, check_int, make_requests
 from flexijax.engine.sampling import Sampling
@@ -68,18 +69,24 @@ def generate(
         max_new_tokens=max(r.max_new_tokens for r in requests),
         batch=min(len(requests), max_batch or MAX_BATCH),
     )
-    results = _run(Engine(lm, program, progress=progress), requests, stream, cache, choice)
+    engine = Engine(lm, program, progress=progress)
+    results = run_requests(engine, requests, stream, cache, choice)
     _warn_if_stale(results)
     return results
 
 
-def _run(
+def run_requests(
     engine: Engine,
     requests: list[Request],
     stream: Callable[[int, str], None] | None,
     cache: CacheConfig,
     choice: ProfileChoice | None,
+    prompt: PrefillResult | None = None,
 ) -> list[Generation]:
+    """All requests to their end, in waves where they do not fit at once.
+
+    choice: the profile in use, if any. prompt: of the only request, where it has been read already.
+    """
     waiting = deque(requests)
     texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
     done: dict[int, Generation] = {}
@@ -108,7 +115,7 @@ def _run(
         while waiting and engine.can_admit(waiting[0]):
             request = waiting.popleft()
             label = f"prompt {request.index + 1} of {len(requests)}"
-            take(engine.admit(request, label), 0)
+            take(engine.admit(request, label, prompt), 0)
         if engine.running:
             before = {slot: len(running.tokens) for slot, running in engine.running.items()}
             for running in engine.step():

@@ -21,7 +21,7 @@ FLOORS = (
     "flexijax/engine",
     "flexijax/profiling",
     "flexijax/generate.py",
-    "flexijax/agreement.py",
+    "flexijax/compare.py",
     "flexijax/evaluate.py",
     "flexijax/aot",
     "flexijax/server",

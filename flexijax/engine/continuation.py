@@ -16,16 +16,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flexijax.engine.batch import empty_batch
 from flexijax.engine.execute import run_decode, run_teacher_forced
+from flexijax.engine.first_token import first_logits
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner, prefill_spec
 from flexijax.engine.stats import SequenceStats, sequence_stats
-from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
 
 
@@ -141,8 +140,3 @@ class Continuation:
         if self.length + count > room:
             raise ValueError(f"{self.length} + {count} tokens are more than the cache's {room}")
         return steps
-
-
-def first_logits(decoder: DecoderLike, params: Params, x: jax.Array) -> jax.Array:
-    """Of a prompt's last hidden state x [1, D]: [1, V]."""
-    return decoder.logits(params, x)

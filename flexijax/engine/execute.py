@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.cache.arrays import Prompt
-from flexijax.cache.cache import Cache, abstract, init_layer, init_tables, reset_row
-from flexijax.cache.layout import CacheLayout
+from flexijax.cache.cache import Cache, init_layer, init_tables, reset_row
 from flexijax.engine.batch import BatchState, SampledTokens
 from flexijax.engine.decode import (
     ChunkEnd,
@@ -19,19 +18,10 @@ from flexijax.engine.decode import (
     end_chunk_layer,
     teacher_forced_steps,
 )
-from flexijax.engine.prefill import commit_layer
+from flexijax.engine.inventory import decode_calls
+from flexijax.engine.prefill import commit_layer, head_arrays
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import Params
-from flexijax.pallas_kernels import platform
-
-
-def head_arrays(layout: CacheLayout, layer: int) -> tuple[jax.Array | None, ...]:
-    """The heads of each group of a layer, as `commit_layer` takes them."""
-    every = tuple(range(layout.sizes.shape.num_kv_heads))
-    return tuple(
-        None if group.heads == every else jnp.asarray(group.heads, jnp.int32)
-        for group in layout.groups[layer]
-    )
 
 
 def run_commit(
@@ -70,16 +60,8 @@ def compile_decode(runner: Runner, program: Program, params: Params, batch: Batc
     Compiling the decode steps of SmolLM2 takes 330 MB and a rerank 100, as much as the cache of 8
     thousand tokens, and half of it is free again when the cache comes.
     """
-    cache = abstract(program.layout, program.policy)
-    args = (params, _groups(cache), cache.block_table, cache.lengths, batch)
-    steps = runner.compile("decode", decode_steps, program, args, donate=(1,))
-    *_, queries = platform.placed(steps.out_info)
-    lengths = cache.lengths
-    end = ChunkEnd(cache.block_table, lengths, lengths, batch.active)
-    for layer in _with_chunk_ends(queries):
-        args = (cache.layers[layer], end, queries[layer], jnp.int32(layer))
-        name = "end of a chunk"
-        runner.compile(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
+    for call in decode_calls(program, params, batch):
+        runner.compile(call.stage, call.function, call.static, call.args, donate=call.donate)
 
 
 def run_decode(
