@@ -1,14 +1,17 @@
 """How the cache behaves, as one validated value."""
 
+from __future__ import annotations
+
+import operator
 from dataclasses import dataclass
 
-from flexijax.policies.intervals import Adaptive
+from flexijax import policies
+from flexijax.pallas_kernels.dispatch import IMPLEMENTATIONS
+from flexijax.policies.adaptive import Adaptive
+from flexijax.policies.base import Policy
+from flexijax.profiles.head_profile import HeadProfile
 
-MODES = ("flexi", "quest", "full")
 DTYPES = ("float32", "bfloat16", "float16")
-SUMMARY_DTYPES = (*DTYPES, "int8")
-SCORES = ("minmax", "sketch1", "sketch2", "sketch4")
-IMPLEMENTATIONS = ("xla", "pallas", "triton")
 TRANSFERS = ("zero_copy", "staged")
 ADAPTIVE = "adaptive"
 
@@ -17,102 +20,94 @@ ADAPTIVE = "adaptive"
 class CacheConfig:
     """How keys and values are kept, chosen and moved.
 
-    mode: "flexi" keeps unstable heads on the device and the others' unchosen pages on the host;
-        "quest" keeps every page on the device and chooses at every step; "full" attends to all.
-    page_size: tokens in a page, a power of two.
-    budget_tokens: tokens a head attends to beside the newest ones; a multiple of `page_size`.
-    rerank_interval: decode steps between two rerankings of the stable heads; "adaptive" gives each
-        head an interval of its own, longer while it keeps choosing the same pages.
-    dtype: of the keys and values; None is the model's own.
-    score: how pages are chosen; "minmax" by an upper bound of every product in a page, "sketch1",
-        "sketch2", "sketch4" by the attention that its keys would get, rounded to so many bits.
-    summary_dtype: of minima and maxima; None is `dtype`, "int8" is 8 bit with a scale.
-    implementation: of the kernels; None lets each kernel choose what suits the device.
-    transfer: how pages cross between device and host; None lets the device choose.
-
     Raises ValueError, naming the field and its value, when a value could not work.
     """
 
-    mode: str = "flexi"
+    policy: str | Policy = "flexi"
+    """A method by name, see `flexijax.policies.names()`, or an object: `Flexi(score=MinMax())`."""
     page_size: int = 16
+    """Tokens in a page, a power of two."""
     budget_tokens: int = 1024
+    """Tokens a head attends to, those since the last rerank not counted; a multiple of
+    `page_size`."""
     rerank_interval: int | str = 16
+    """Decode steps between two reranks; "adaptive" gives each offloaded head an interval of its
+    own, longer while it keeps choosing the same pages."""
+    profile: HeadProfile | str | None = None
+    """For policies that ask which heads are stable: a profile, a shipped one's name or a file; None
+    looks the model up; "auto" does so too and, where none is shipped, measures one on the prompts,
+    see `flexijax.profiling.choose`."""
     dtype: str | None = None
-    score: str = "sketch2"
-    summary_dtype: str | None = None
+    """Of keys and values; None is the model's own."""
     implementation: str | None = None
+    """Of the kernels: "xla", "pallas" or "triton"; None lets each choose what suits the device."""
     transfer: str | None = None
+    """How pages cross between device and host, "zero_copy" or "staged"; None lets the device
+    choose."""
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r} must be one of {_listed(MODES)}")
-        if self.score not in SCORES:
-            raise ValueError(f"score={self.score!r} must be one of {_listed(SCORES)}")
+        if not isinstance(self.policy, str | Policy):
+            raise ValueError(f"policy={self.policy!r} must be a name or a Policy object")
+        self.find_policy()
         for name in ("page_size", "budget_tokens"):
-            _require_positive_int(name, getattr(self, name))
+            object.__setattr__(self, name, _positive_int(name, getattr(self, name)))
         if self.rerank_interval != ADAPTIVE:
-            _require_positive_int("rerank_interval", self.rerank_interval, f" or {ADAPTIVE!r}")
+            interval = _positive_int("rerank_interval", self.rerank_interval, f" or {ADAPTIVE!r}")
+            object.__setattr__(self, "rerank_interval", interval)
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size={self.page_size} must be a power of two, such as 16")
+        fewest = 2 * self.page_size
+        if self.budget_tokens < fewest:
+            raise ValueError(
+                f"budget_tokens={self.budget_tokens} must be at least 2 pages, "
+                f"{fewest} tokens: the first and the newest page are always attended"
+            )
         if self.budget_tokens % self.page_size:
             below = self.budget_tokens // self.page_size * self.page_size
             raise ValueError(
                 f"budget_tokens={self.budget_tokens} must be a multiple of "
-                f"page_size={self.page_size}, such as {below or self.page_size} "
-                f"or {below + self.page_size}"
+                f"page_size={self.page_size}, such as {below} or {below + self.page_size}"
             )
-        if self.budget_pages < 2:
-            raise ValueError(
-                f"budget_tokens={self.budget_tokens} must be at least 2 pages, "
-                f"{2 * self.page_size} tokens: the first and the newest page are always attended"
-            )
+        if not isinstance(self.profile, HeadProfile | str | None):
+            raise ValueError(f"profile={self.profile!r} must be None, a name or a HeadProfile")
         for name, choices in (
             ("dtype", DTYPES),
-            ("summary_dtype", SUMMARY_DTYPES),
             ("implementation", IMPLEMENTATIONS),
             ("transfer", TRANSFERS),
         ):
             value = getattr(self, name)
             if value is not None and value not in choices:
-                raise ValueError(f"{name}={value!r} must be None or one of {_listed(choices)}")
-        if self.summary_dtype is not None and self.score != "minmax":
-            raise ValueError(
-                f"summary_dtype={self.summary_dtype!r} goes with score='minmax' only: "
-                f"score={self.score!r} says by itself how wide its summaries are"
-            )
+                listed = ", ".join(map(repr, choices))
+                raise ValueError(f"{name}={value!r} must be None or one of {listed}")
+
+    def find_policy(self) -> Policy:
+        """The policy that is meant. Raises ValueError where a name is none."""
+        return policies.find(self.policy) if isinstance(self.policy, str) else self.policy
 
     @property
     def budget_pages(self) -> int:
-        """Pages a head attends to beside the tail."""
+        """The budget in pages."""
         return self.budget_tokens // self.page_size
 
     @property
-    def tail_pages(self) -> int:
-        """The most pages that can begin between two reranks.
-
-        The page being filled at a rerank is the newest, always chosen, so it is in the budget.
-        """
-        longest = self.chunk_steps if self.intervals is None else self.intervals.longest
-        return -(-longest // self.page_size)
-
-    @property
-    def intervals(self) -> Adaptive | None:
-        """How each stable head's interval changes; None when it is the same for all."""
+    def adaptive(self) -> Adaptive | None:
+        """How each offloaded head's interval changes; None when it is the same for all."""
         return Adaptive() if self.rerank_interval == ADAPTIVE else None
 
     @property
     def chunk_steps(self) -> int:
-        """Decode steps of one compiled program, after which stable heads may be reranked."""
+        """Decode steps of one compiled program, after which heads are reranked."""
         if isinstance(self.rerank_interval, str):
             return Adaptive().shortest
         return self.rerank_interval
 
 
-def _listed(choices: tuple[str, ...]) -> str:
-    return ", ".join(repr(choice) for choice in choices)
-
-
-def _require_positive_int(name: str, value: object, also: str = "") -> None:
+def _positive_int(name: str, value: object, also: str = "") -> int:
+    """The value as an int, NumPy's included."""
     # bool is an int to Python and never what the caller meant here.
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name}={value!r} must be a positive integer{also}")
+    number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer{also}")
+    return number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiles.staleness import Fit
+from flexijax.profiles.staleness import ProfileFit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class Metrics:
     summary_bytes of them are summaries. host_kv_bytes: its pages on the host. full_kv_bytes: what
     dense KV of its length would take on the device.
     promoted_pages, promoted_bytes: host to device at reranks; offloaded_bytes: device to host.
+    evicted_tokens: dropped for good, summed over KV heads, those of the prompt among them.
     reranks: chunks after which stable heads were looked at; mean_interval: decode steps between two
     reranks of a stable head, mean over heads.
     mean_overlap: share of chosen pages that were already resident, over reranks and stable heads;
@@ -45,12 +46,13 @@ class Metrics:
     promoted_pages: int
     promoted_bytes: int
     offloaded_bytes: int
+    evicted_tokens: int
     mean_overlap: float | None
     head_overlap: tuple[tuple[int, int, float], ...] = ()
     mean_interval: float | None = None
     head_rco: tuple[tuple[int, int, float], ...] = ()
     profile: str | None = None
-    profile_fit: Fit | None = None
+    profile_fit: ProfileFit | None = None
 
 
 class StaleProfileWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Whether a profile describes a text: the stability it promises against the stability seen."""
+"""Whether a profile describes a text: the stability it expects against the stability observed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from flexijax.profiles.head_profile import HeadProfile
 
-# Of the root mean square difference between promised and seen RCO of the stable heads.
-MOST_DIFFERENCE = 0.12
+# Of the root mean square difference between expected and observed RCO of the stable heads.
+MAX_DIFFERENCE = 0.12
 # Reranks of a head before what was seen of it says anything.
-LEAST_RERANKS = 3
+MIN_RERANKS = 3
 
 
 class HeadStability(NamedTuple):
@@ -28,20 +28,20 @@ class HeadStability(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Fit:
+class ProfileFit:
     """How well a profile describes a text.
 
-    seen, promised: mean RCO of the compared heads. difference: root mean square of seen less
-    promised, over heads. stale: the difference is more than `MOST_DIFFERENCE`.
+    observed, expected: mean RCO of the compared heads. difference: root mean square of observed less
+    expected, over heads. stale: the difference is more than `MAX_DIFFERENCE`.
     """
 
-    seen: float
-    promised: float
+    observed: float
+    expected: float
     difference: float
     stale: bool
 
 
-def promised_rco(profile: HeadProfile, layer: int, head: int, interval: float) -> float | None:
+def expected_rco(profile: HeadProfile, layer: int, head: int, interval: float) -> float | None:
     """The RCO of a head at an offset of `interval` steps; None where the profile does not tell.
 
     Between the offsets that were measured it is a straight line in the logarithm of the offset;
@@ -62,17 +62,17 @@ def promised_rco(profile: HeadProfile, layer: int, head: int, interval: float) -
     return below[1] + share * (above[1] - below[1])
 
 
-def fit(
+def profile_fit(
     profile: HeadProfile,
-    seen: Sequence[HeadStability],
+    observed: Sequence[HeadStability],
     *,
     page_size: int,
     budget_pages: int,
     score: str,
-) -> Fit | None:
-    """Compares head by head; None where the profile promises nothing or too little was seen.
+) -> ProfileFit | None:
+    """Compares head by head; None where the profile expects nothing or too little was observed.
 
-    A promise holds for the sizes and the page score with which it was measured: page_size,
+    An expectation holds for the sizes and the page score with which it was measured: page_size,
     budget_pages and score of the run must be those of the profile, else the answer is None too.
 
     No profile is right in every head. With SmolLM2, the stable heads of one document differ from a
@@ -85,17 +85,17 @@ def fit(
     if measured_with != (page_size, budget_pages, score):
         return None
     pairs = [
-        (found.rco, promised)
-        for found in seen
-        if found.reranks >= LEAST_RERANKS
-        and (promised := promised_rco(profile, found.layer, found.head, found.interval)) is not None
+        (found.rco, expected)
+        for found in observed
+        if found.reranks >= MIN_RERANKS
+        and (expected := expected_rco(profile, found.layer, found.head, found.interval)) is not None
     ]
     if not pairs:
         return None
-    difference = math.sqrt(math.fsum((rco - promised) ** 2 for rco, promised in pairs) / len(pairs))
-    return Fit(
-        seen=math.fsum(rco for rco, _ in pairs) / len(pairs),
-        promised=math.fsum(promised for _, promised in pairs) / len(pairs),
+    difference = math.sqrt(math.fsum((rco - expected) ** 2 for rco, expected in pairs) / len(pairs))
+    return ProfileFit(
+        observed=math.fsum(rco for rco, _ in pairs) / len(pairs),
+        expected=math.fsum(expected for _, expected in pairs) / len(pairs),
         difference=difference,
-        stale=difference > MOST_DIFFERENCE,
+        stale=difference > MAX_DIFFERENCE,
     )

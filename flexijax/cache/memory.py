@@ -4,58 +4,78 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
+import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from flexijax.cache import cache as kv
+from flexijax.cache.cache import abstract
+from flexijax.cache.layout import CacheLayout, slots_of
 from flexijax.pallas_kernels import platform
-from flexijax.policies.base import Policy
+from flexijax.policies.base import HOST, HeadGroup, Policy
+from flexijax.policies.page_score import PageScore, PageShape
 
 
-def cache_bytes(layout: kv.CacheLayout, policy: Policy) -> tuple[int, int]:
-    """(device bytes, host bytes) of the arrays of a whole cache and its prefill workspace."""
-    heads = layout.shape.num_layers * layout.shape.num_kv_heads
-    paged = layout.num_paged * layout.blocks
-    slotted = layout.num_slotted * layout.rows * layout.slots
-    device = (paged + slotted + heads * layout.pages) * layout.page_bytes
-    summarized = layout.num_paged + (layout.num_slotted if layout.offloads else 0)
-    device += summarized * layout.blocks * summary_bytes(layout, policy)
-    device += summarized * layout.rows * state_bytes(layout, policy)
-    host = layout.num_slotted * layout.blocks * layout.page_bytes if layout.offloads else 0
-    return device, host
+@dataclasses.dataclass(frozen=True)
+class RequestBytes:
+    """Of one request. device: keys, values and summaries on the device; summaries: of those.
+
+    host: its pages on the host. full: what dense keys and values of its length would take.
+    """
+
+    device: int
+    summaries: int
+    host: int
+    full: int
 
 
-def request_bytes(layout: kv.CacheLayout, policy: Policy, length: int) -> tuple[int, int, int, int]:
-    """(device bytes with summaries, summaries, host bytes, dense KV) of a request of `length`."""
-    pages = -(-length // layout.page_size)
-    heads = layout.shape.num_layers * layout.shape.num_kv_heads
-    full = heads * pages * layout.page_bytes
-    slots = min(layout.slots, pages)
-    device = (layout.num_paged * pages + layout.num_slotted * slots) * layout.page_bytes
-    summarized = layout.num_paged + (layout.num_slotted if layout.offloads else 0)
-    summaries = summarized * (pages * summary_bytes(layout, policy) + state_bytes(layout, policy))
-    host = layout.num_slotted * pages * layout.page_bytes if layout.offloads else 0
-    return device + summaries, summaries, host, full
+def cache_bytes(layout: CacheLayout, policy: Policy) -> tuple[int, int]:
+    """(device bytes, host bytes) of the arrays of a whole cache, and of one prompt's dense KV."""
+    cache = abstract(layout, policy)
+    host = nbytes([layer.host for layer in cache.layers])
+    sizes = layout.sizes
+    heads = sizes.shape.num_layers * sizes.shape.num_kv_heads
+    return nbytes(cache) - host + heads * sizes.pages * sizes.page_bytes, host
 
 
-def summary_bytes(layout: kv.CacheLayout, policy: Policy) -> int:
-    """Bytes that the policy keeps of one page of one KV head."""
-    score = policy.score
-    return 0 if score is None else _bytes(score.empty, layout)
+def request_bytes(layout: CacheLayout, length: int) -> RequestBytes:
+    """What a request of `length` tokens that has been decoded needs in each tier."""
+    sizes = layout.sizes
+    pages = -(-length // sizes.page_size)
+    device = summaries = host = 0
+    for *_, group in layout.all_groups():
+        heads = len(group.heads)
+        held = min(slots_of(group, sizes), pages)
+        device += heads * held * sizes.page_bytes
+        summaries += heads * (pages * summary_bytes(layout, group) + state_bytes(layout, group))
+        if group.ladder[-1].memory == HOST:
+            host += heads * pages * sizes.page_bytes
+    full = sizes.shape.num_layers * sizes.shape.num_kv_heads * pages * sizes.page_bytes
+    return RequestBytes(device + summaries, summaries, host, full)
 
 
-def state_bytes(layout: kv.CacheLayout, policy: Policy) -> int:
-    """Bytes that the policy keeps of one KV head of one request, beside its pages' summaries."""
-    score = policy.score
-    return 0 if score is None else _bytes(score.empty_state, layout)
+def summary_bytes(layout: CacheLayout, group: HeadGroup) -> int:
+    """Bytes that the group's score keeps of one page of one KV head."""
+    return 0 if group.score is None else _score_bytes(group.score, layout.sizes.page)[0]
 
 
-def _bytes(empty: Callable[[int, int, int], Any], layout: kv.CacheLayout) -> int:
-    leaves = jax.eval_shape(lambda: empty(1, 1, layout.shape.head_dim))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
+def state_bytes(layout: CacheLayout, group: HeadGroup) -> int:
+    """Bytes that the group's score keeps of one KV head of one request, beside its pages'."""
+    return 0 if group.score is None else _score_bytes(group.score, layout.sizes.page)[1]
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all leaves, arrays or shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@functools.lru_cache(maxsize=64)
+def _score_bytes(score: PageScore, page: PageShape) -> tuple[int, int]:
+    made = jax.eval_shape(lambda: (score.empty(1, 1, page), score.empty_state(1, 1, page)))
+    return nbytes(made[0]), nbytes(made[1])
 
 
 def available_bytes() -> tuple[int, int]:

@@ -12,7 +12,7 @@ from jax import lax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one rerank of the slotted heads of a layer does.
+    """What one rerank of a group of offloaded heads does.
 
     slot_page: int32[B, K, S], the page in each slot afterwards. Slots of pages that will begin
     before the next rerank already name them. load: int32[B, K, S], the page to bring from the host

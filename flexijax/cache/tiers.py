@@ -6,18 +6,49 @@ length is the number of pages, so nothing is padded.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from flexijax.cache.cache import LayerHost
+from flexijax.cache.layout import CacheSizes
 from flexijax.pallas_kernels import dispatch, platform
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HostPages:
+    """The host tier of a head group: every page of its heads, in pinned host memory."""
+
+    k: jax.Array  # [blocks, K, page, H]
+    v: jax.Array  # [blocks, K, page, H]
+
+
+def empty_host(sizes: CacheSizes, heads: int) -> HostPages:
+    """Host pages of so many heads, unwritten."""
+    where = platform.sharding("pinned_host")
+
+    def unwritten(page: jax.ShapeDtypeStruct) -> jax.Array:
+        # NumPy's zeros take no memory until they are copied; jax cannot fill a host array itself.
+        return jax.device_put(np.zeros(page.shape, page.dtype), where)
+
+    return jax.tree.map(unwritten, abstract_host(sizes, heads))
+
+
+def abstract_host(sizes: CacheSizes, heads: int) -> HostPages:
+    """The shapes of `empty_host`."""
+    shape = (sizes.blocks, heads, sizes.page_size, sizes.shape.head_dim)
+    page: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(sizes.dtype))
+    return HostPages(page, page)
 
 
 def promote(
     slots_k: jax.Array,
     slots_v: jax.Array,
-    host: LayerHost,
+    host: HostPages,
     load_block: jax.Array,
     *,
     transfer: str | None,
@@ -46,14 +77,14 @@ def promote(
 
 
 def offload(
-    host: LayerHost,
+    host: HostPages,
     slots_k: jax.Array,
     slots_v: jax.Array,
     store_block: jax.Array,
     store_slot: jax.Array,
     *,
     transfer: str | None,
-) -> LayerHost:
+) -> HostPages:
     """Pages from device slots into host blocks; arrays as `dispatch.offload`, which see.
 
     store_block int32[B, E], -1 for none; store_slot int32[B, K, E], -1 for none. Returns the new
@@ -61,7 +92,9 @@ def offload(
     """
     if (transfer or platform.default_transfer()) == "zero_copy":
         moved = dispatch.offload(host.k, host.v, slots_k, slots_v, store_block, store_slot)
-        return LayerHost(*moved)
+        # A kernel's outputs count as device memory, aliased or not; this names where they lie, and
+        # copies nothing.
+        return HostPages(*map(_to_host, moved))
     valid = jnp.where(store_block[:, None] >= 0, store_slot, -1)
     moves, count = _entries(valid)
     width, page = slots_k.shape[2], slots_k.shape[4]
@@ -77,7 +110,7 @@ def offload(
             lax.dynamic_update_slice(pools[1], _to_host(v[:, :, 0]), at),
         )
 
-    return LayerHost(*lax.fori_loop(0, count, move, (host.k, host.v)))
+    return HostPages(*lax.fori_loop(0, count, move, (host.k, host.v)))
 
 
 def _entries(plan: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:

@@ -3,12 +3,12 @@
 Two greedy texts part for good at their first difference, however close the models are; feeding both
 the same text compares every one of their choices.
 
-    made = {mode: make_program(lm, CacheConfig(mode=mode), ..., rows=1) for mode in MODES}
-    reading = read(lm, made["full"], prompt)
-    said = Continuation(lm, made["full"], reading).greedy(48)
-    fed = Continuation(lm, made["flexi"], reading)
-    logits = fed.feed(said)  # float32[48, V]
-    fed.promoted  # pages that came from the host meanwhile
+    made = {name: make_program(lm, CacheConfig(policy=name), ..., batch=1) for name in names}
+    prompt = read(lm, list(made.values()), tokens)
+    answer = Continuation(lm, made["full"], prompt).greedy(48)
+    fed = Continuation(lm, made["flexi"], prompt)
+    logits = fed.feed(answer)  # float32[48, V]
+    fed.stats.promoted_pages  # pages that came from the host meanwhile
 """
 
 from __future__ import annotations
@@ -20,78 +20,88 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax.engine.engine import free_rows
-from flexijax.engine.prefill import Program
-from flexijax.engine.prefiller import Progress, Reader, Reading
-from flexijax.engine.program import Compiler, run_decode, run_forced
-from flexijax.models.decoder import Params
+from flexijax.engine.batch import empty_batch
+from flexijax.engine.execute import run_decode, run_teacher_forced
+from flexijax.engine.prefiller import Prefiller, PrefillResult
+from flexijax.engine.program import Program, Progress, Runner, prefill_spec
+from flexijax.engine.stats import SequenceStats, sequence_stats
+from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
 
 
 def read(
     lm: LanguageModel,
-    program: Program,
+    programs: Sequence[Program],
     prompt: Sequence[int],
     *,
     progress: Progress | None = None,
     label: str = "the prompt",
-) -> Reading:
-    """The prompt's reading, for a `Continuation` by any program of the same sizes.
+) -> PrefillResult:
+    """What a prompt leaves behind, for a `Continuation` by any of the programs.
 
     prompt: token ids. progress: called with (stage, done, total).
-    Raises ValueError for an empty prompt, or one that leaves no room in the program's pages.
+    Raises ValueError for an empty prompt, one that leaves no room in the programs' pages, or
+    programs that cannot share a reading.
     """
-    room = program.layout.pages * program.layout.page_size
-    if not 0 < len(prompt) < room:
-        raise ValueError(f"prompt has {len(prompt)} tokens, it must have 1 to {room - 1}")
-    compiler = Compiler(program, progress)
-    return Reader(lm.params, compiler, progress).read(prompt, label)
+    spec = prefill_spec(tuple(programs))
+    if not 0 < len(prompt) < spec.tokens:
+        raise ValueError(f"prompt has {len(prompt)} tokens, it must have 1 to {spec.tokens - 1}")
+    prefiller = Prefiller(programs[0].decoder, lm.params, spec, Runner(progress))
+    return prefiller.read(prompt, label)
 
 
 class Continuation:
     """A prompt in the first row of a cache of its own, and what comes after it.
 
-    Each call takes whole chunks of R = `program.rerank_interval` tokens and ends with a rerank.
-    program: of any number of rows; only the first is used. first_logits: float32[V] of what comes
-    after the prompt. length: tokens in the cache. cache: to look at between calls, which donate it.
-    Raises ValueError when the reading is not of the program's sizes.
+    Each call takes whole chunks of R = `program.chunk_steps` tokens.
+    program: of any batch; only the first row is used. first_logits: float32[V] of what comes
+    after the prompt. next_token: the most likely one now. length: tokens in the cache. cache: to
+    look at between calls, which donate it.
+    Raises ValueError when the prompt was not read for such a program.
     """
 
     def __init__(
         self,
         lm: LanguageModel,
         program: Program,
-        reading: Reading,
+        prompt: PrefillResult,
         *,
         progress: Progress | None = None,
     ) -> None:
         self._lm, self.program = lm, program
-        self._compiler = Compiler(program, progress)
-        blocks = range(program.layout.pages)
-        self.cache = reading.commit(self._compiler, None, row=0, blocks=blocks)
-        self.length = reading.length
-        logits = self._compiler.run(_logits, "first token", (), lm.params, reading.x)
+        self._runner = Runner(progress)
+        blocks = range(program.layout.sizes.pages)
+        self.cache = prompt.commit(self._runner, program, None, row=0, blocks=blocks)
+        self.length = prompt.length
+        args = (lm.params, prompt.x)
+        logits = self._runner.run("first token", first_logits, program.decoder, args)
         self.first_logits = np.asarray(logits)[0]
-        self._next = int(self.first_logits.argmax())
+        if program.suppress_ids:
+            self.first_logits[list(program.suppress_ids)] = -np.inf
+        self.next_token = int(self.first_logits.argmax())
 
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
         """Feeds given tokens; the logits of what would come after each: float32[T, V].
 
         tokens: ids, whole chunks of R. Raises ValueError otherwise, or where the cache has no room.
         """
-        interval = self._whole_chunks(len(tokens))
-        rows, found = self.program.layout.rows, []
-        for start in range(0, len(tokens), interval):
-            piece = np.zeros((interval, rows), np.int32)
-            piece[:, 0] = tokens[start : start + interval]
-            active = jnp.arange(rows) == 0
-            self.cache, logits = run_forced(
-                self._compiler, self._lm.params, self.cache, jnp.asarray(piece), active
+        steps = self._whole_chunks(len(tokens))
+        batch, found = self.program.layout.sizes.batch, []
+        for start in range(0, len(tokens), steps):
+            piece = np.zeros((steps, batch), np.int32)
+            piece[:, 0] = tokens[start : start + steps]
+            self.cache, logits = run_teacher_forced(
+                self._runner,
+                self.program,
+                self._lm.params,
+                self.cache,
+                jnp.asarray(piece),
+                jnp.arange(batch) == 0,
             )
             found.append(np.asarray(logits[:, 0]))
         self.length += len(tokens)
         logits = np.concatenate(found)
-        self._next = int(logits[-1].argmax())
+        self.next_token = int(logits[-1].argmax())
         return logits
 
     def greedy(self, count: int) -> list[int]:
@@ -99,41 +109,40 @@ class Continuation:
 
         count: whole chunks of R. Raises ValueError otherwise, or where the cache has no room.
         """
-        interval = self._whole_chunks(count)
-        rows = self.program.layout.rows
-        first = jnp.arange(rows) == 0
+        steps = self._whole_chunks(count)
+        batch = self.program.layout.sizes.batch
+        first = jnp.arange(batch) == 0
         state = dataclasses.replace(
-            free_rows(rows),
-            tokens=jnp.where(first, jnp.int32(self._next), 0),
+            empty_batch(batch),
+            tokens=jnp.where(first, jnp.int32(self.next_token), 0),
             active=first,
-            remaining=jnp.full(rows, count + 1, jnp.int32),
+            remaining=jnp.full(batch, count + 1, jnp.int32),
         )
-        said = [self._next]
-        for _ in range(0, count, interval):
-            self.cache, state, drawn = run_decode(
-                self._compiler, self._lm.params, self.cache, state
+        generated = [self.next_token]
+        for _ in range(0, count, steps):
+            self.cache, state, sampled = run_decode(
+                self._runner, self.program, self._lm.params, self.cache, state
             )
-            said += np.asarray(drawn.tokens)[:, 0].tolist()
+            generated += np.asarray(sampled.tokens)[:, 0].tolist()
         self.length += count
-        self._next = said.pop()
-        return said
+        self.next_token = generated.pop()
+        return generated
 
     @property
-    def promoted(self) -> int:
-        """Pages that came from the host since the prompt was committed."""
-        return int(self.cache.counters.promoted[0])
+    def stats(self) -> SequenceStats:
+        """What moved and was evicted since the prompt came."""
+        return sequence_stats(self.program.layout, self.cache, row=0)
 
     def _whole_chunks(self, count: int) -> int:
         """R. Raises ValueError unless `count` tokens are whole chunks of it that fit."""
-        layout, interval = self.program.layout, self.program.rerank_interval
-        if count < 1 or count % interval:
-            raise ValueError(f"{count} tokens are not whole chunks of rerank_interval={interval}")
-        room = layout.pages * layout.page_size
+        steps, room = self.program.chunk_steps, self.program.layout.sizes.max_tokens
+        if count < 1 or count % steps:
+            raise ValueError(f"{count} tokens are not whole chunks of rerank_interval={steps}")
         if self.length + count > room:
             raise ValueError(f"{self.length} + {count} tokens are more than the cache's {room}")
-        return interval
+        return steps
 
 
-def _logits(program: Program, params: Params, x: jax.Array) -> jax.Array:
+def first_logits(decoder: DecoderLike, params: Params, x: jax.Array) -> jax.Array:
     """Of a prompt's last hidden state x [1, D]: [1, V]."""
-    return program.decoder.logits(params, x)
+    return decoder.logits(params, x)

@@ -1,10 +1,9 @@
-"""The engine: admits requests into rows of a cache and runs decode chunks over all of them."""
+"""The engine: admits requests into slots of a batch and runs decode chunks over all of them."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,217 +11,138 @@ import numpy as np
 
 from flexijax.cache.blocks import BlockAllocator
 from flexijax.cache.cache import Cache
-from flexijax.engine.decode import Drawn, Rows
-from flexijax.engine.prefill import Program
-from flexijax.engine.prefiller import Progress, Reader
-from flexijax.engine.program import Compiler, compile_decode, run_decode
-from flexijax.engine.sampling import Sampling, SamplingRows, sample, step_keys
+from flexijax.engine.batch import SampledTokens, empty_batch
+from flexijax.engine.execute import compile_decode, run_decode
+from flexijax.engine.prefiller import Prefiller
+from flexijax.engine.program import Program, Progress, Runner
+from flexijax.engine.sampling import SamplingRows, sample, step_keys
+from flexijax.engine.sequence import Request, Sequence
+from flexijax.engine.stats import SequenceStats, sequence_stats
+from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
-
-# Stop tokens a request may name; a fixed width, so that programs are compiled once.
-MAX_STOP_IDS = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """One prompt, checked and tokenized. index: its place in the caller's list."""
-
-    index: int
-    tokens: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    stop_ids: tuple[int, ...]
-
-
-class CountedHead(NamedTuple):
-    """One slotted head of a request; fields as in `cache.HeadCounters`."""
-
-    layer: int
-    head: int
-    reranks: int
-    overlap: float
-    rco: float
-    choices: int
-
-
-class Counted(NamedTuple):
-    """What was counted of a request; fields as in `cache.Counters`."""
-
-    reranks: int
-    promoted: int
-    offloaded: int
-    heads: tuple[CountedHead, ...]
-
-
-@dataclasses.dataclass
-class Running:
-    """A request in a row of the cache, and what it has drawn so far (stop token included)."""
-
-    request: Request
-    row: int
-    blocks: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    prefill_s: float
-    decode_s: float = 0.0
-    active: bool = True
 
 
 class Engine:
-    """Runs requests through one cache of `program.layout.rows` rows.
+    """Runs requests through one cache of `program.layout.sizes.batch` slots.
 
-    `admit` reads a prompt into a free row and draws its first token; `step` runs one decode chunk
-    over all rows; `release` frees a row. Only between these calls does Python look at anything.
+    `admit` reads a prompt into a free slot and samples its first token; `step` runs one decode
+    chunk over all slots; `release` frees one. Only between these calls does Python look at
+    anything.
     """
 
     def __init__(self, lm: LanguageModel, program: Program, *, progress: Progress | None) -> None:
         self.lm, self.program = lm, program
-        self.compiler = Compiler(program, progress)
-        layout = program.layout
-        # Made when the first prompt has been read, so that it need not stand beside the reading.
+        self.runner = Runner(progress)
+        sizes = program.layout.sizes
+        # Made when the first prompt has been read, so that it need not stand beside the prompt's
+        # dense keys and values.
         self.cache: Cache | None = None
-        self._reader = Reader(lm.params, self.compiler, progress)
-        self._allocator = BlockAllocator(layout.blocks)
-        self.running: dict[int, Running] = {}
-        self._rows = jax.tree.map(np.array, free_rows(layout.rows))
+        self._prefiller = Prefiller(program.decoder, lm.params, program.prefill_spec(), self.runner)
+        self._allocator = BlockAllocator(sizes.blocks)
+        self.running: dict[int, Sequence] = {}
+        self._batch = jax.tree.map(np.array, empty_batch(sizes.batch))
 
     def blocks_of(self, request: Request) -> int:
         """Blocks that a request may come to need."""
-        return -(-(len(request.tokens) + request.max_new_tokens) // self.program.layout.page_size)
+        tokens = len(request.tokens) + request.max_new_tokens
+        return -(-tokens // self.program.layout.sizes.page_size)
 
     def can_admit(self, request: Request) -> bool:
-        """Whether a row and enough blocks are free."""
-        free = len(self.running) < self.program.layout.rows
+        """Whether a slot and enough blocks are free."""
+        free = len(self.running) < self.program.layout.sizes.batch
         return free and self._allocator.can_allocate(self.blocks_of(request))
 
-    def admit(self, request: Request, label: str) -> Running:
-        """Reads the prompt, draws the first token and puts the request into a free row.
+    def admit(self, request: Request, label: str) -> Sequence:
+        """Reads the prompt, samples the first token and puts the request into a free slot.
 
         label: what progress calls it. The caller has asked `can_admit`.
         """
-        layout = self.program.layout
-        row = next(r for r in range(layout.rows) if r not in self.running)
+        batch, runner, params = self.program.layout.sizes.batch, self.runner, self.lm.params
+        slot = next(at for at in range(batch) if at not in self.running)
         blocks = self._allocator.allocate(self.blocks_of(request))
-        admitted, compiled = time.perf_counter(), self.compiler.seconds
+        admitted, compiled = time.perf_counter(), runner.seconds
         if self.cache is None and request.max_new_tokens > 1:
-            compile_decode(self.compiler, self.lm.params, self._device_rows())
-        reading = self._reader.read(request.tokens, label)
-        self.cache = reading.commit(self.compiler, self.cache, row=row, blocks=blocks, release=True)
-        drawn = self.compiler.run(
-            _first_token,
-            "first token",
-            (),
-            self.lm.params,
-            reading.x,
-            SamplingRows.of([request.sampling]),
-            jnp.asarray([request.seed], jnp.uint32),
+            compile_decode(runner, self.program, params, self._device_batch())
+        prompt = self._prefiller.read(request.tokens, label)
+        self.cache = prompt.commit(
+            runner, self.program, self.cache, row=slot, blocks=blocks, release=True
         )
-        token, logprob = (float(value[0]) for value in jax.device_get(drawn))
-        now = time.perf_counter()
-        compile_s = self.compiler.seconds - compiled
-        running = Running(
+        sampling = SamplingRows.of([request.sampling])
+        seeds = jnp.asarray([request.seed], jnp.uint32)
+        args = (params, prompt.x, sampling, seeds)
+        sampled = runner.run("first token", _first_token, self.program.decoder, args)
+        token, logprob = (float(value[0]) for value in jax.device_get(sampled))
+        sequence = Sequence(
             request=request,
-            row=row,
+            slot=slot,
             blocks=blocks,
             tokens=[int(token)],
             logprobs=[logprob],
-            prefill_s=now - admitted - compile_s,
+            prefill_s=time.perf_counter() - admitted - (runner.seconds - compiled),
         )
-        self.running[row] = running
-        self._place(running)
-        return running
+        self.running[slot] = sequence
+        self._place(sequence)
+        return sequence
 
-    def _place(self, running: Running) -> None:
-        """Enters a fresh request into the rows of the next chunk."""
-        request, row, rows = running.request, running.row, self._rows
-        token = running.tokens[0]
-        running.active = request.max_new_tokens > 1 and token not in request.stop_ids
-        rows.tokens[row] = token
-        rows.active[row] = running.active
-        rows.remaining[row] = request.max_new_tokens - 1
-        rows.drawn[row] = 1
-        rows.seeds[row] = request.seed
-        rows.stop_ids[row] = -1
-        rows.stop_ids[row, : len(request.stop_ids)] = request.stop_ids
+    def _place(self, sequence: Sequence) -> None:
+        """Enters a fresh request into the batch of the next chunk."""
+        request, slot, batch = sequence.request, sequence.slot, self._batch
+        token = sequence.tokens[0]
+        sequence.active = request.max_new_tokens > 1 and token not in request.stop_ids
+        batch.tokens[slot] = token
+        batch.active[slot] = sequence.active
+        batch.remaining[slot] = request.max_new_tokens - 1
+        batch.generated[slot] = 1
+        batch.seeds[slot] = request.seed
+        batch.stop_ids[slot] = -1
+        batch.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
         mine = SamplingRows.of([request.sampling])
         for name in ("temperature", "top_k", "top_p", "min_p"):
-            getattr(rows.sampling, name)[row] = getattr(mine, name)[0]
+            getattr(batch.sampling, name)[slot] = getattr(mine, name)[0]
 
-    def step(self) -> list[Running]:
-        """One decode chunk over all rows; returns the requests that drew tokens in it."""
-        started, compiled = time.perf_counter(), self.compiler.seconds
-        rows = self._device_rows()
+    def step(self) -> list[Sequence]:
+        """One decode chunk over all slots; returns the requests that generated tokens in it."""
+        started, compiled = time.perf_counter(), self.runner.seconds
         assert self.cache is not None, "nothing has been admitted"
-        self.cache, rows, drawn = run_decode(self.compiler, self.lm.params, self.cache, rows)
-        rows, drawn = jax.device_get((rows, drawn))
-        self._rows = jax.tree.map(np.array, rows)
-        took = time.perf_counter() - started - (self.compiler.seconds - compiled)
-        return [r for r in self.running.values() if r.active and self._take(r, drawn, took)]
+        self.cache, batch, sampled = run_decode(
+            self.runner, self.program, self.lm.params, self.cache, self._device_batch()
+        )
+        batch, sampled = jax.device_get((batch, sampled))
+        self._batch = jax.tree.map(np.array, batch)
+        took = time.perf_counter() - started - (self.runner.seconds - compiled)
+        return [s for s in self.running.values() if s.active and self._take(s, sampled, took)]
 
-    def _device_rows(self) -> Rows:
-        return jax.tree.map(jnp.asarray, self._rows)
+    def _device_batch(self) -> Any:
+        return jax.tree.map(jnp.asarray, self._batch)
 
-    def _take(self, running: Running, drawn: Drawn, took: float) -> bool:
-        emitted = drawn.emitted[:, running.row]
-        running.tokens += drawn.tokens[emitted, running.row].tolist()
-        running.logprobs += drawn.logprobs[emitted, running.row].tolist()
-        running.active = bool(self._rows.active[running.row])
+    def _take(self, sequence: Sequence, sampled: SampledTokens, took: float) -> bool:
+        emitted = sampled.emitted[:, sequence.slot]
+        sequence.tokens += sampled.tokens[emitted, sequence.slot].tolist()
+        sequence.logprobs += sampled.logprobs[emitted, sequence.slot].tolist()
+        sequence.active = bool(self._batch.active[sequence.slot])
         # A request that ends inside a chunk took its share of the chunk's steps.
-        running.decode_s += took * float(emitted.sum()) / emitted.size
+        sequence.decode_s += took * float(emitted.sum()) / emitted.size
         return bool(emitted.any())
 
-    def stop(self, running: Running) -> None:
+    def stop(self, sequence: Sequence) -> None:
         """Ends a request early, as a stop string does; `release` it next."""
-        running.active = False
-        self._rows.active[running.row] = False
+        sequence.active = False
+        self._batch.active[sequence.slot] = False
 
-    def release(self, running: Running) -> None:
-        """Frees the row and the blocks of a request that has ended."""
-        del self.running[running.row]
-        self._allocator.release(running.blocks)
+    def release(self, sequence: Sequence) -> None:
+        """Frees the slot and the blocks of a request that has ended."""
+        del self.running[sequence.slot]
+        self._allocator.release(sequence.blocks)
 
-    def counted(self, running: Running) -> Counted:
-        """What the program has counted of a request."""
+    def stats(self, sequence: Sequence) -> SequenceStats:
+        """What the programs have counted of a request."""
         assert self.cache is not None
-        counters, row = jax.device_get(self.cache.counters), running.row
-        heads = tuple(
-            CountedHead(
-                layer,
-                head,
-                int(of.reranks[row, at]),
-                float(of.overlap[row, at]),
-                float(of.rco[row, at]),
-                int(of.choices[row, at]),
-            )
-            for layer, of in enumerate(counters.heads)
-            if of is not None
-            for at, head in enumerate(self.program.layout.slotted(layer))
-        )
-        return Counted(
-            int(counters.reranks[row]),
-            int(counters.promoted[row]),
-            int(counters.offloaded[row]),
-            heads,
-        )
+        return sequence_stats(self.program.layout, self.cache, row=sequence.slot)
 
 
 def _first_token(
-    program: Program, params: Any, x: jax.Array, rows: SamplingRows, seeds: jax.Array
+    decoder: DecoderLike, params: Params, x: jax.Array, rows: SamplingRows, seeds: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws from the last prompt token's hidden state x [1, D]: token [1] and log-probability."""
-    logits = program.decoder.logits(params, x)
+    """Samples from the last prompt token's hidden state x [1, D]: token [1], log-probability."""
+    logits = decoder.logits(params, x)
     return sample(logits, rows, step_keys(seeds, jnp.zeros_like(rows.top_k)))
-
-
-def free_rows(count: int) -> Rows:
-    """Rows of a batch in which nothing runs."""
-    return Rows(
-        tokens=jnp.zeros(count, jnp.int32),
-        active=jnp.zeros(count, bool),
-        remaining=jnp.zeros(count, jnp.int32),
-        drawn=jnp.zeros(count, jnp.int32),
-        seeds=jnp.zeros(count, jnp.uint32),
-        stop_ids=jnp.full((count, MAX_STOP_IDS), -1, jnp.int32),
-        sampling=SamplingRows.of([Sampling()] * count),
-    )

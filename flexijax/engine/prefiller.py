@@ -3,107 +3,109 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax.cache.attention import Workspace
+from flexijax.cache.arrays import Prompt
 from flexijax.cache.cache import Cache
-from flexijax.engine.prefill import Program, new_workspace, prefill_chunk
-from flexijax.engine.program import Compiler, run_commit
-from flexijax.models.decoder import Params
-
-Progress: TypeAlias = Callable[[str, int, int], None]
+from flexijax.cache.prefill_kv import PrefillKV, PrefillSpec, empty_prefill_kv
+from flexijax.engine.execute import run_commit
+from flexijax.engine.prefill import PrefillProgram, prefill_chunk
+from flexijax.engine.program import Program, Runner
+from flexijax.models.decoder import DecoderLike, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """What a prompt left behind: everything that a cache of the same shape needs of it.
+class PrefillResult:
+    """What a prompt left behind: everything that a cache needs of it.
 
-    program: the one it was read by. length: its tokens. workspace: keys and values of all layers
-    and heads. x: the last token's hidden state [1, D]; queries: its queries, per layer
-    [1, K, G, H].
+    program: that it was read by. length: its tokens. kv: keys and values of all layers and heads,
+    its last queries, and what policies saw. x: the last token's hidden state [1, D].
     """
 
-    program: Program
+    program: PrefillProgram
     length: int
-    workspace: Workspace
+    kv: PrefillKV
     x: jax.Array
-    queries: tuple[jax.Array, ...]
 
     def commit(
         self,
-        compiler: Compiler,
+        runner: Runner,
+        program: Program,
         cache: Cache | None,
         *,
         row: int,
         blocks: Sequence[int],
         release: bool = False,
     ) -> Cache:
-        """The prompt in row `row` of a cache (donated; None: an empty one) of a program.
+        """The prompt in row `row` of a cache of `program` (donated; None: an empty one).
 
-        blocks: one block id a page, at least ceil(length / page) of them. The program may differ
-        from the reading's in policy, slots and rows, and in what follows from them.
-        Raises ValueError where decoder, shape, pages, page size or dtype differ.
+        blocks: one block id a page, at least ceil(length / page) of them. release: see
+        `run_commit`. Raises ValueError where the program is of another model, length or dtype, or
+        its policy observes what was not observed here.
         """
-        theirs, ours = compiler.program, self.program
-        for name in ("shape", "page_size", "dtype", "pages"):
-            mine, other = getattr(ours.layout, name), getattr(theirs.layout, name)
+        self._check(program)
+        table = np.zeros(program.layout.sizes.pages, np.int32)
+        table[: len(blocks)] = blocks
+        observers, policy = self.program.spec.observers, program.policy
+        at = observers.index(policy) if policy in observers else None
+        place = (jnp.int32(row), jnp.asarray(table), jnp.int32(self.length))
+        prompts = tuple(
+            Prompt(k, v, queries, () if at is None else observed[at], *place, jnp.int32(layer))
+            for layer, (k, v, queries, observed) in enumerate(
+                zip(self.kv.k, self.kv.v, self.kv.queries, self.kv.observed, strict=True)
+            )
+        )
+        return run_commit(runner, program, cache, prompts, release=release)
+
+    def _check(self, program: Program) -> None:
+        theirs, ours = program.prefill_spec(), self.program.spec
+        for name in ("shape", "tokens", "dtype"):
+            mine, other = getattr(ours, name), getattr(theirs, name)
             if mine != other:
                 raise ValueError(f"a prompt read with {name}={mine} cannot be used with {other}")
-        if theirs.decoder != ours.decoder:
+        if program.decoder != self.program.decoder:
             raise ValueError("a prompt read by one decoder cannot be continued by another")
-        table = np.zeros(theirs.layout.pages, np.int32)
-        table[: len(blocks)] = blocks
-        return run_commit(
-            compiler,
-            cache,
-            self.workspace,
-            jnp.int32(row),
-            jnp.asarray(table),
-            jnp.int32(self.length),
-            self.queries,
-            release=release,
-        )
+        if theirs.window > ours.window or not set(theirs.observers) <= set(ours.observers):
+            raise ValueError(
+                f"policy {program.policy} observes queries that were not kept: name its program "
+                "when the prompt is read"
+            )
 
 
-class Reader:
-    """Reads prompts one after the other into one workspace, compiled once."""
+class Prefiller:
+    """Reads prompts one after the other into the same arrays, compiled once."""
 
-    def __init__(self, params: Params, compiler: Compiler, progress: Progress | None) -> None:
-        self._params, self._compiler, self._progress = params, compiler, progress
-        self._workspace: Workspace | None = None
+    def __init__(
+        self, decoder: DecoderLike, params: Params, spec: PrefillSpec, runner: Runner
+    ) -> None:
+        self._program = PrefillProgram(decoder, spec)
+        self._params, self._runner = params, runner
+        self._kv: PrefillKV | None = None
 
-    def read(self, tokens: Sequence[int], label: str) -> Reading:
-        """The prompt's reading, good until the next call, which takes its workspace.
+    def read(self, tokens: Sequence[int], label: str) -> PrefillResult:
+        """What the prompt leaves behind, good until the next call, which takes its arrays.
 
         tokens: ids, at least one. label: what progress calls the prompt.
         """
-        program = self._compiler.program
+        program, progress = self._program, self._runner.progress
         chunk, length = program.chunk, len(tokens)
         padded = np.zeros(-(-length // chunk) * chunk, np.int32)
         padded[:length] = tokens
-        x, queries, workspace = None, (), self._workspace
-        if workspace is None or workspace.k[0].is_deleted():
-            workspace = new_workspace(program.layout)
+        x, kv = None, self._kv
+        if kv is None or kv.k[0].is_deleted() or program.spec.observers:
+            kv = empty_prefill_kv(program.spec)
         for start in range(0, length, chunk):
             last = min(length - start, chunk) - 1
-            workspace, x, queries = self._compiler.run(
-                prefill_chunk,
-                "prefill",
-                (4,),
-                self._params,
-                jnp.asarray(padded[None, start : start + chunk]),
-                jnp.int32(start),
-                jnp.int32(last),
-                workspace,
-            )
-            if self._progress is not None:
+            piece = jnp.asarray(padded[None, start : start + chunk])
+            args = (self._params, piece, jnp.int32(start), jnp.int32(last), kv)
+            kv, x = self._runner.run("prefill", prefill_chunk, program, args, donate=(4,))
+            if progress is not None:
                 x.block_until_ready()
-                self._progress(f"reading {label}", start + last + 1, length)
+                progress(f"reading {label}", start + last + 1, length)
         assert x is not None
-        self._workspace = workspace
-        return Reading(program, length, workspace, x, queries)
+        self._kv = kv
+        return PrefillResult(program, length, kv, x)

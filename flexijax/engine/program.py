@@ -1,199 +1,201 @@
-"""Compiled programs, kept by their static part and the shapes they were compiled for."""
+"""A run's programs: what each is compiled for, `jax.jit` of it, and a timer of compiling."""
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
-from flexijax.cache import cache as kv
-from flexijax.cache.attention import Workspace
-from flexijax.cache.cache import Cache
+from flexijax.cache.cache import group_programs
+from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import trim_heap
-from flexijax.engine.decode import (
-    Drawn,
-    Rows,
-    decode_chunk,
-    decode_steps,
-    forced_steps,
-    rerank,
-    rerank_layer,
-)
-from flexijax.engine.prefill import Program, commit, commit_layer, enter, heads
-from flexijax.models.decoder import Params
+from flexijax.cache.prefill_kv import PrefillSpec
+from flexijax.models.decoder import DecoderLike
 from flexijax.pallas_kernels import platform
+from flexijax.policies.base import Policy
 
-_executables: dict[Any, jax.stages.Compiled] = {}
+Progress: TypeAlias = Callable[[str, int, int], None]
 
 # LLVM takes half of AVX-512 by default, for what the clock of old CPUs lost by all of it. Whole
 # vectors make a decode step at batch 4 1.03 times as fast, and prefill 1.02 to 1.05 times.
 _CPU_OPTIONS: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
 
 
-class Compiler:
-    """Compiles functions of a `Program` when they are first needed and counts what that took.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything static about a run; hashable. implementation, transfer: see `CacheConfig`.
 
-    seconds: spent compiling. programs: how many were compiled. Executables are shared by all
-    instances, so a second call with the same shapes compiles nothing.
+    suppress_ids: tokens that are never generated.
     """
 
-    def __init__(self, program: Program, progress: Callable[[str, int, int], None] | None) -> None:
-        self.program = program
+    decoder: DecoderLike
+    layout: CacheLayout
+    policy: Policy
+    implementation: str | None = None
+    transfer: str | None = None
+    suppress_ids: tuple[int, ...] = ()
+
+    @property
+    def chunk_steps(self) -> int:
+        """Decode steps of one program, after which heads are reranked and tokens evicted (R)."""
+        return self.layout.sizes.chunk_steps
+
+    @functools.cached_property
+    def groups(self) -> tuple[tuple[GroupProgram, ...], ...]:
+        """Per layer, what the programs over its head groups are compiled for."""
+        return tuple(
+            group_programs(
+                self.layout,
+                self.policy,
+                layer,
+                implementation=self.implementation,
+                transfer=self.transfer,
+            )
+            for layer in range(len(self.layout.groups))
+        )
+
+    def prefill_spec(self) -> PrefillSpec:
+        """What reading a prompt for this program alone is compiled for."""
+        return prefill_spec((self,))
+
+
+def prefill_spec(programs: tuple[Program, ...]) -> PrefillSpec:
+    """What reading a prompt for all the programs is compiled for; they are of one model and size.
+
+    Raises ValueError where they differ in what a prompt is read with.
+    """
+    found = {(p.decoder, p.layout.sizes.shape, p.layout.sizes.max_tokens) for p in programs}
+    found_with = {(p.layout.sizes.dtype, p.implementation) for p in programs}
+    if len(found) != 1 or len(found_with) != 1:
+        raise ValueError(
+            "one reading of a prompt serves programs of one model, length, dtype and "
+            f"implementation only, not {sorted(map(str, found | found_with))}"
+        )
+    sizes = programs[0].layout.sizes
+    policies = [program.policy for program in programs]
+    return PrefillSpec(
+        shape=sizes.shape,
+        tokens=sizes.max_tokens,
+        dtype=sizes.dtype,
+        window=max([1, *(policy.prompt_window or 0 for policy in policies)]),
+        observers=tuple(dict.fromkeys(p for p in policies if p.prompt_window is None)),
+        implementation=programs[0].implementation,
+    )
+
+
+def jitted(function: Callable[..., Any], static: Any, donate: tuple[int, ...]) -> Any:
+    """`jax.jit` of function(static, *args), the same object for the same static part.
+
+    static: hashable. donate: indices into args. What a report or a test compiles for another device
+    comes from here too, so that it is what runs.
+    """
+    return _jitted(function, static, donate, platform.is_gpu())
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(function: Callable[..., Any], static: Any, donate: tuple[int, ...], gpu: bool) -> Any:
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        if (runner := _running.get()) is not None:
+            runner.begin_compiling()
+        return function(static, *args)
+
+    return jax.jit(traced, donate_argnums=donate, compiler_options={} if gpu else _CPU_OPTIONS)
+
+
+class Runner:
+    """Runs jitted functions and counts what compiling them took.
+
+    seconds: spent tracing and compiling. programs: how many were compiled. Executables are shared
+    by all instances, so a second call with the same shapes compiles nothing.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
         self.seconds = 0.0
         self.programs = 0
-        self._progress = progress
+        self.progress = progress
+        self._call: tuple[str, Any] = ("", ())
+        self._began: float | None = None
+        self._ended = 0.0
 
     def run(
-        self, function: Callable[..., Any], stage: str, donate: tuple[int, ...], *args: Any
+        self,
+        stage: str,
+        function: Callable[..., Any],
+        static: Any,
+        args: tuple[Any, ...],
+        donate: tuple[int, ...] = (),
     ) -> Any:
-        """function(program, *args), compiled; donate: indices into args. stage: for progress."""
-        return self.compile(function, stage, donate, *args)(*args)
+        """function(static, *args), compiled if need be. stage: for progress."""
+        return self._watched(stage, jitted(function, static, donate), args)
 
     def compile(
-        self, function: Callable[..., Any], stage: str, donate: tuple[int, ...], *args: Any
+        self,
+        stage: str,
+        function: Callable[..., Any],
+        static: Any,
+        args: tuple[Any, ...],
+        donate: tuple[int, ...] = (),
     ) -> jax.stages.Compiled:
-        """The executable that `run` calls; of args that are not there yet, `ShapeDtypeStruct`s."""
-        leaves, structure = jax.tree.flatten(args)
-        avals = tuple((leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves)
-        key = (function, self.program, structure, avals)
-        if key not in _executables:
-            # What still runs would be timed as compiling otherwise.
-            jax.block_until_ready(args)
-            started = time.perf_counter()
-            if self._progress is not None:
-                self._progress(f"compiling {stage}", 0, 1)
-            _executables[key] = _compiled(
-                function, tuple(at + 1 for at in donate), self.program, args
-            )
-            trim_heap()
-            if self._progress is not None:
-                self._progress(f"compiling {stage}", 1, 1)
-            self.seconds += time.perf_counter() - started
+        """Compiles what `run` would, which then need not; args: of shapes, where not there yet."""
+        program = jitted(function, static, donate)
+        return self._watched(stage, lambda *args: program.lower(*args).compile(), args)
+
+    def begin_compiling(self) -> None:
+        """Called while a function is traced, which is before it is compiled."""
+        if self._began is not None:
+            return
+        stage, args = self._call
+        # What still runs would be timed as compiling otherwise.
+        jax.block_until_ready([leaf for leaf in jax.tree.leaves(args) if _is_there(leaf)])
+        self._began = self._ended = time.perf_counter()
+        if self.progress is not None:
+            self.progress(f"compiling {stage}", 0, 1)
+
+    def end_compiling(self) -> None:
+        """Called whenever the compiler is done with something."""
+        self._ended = time.perf_counter()
+
+    def _watched(self, stage: str, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        self._call, self._began = (stage, args), None
+        token = _running.set(self)
+        try:
+            made = call(*args)
+        finally:
+            _running.reset(token)
+            self._call = ("", ())
+        if self._began is not None:
+            self.seconds += self._ended - self._began
             self.programs += 1
-        return _executables[key]
-
-
-def run_commit(
-    compiler: Compiler,
-    cache: Cache | None,
-    workspace: Workspace,
-    row: jax.Array,
-    blocks: jax.Array,
-    length: jax.Array,
-    queries: tuple[jax.Array, ...],
-    *,
-    release: bool = False,
-) -> Cache:
-    """`prefill.commit`, compiled; cache is donated, None is an empty one.
-
-    release: lets the workspace go, layer by layer on a CPU, where an empty cache is made layer by
-    layer too: a prompt then stands in memory once, not twice.
-    """
-    program = compiler.program
-    layout, score = program.layout, program.policy.score
-    if platform.is_gpu():
-        cache = kv.init(layout, score) if cache is None else cache
-        made = compiler.run(commit, "commit", (0,), cache, workspace, row, blocks, length, queries)
-        if release:
-            jax.tree.map(lambda leaf: leaf.delete(), workspace)
+            trim_heap()
+            if self.progress is not None:
+                self.progress(f"compiling {stage}", 1, 1)
         return made
-    layers, hosts = [], []
-    for at in range(layout.shape.num_layers):
-        pair = (
-            kv.init_layer(layout, score, at)
-            if cache is None
-            else (cache.layers[at], cache.host[at])
-        )
-        k, v = workspace.k[at], workspace.v[at]
-        args = (*pair, k, v, row, blocks, length, queries[at], *heads(program, at))
-        held, host = compiler.run(commit_layer, "commit", (0, 1), *args)
-        if release:
-            # Layers are worked on in the background: all of them would be allocated at once.
-            jax.block_until_ready((held, host))
-            k.delete()
-            v.delete()
-        layers.append(held)
-        hosts.append(host)
-    both = (tuple(layers), tuple(hosts))
-    if cache is None:
-        return enter(kv.init_tables(layout, *both), row, blocks, length)
-    return enter(dataclasses.replace(cache, layers=both[0], host=both[1]), row, blocks, length)
 
 
-def compile_decode(compiler: Compiler, params: Params, rows: Rows) -> None:
-    """Compiles what `run_decode` runs on a CPU, before there is a cache.
-
-    Compiling the decode chunk of SmolLM2 takes 330 MB and a rerank 100, as much as the cache of 8
-    thousand tokens, and half of it is free again when the cache comes. Elsewhere the cache lies in
-    another memory.
-    """
-    if platform.is_gpu():
-        return
-    cache = _abstract_cache(compiler.program)
-    counters, table, lengths = cache.counters, cache.block_table, cache.lengths
-    steps = compiler.compile(
-        decode_steps, "decode", (1,), params, cache.layers, table, lengths, rows
-    )
-    layers, _, _, _, queries = platform.placed(steps.out_info)
-    tally = (counters.promoted, counters.offloaded)
-    for held, host, counted, q in zip(layers, cache.host, counters.heads, queries, strict=True):
-        if host is not None:
-            args = (held, host, tally, counted, table, lengths, lengths, rows.active, q)
-            compiler.compile(rerank_layer, "rerank", (0, 1, 2, 3), *args)
+_running: contextvars.ContextVar[Runner | None] = contextvars.ContextVar("running", default=None)
 
 
-@functools.cache
-def _abstract_cache(program: Program) -> Cache:
-    # Kept, since it takes 50 ms and every call of `generate` asks for it.
-    return kv.abstract(program.layout, program.policy.score)
+def _is_there(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.is_deleted()
 
 
-def run_decode(
-    compiler: Compiler, params: Params, cache: Cache, rows: Rows
-) -> tuple[Cache, Rows, Drawn]:
-    """`decode.decode_chunk`, compiled; cache is donated.
-
-    On a GPU it is one program. XLA's CPU compiler spends most of its time on the rerank, which it
-    compiles anew for each layer, so there one program per kind of layer is called for all of them.
-    """
-    if platform.is_gpu():
-        return compiler.run(decode_chunk, "decode", (1,), params, cache, rows)
-    layers, lengths, rows, drawn, queries = compiler.run(
-        decode_steps, "decode", (1,), params, cache.layers, cache.block_table, cache.lengths, rows
-    )
-    return _rerank(compiler, cache, layers, lengths, rows.active, queries), rows, drawn
+def _on_duration(event: str, seconds: float, **_: Any) -> None:
+    if event.endswith("/backend_compile_duration") and (runner := _running.get()) is not None:
+        runner.end_compiling()
 
 
-def run_forced(
-    compiler: Compiler, params: Params, cache: Cache, tokens: jax.Array, active: jax.Array
-) -> tuple[Cache, jax.Array]:
-    """`decode.forced_steps` and the rerank, compiled: the cache, and logits float32[R, B, V]."""
-    layers, lengths, logits, queries = compiler.run(
-        forced_steps,
-        "forced decode",
-        (1,),
-        params,
-        cache.layers,
-        cache.block_table,
-        cache.lengths,
-        tokens,
-        active,
-    )
-    return _rerank(compiler, cache, layers, lengths, active, queries), logits
-
-
-def _rerank(compiler: Compiler, cache: Cache, layers, lengths, active, queries) -> Cache:
-    layer = functools.partial(compiler.run, rerank_layer, "rerank", (0, 1, 2, 3))
-    return rerank(compiler.program, cache, layers, lengths, active, queries, layer)
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 
 def num_compiled() -> int:
-    """How many executables this process holds."""
-    return len(_executables)
+    """How many functions of ours this process holds compiled, see `forget_compiled`."""
+    return _jitted.cache_info().currsize
 
 
 def forget_compiled() -> None:
@@ -201,22 +203,5 @@ def forget_compiled() -> None:
 
     Each holds memory maps, of which Linux gives a process 65,530; a compiler without one crashes.
     """
-    _executables.clear()
-    _abstract_cache.cache_clear()
+    _jitted.cache_clear()
     jax.clear_caches()
-
-
-def _compiled(
-    function: Callable[..., Any], donate: tuple[int, ...], program: Program, args: tuple[Any, ...]
-) -> jax.stages.Compiled:
-    """The executable of function(program, *args); donate: indices into both."""
-
-    # A function of its own each time: jax keeps what it traced for as long as the function lives,
-    # and all of a run's programs are traced just once.
-    @functools.wraps(function)
-    def once(program: Program, *args: Any) -> Any:
-        return function(program, *args)
-
-    options = None if platform.is_gpu() else _CPU_OPTIONS
-    jitted = jax.jit(once, static_argnums=0, donate_argnums=donate)
-    return jitted.lower(program, *args).compile(compiler_options=options)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import SupportsIndex, cast
 
 from flexijax.config import CacheConfig
-from flexijax.engine.engine import MAX_STOP_IDS, Request
+from flexijax.engine.batch import MAX_STOP_IDS
 from flexijax.engine.sampling import Sampling, request_seed
+from flexijax.engine.sequence import Request
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
 
@@ -19,17 +20,16 @@ def make_requests(
     prompts: Sequence[str] | Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] | None,
-    seed: int,
 ) -> list[Request]:
     """One request a prompt; arguments as of `generate`. Raises ValueError that names the prompt."""
-    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
-    seed = whole_number("seed", seed, least=0)
+    max_new_tokens = check_int("max_new_tokens", max_new_tokens, minimum=1)
     try:
         given = list(prompts)
     except TypeError:
         raise ValueError(f"prompts={prompts!r} must be a list of texts or of token ids") from None
+    shared = not isinstance(sampling, Sequence)
     requests = []
-    for index, wish in enumerate(_samplings(sampling, len(given))):
+    for index, params in enumerate(_samplings(sampling, len(given))):
         tokens = _tokens(lm, given[index], index)
         if len(tokens) + max_new_tokens > lm.max_context:
             raise ValueError(
@@ -41,9 +41,9 @@ def make_requests(
                 index=index,
                 tokens=tokens,
                 max_new_tokens=max_new_tokens,
-                sampling=wish,
-                seed=request_seed(wish, seed=seed, index=index),
-                stop_ids=_stop_ids(lm, wish),
+                sampling=params,
+                seed=request_seed(params, place=index if shared or params.seed is None else 0),
+                stop_ids=_stop_ids(lm, params),
             )
         )
     return requests
@@ -59,20 +59,20 @@ def check_cache(lm: LanguageModel, cache: CacheConfig) -> None:
         if getattr(cache, name) == wanted and not platform.is_gpu():
             raise ValueError(f"{name}={wanted!r} runs on NVIDIA GPUs only: leave it at None here")
     # A decode chunk runs all its steps, so an endless interval would be an endless first token.
-    if (cache.tail_pages - 1) * cache.page_size >= lm.max_context:
+    if cache.chunk_steps >= lm.max_context:
         raise ValueError(
             f"rerank_interval={cache.rerank_interval} is longer than the {lm.max_context} tokens "
             f"that {lm.name} can read: the usual one is 16"
         )
 
 
-def whole_number(name: str, value: object, *, least: int) -> int:
+def check_int(name: str, value: object, *, minimum: int) -> int:
     """The value as an int, NumPy's included. Raises ValueError naming it where it is none."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}")
     number = operator.index(cast(SupportsIndex, value))
-    if number < least:
-        raise ValueError(f"{name}={number} must be at least {least}")
+    if number < minimum:
+        raise ValueError(f"{name}={number} must be at least {minimum}")
     return number
 
 
@@ -80,7 +80,7 @@ def _samplings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> li
     if sampling is None or isinstance(sampling, Sampling):
         return [sampling or Sampling()] * count
     try:
-        each = [wish for wish in sampling if isinstance(wish, Sampling)]
+        each = [one for one in sampling if isinstance(one, Sampling)]
         others = len(each) != len(sampling)
     except TypeError:
         each, others = [], True
@@ -91,14 +91,14 @@ def _samplings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> li
     return each
 
 
-def _stop_ids(lm: LanguageModel, wish: Sampling) -> tuple[int, ...]:
-    if wish.stop and lm.tokenizer is None:
-        raise ValueError(f"stop={wish.stop!r} needs a tokenizer, and {lm.name} has none")
-    outside = next((i for i in wish.stop_ids if i >= lm.vocab_size), None)
+def _stop_ids(lm: LanguageModel, params: Sampling) -> tuple[int, ...]:
+    if params.stop and lm.tokenizer is None:
+        raise ValueError(f"stop={params.stop!r} needs a tokenizer, and {lm.name} has none")
+    outside = next((i for i in params.stop_ids if i >= lm.vocab_size), None)
     if outside is not None:
         raise ValueError(f"stop_ids holds token {outside}, not in 0..{lm.vocab_size - 1}")
-    own = () if wish.ignore_eos or lm.tokenizer is None else lm.tokenizer.stop_ids
-    stops = tuple(sorted({*own, *wish.stop_ids}))
+    own = () if params.ignore_eos or lm.tokenizer is None else lm.tokenizer.stop_ids
+    stops = tuple(sorted({*own, *params.stop_ids}))
     if len(stops) > MAX_STOP_IDS:
         raise ValueError(f"stop_ids has {len(stops)} tokens, at most {MAX_STOP_IDS} can stop")
     return stops

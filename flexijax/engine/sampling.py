@@ -28,7 +28,7 @@ class Sampling:
     stop_ids: tokens that end the request beside the model's own.
     logprobs: also return the log-probability of every token under the model itself, before
         temperature and the filters.
-    seed: of this request's draws; None derives one from the call's seed and the request's place.
+    seed: of what is drawn; prompts that share one `Sampling` each draw for themselves. None is 0.
     ignore_eos: go on past the model's own stop tokens.
 
     Raises ValueError, naming the field and its value, when a value could not work.
@@ -115,9 +115,9 @@ class SamplingRows:
         )
 
 
-def request_seed(sampling: Sampling, *, seed: int, index: int) -> int:
-    """The 32-bit seed of one request: its own, or one made of the call's seed and its place."""
-    entropy = [seed, index] if sampling.seed is None else [sampling.seed]
+def request_seed(sampling: Sampling, *, place: int) -> int:
+    """The 32-bit seed of one request. place: among prompts that share one `Sampling`."""
+    entropy = [sampling.seed or 0, place]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 

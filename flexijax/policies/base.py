@@ -204,9 +204,7 @@ class Policy(abc.ABC):
         """What is remembered of a head of which nothing was observed yet; tokens: T."""
         return PolicyState()
 
-    def observe(
-        self, group: HeadGroup, state: PolicyState, window: Window, tokens: Tokens
-    ) -> PolicyState:
+    def observe(self, state: PolicyState, window: Window, tokens: Tokens) -> PolicyState:
         """What is remembered of a head after its queries in `window`."""
         return state
 

@@ -61,9 +61,7 @@ class H2O(Policy):
         """The sum of attention so far, float32[T]: see `Policy`."""
         return PolicyState(tokens=jnp.zeros(tokens, jnp.float32))
 
-    def observe(
-        self, group: HeadGroup, state: PolicyState, window: Window, tokens: Tokens
-    ) -> PolicyState:
+    def observe(self, state: PolicyState, window: Window, tokens: Tokens) -> PolicyState:
         """The formula above: see `Policy`."""
         return PolicyState(tokens=state.tokens + attention(window).sum(axis=(0, 1)))
 

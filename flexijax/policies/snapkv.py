@@ -63,9 +63,7 @@ class SnapKV(Policy):
         """What the window gave each token, float32[T]: see `Policy`."""
         return PolicyState(tokens=jnp.zeros(tokens, jnp.float32))
 
-    def observe(
-        self, group: HeadGroup, state: PolicyState, window: Window, tokens: Tokens
-    ) -> PolicyState:
+    def observe(self, state: PolicyState, window: Window, tokens: Tokens) -> PolicyState:
         """The formula above, over a prompt whose tokens are in order: see `Policy`."""
         queries = jnp.maximum((window.position >= 0).sum(), 1).astype(jnp.float32)
         mean = attention(window).sum(axis=(0, 1)) / (queries * window.q.shape[0])

@@ -1,0 +1,73 @@
+"""What the head groups of every kind are given: where a step, a chunk or a prompt stands."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flexijax.cache.layout import GroupProgram
+from flexijax.pallas_kernels import platform
+from flexijax.policies.base import PolicyState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One decode step."""
+
+    block_table: jax.Array  # int32[B, P], block of each page
+    lengths: jax.Array  # int32[B], tokens held before this step
+    active: jax.Array  # bool[B], requests that take part
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """What a group needs at the end of R decode steps. Requests that have ended take no part."""
+
+    block_table: jax.Array  # int32[B, P]
+    before: jax.Array  # int32[B], tokens held before the steps
+    lengths: jax.Array  # int32[B], after them; 0 for requests that have ended
+    active: jax.Array  # bool[B]
+    layer: jax.Array  # int32[]
+    queries: jax.Array  # [W, B, K, G, H], the group's last W queries
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt that has been read, as one group needs it. S: the most tokens of a request."""
+
+    k: jax.Array  # [K, H, S]
+    v: jax.Array  # [K, S, H]
+    queries: jax.Array  # [W, K, G, H], of its last W tokens, at least one
+    observed: Any  # PolicyState of leaves [K, ...] where every query was observed, else ()
+    row: jax.Array  # int32[], its place in the batch
+    blocks: jax.Array  # int32[P], block of each page, good below ceil(length / page)
+    length: jax.Array  # int32[]
+    layer: jax.Array  # int32[]
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """In device memory."""
+    return jnp.zeros(shape, dtype, device=platform.sharding())
+
+
+def empty_state(
+    program: GroupProgram, heads: int, tokens: int, batch: int | None = None
+) -> PolicyState:
+    """What the policy remembers of every head before anything was seen: leaves [B, K, ...]."""
+    shape = (program.sizes.batch if batch is None else batch, heads)
+    state = program.policy.init_state(tokens)
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (*shape, *jnp.shape(leaf))).copy(), state
+    )
+
+
+def set_row(leaf: jax.Array, row: jax.Array, value: jax.Array) -> jax.Array:
+    """leaf [B, ...] with value [...] at `row`, in place when the leaf is donated."""
+    return lax.dynamic_update_slice_in_dim(leaf, value[None].astype(leaf.dtype), row, axis=0)

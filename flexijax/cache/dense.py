@@ -1,0 +1,107 @@
+"""Dense head groups: every page of a request in the head's own buffer, everything attended."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flexijax.cache.arrays import Chunk, Prompt, Step, empty_state, set_row, zeros
+from flexijax.cache.layout import GroupProgram
+from flexijax.cache.observe import observe_chunk, prompt_state
+from flexijax.pallas_kernels import dispatch
+from flexijax.policies.base import PolicyState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseGroup:
+    """Keys stand with the channel before the token: scoring them is one plain matrix product."""
+
+    k: jax.Array  # [B, K, H, P, page]
+    v: jax.Array  # [B, K, P, page, H]
+    state: PolicyState  # leaves [B, K, ...]
+
+
+def empty(program: GroupProgram, heads: int) -> tuple[DenseGroup, None]:
+    """A group of so many heads that holds nothing; it has no statistics."""
+    sizes = program.sizes
+    batch, pages, page, width = sizes.batch, sizes.pages, sizes.page_size, sizes.shape.head_dim
+    group = DenseGroup(
+        k=zeros((batch, heads, width, pages, page), sizes.dtype),
+        v=zeros((batch, heads, pages, page, width), sizes.dtype),
+        state=empty_state(program, heads, sizes.max_tokens),
+    )
+    return group, None
+
+
+def attend(
+    program: GroupProgram,
+    group: DenseGroup,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    step: Step,
+) -> tuple[jax.Array, DenseGroup]:
+    """Writes a token's key and value and attends to all: q [B, K, G, H] -> out of that shape."""
+    sizes = program.sizes
+    page, offset = lax.div(step.lengths, sizes.page_size), lax.rem(step.lengths, sizes.page_size)
+    slot = jnp.where(step.active, page, sizes.pages)[:, None]  # out of bounds: dropped
+    row, head = jnp.arange(k.shape[0])[:, None], jnp.arange(k.shape[1])[None, :]
+    new_k = group.k.at[row, head, :, slot, offset[:, None]].set(k, mode="drop")
+    new_v = group.v.at[row, head, slot, offset[:, None]].set(v, mode="drop")
+    lengths = jnp.where(step.active, step.lengths + 1, 0)
+    first = jnp.arange(sizes.pages, dtype=jnp.int32) * sizes.page_size
+    counts = jnp.clip(lengths[:, None] - first, 0, sizes.page_size)  # [B, P]
+    out, _ = dispatch.slot_decode(
+        q,
+        new_k,
+        new_v,
+        jnp.broadcast_to(counts[:, None], (*k.shape[:2], sizes.pages)),
+        scale=sizes.shape.scale,
+        implementation=program.implementation,
+    )
+    return out, dataclasses.replace(group, k=new_k, v=new_v)
+
+
+def commit(
+    program: GroupProgram, group: DenseGroup, host: None, stats: None, prompt: Prompt
+) -> tuple[DenseGroup, None, None]:
+    """A prompt into row `prompt.row`."""
+    sizes = program.sizes
+    heads = prompt.k.shape[0]
+    k = prompt.k.reshape(heads, -1, sizes.pages, sizes.page_size)
+    v = prompt.v.reshape(heads, sizes.pages, sizes.page_size, -1)
+    state = prompt_state(program, prompt)
+    group = DenseGroup(
+        k=set_row(group.k, prompt.row, k),
+        v=set_row(group.v, prompt.row, v),
+        state=jax.tree.map(lambda all, new: set_row(all, prompt.row, new), group.state, state),
+    )
+    return group, None, None
+
+
+def num_queries(program: GroupProgram) -> int:
+    """How many of a chunk's last queries `end_chunk` asks for; 0: it is not called."""
+    return program.sizes.chunk_steps if program.policy.observes_decode else 0
+
+
+def end_chunk(
+    program: GroupProgram, group: DenseGroup, host: None, stats: None, chunk: Chunk
+) -> tuple[DenseGroup, None, None]:
+    """Shows the policy the chunk's queries over everything that is held."""
+    tokens = program.sizes.max_tokens
+    batch, heads, width = group.k.shape[:3]
+    position = jnp.arange(tokens, dtype=jnp.int32)
+    position = jnp.where(position < chunk.lengths[:, None], position, -1)
+    state = observe_chunk(
+        program,
+        group.state,
+        group.k.reshape(batch, heads, width, tokens),
+        group.v.reshape(batch, heads, tokens, width),
+        jnp.broadcast_to(position[:, None], (batch, heads, tokens)),
+        chunk,
+    )
+    return dataclasses.replace(group, state=state), None, None

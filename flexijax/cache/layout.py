@@ -1,0 +1,105 @@
+"""Every static size of a cache, and what the programs over one layer are compiled for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
+from flexijax.models.config import AttentionShape
+from flexijax.policies.base import HeadGroup, Policy
+from flexijax.policies.page_score import PageShape
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSizes:
+    """What is the same in every layer.
+
+    shape: of the model. batch: requests at once (B). blocks: rows of each pool. pages: the most
+    pages of one request (P). page_size: tokens. dtype: of keys and values. chunk_steps: decode
+    steps of one program, after which heads are reranked and tokens evicted (R).
+    """
+
+    shape: AttentionShape
+    batch: int
+    blocks: int
+    pages: int
+    page_size: int
+    dtype: str
+    chunk_steps: int
+
+    @property
+    def page(self) -> PageShape:
+        """What a page of one KV head is made of."""
+        return PageShape(self.page_size, self.shape.head_dim, self.dtype)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of one request."""
+        return self.pages * self.page_size
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the keys and values of one page of one KV head."""
+        return 2 * self.page_size * self.shape.head_dim * jnp.dtype(self.dtype).itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """Sizes and, per layer, the head groups; hashable, so programs are compiled once per layout."""
+
+    sizes: CacheSizes
+    groups: tuple[tuple[HeadGroup, ...], ...]
+
+    def all_groups(self) -> Iterator[tuple[int, int, HeadGroup]]:
+        """(layer, place in its layer, group) of every group."""
+        for layer, groups in enumerate(self.groups):
+            for at, group in enumerate(groups):
+                yield layer, at, group
+
+    def heads_of(self, kind: str) -> int:
+        """KV heads of all layers that are kept in groups of that kind, see `HeadGroup`."""
+        return sum(len(group.heads) for *_, group in self.all_groups() if group.kind == kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupProgram:
+    """The static part of what runs over one head group; a static argument of jitted functions.
+
+    group: without its heads (see `without_heads`), so that layers whose groups differ in nothing
+    else share a program. policy: asked for ranks. implementation, transfer: of kernels and moves.
+    """
+
+    sizes: CacheSizes
+    group: HeadGroup
+    policy: Policy
+    implementation: str | None
+    transfer: str | None
+
+    @property
+    def slots(self) -> int:
+        """Pages that fit into a head's own buffer, see `slots_of`."""
+        return slots_of(self.group, self.sizes)
+
+
+def without_heads(group: HeadGroup) -> HeadGroup:
+    """The group with no heads named: what it has in common with others of its kind."""
+    return dataclasses.replace(group, heads=())
+
+
+def slots_of(group: HeadGroup, sizes: CacheSizes) -> int:
+    """Pages of device memory for each head with a buffer of its own: its room, and what comes.
+
+    dense: every page of a request. offloaded: the room, and the pages that can begin before a
+    head's next rerank; the page being filled at a rerank is in the room. evicting: pages that hold
+    the room's tokens and those of one chunk.
+    """
+    if group.room is None:
+        return sizes.pages
+    if group.kind == "offloaded":
+        longest = sizes.chunk_steps if group.schedule is None else group.schedule.longest
+        wanted = group.room + -(-longest // sizes.page_size)
+    else:
+        wanted = -(-(group.room + sizes.chunk_steps) // sizes.page_size)
+    return min(sizes.pages, wanted)

@@ -1,0 +1,285 @@
+"""Offloaded head groups: chosen pages in slots on the device, every page in host memory.
+
+Decode is dense attention over the slots. At a rerank the pages that filled up go to the host, and
+of the newly chosen ones those that are not resident come into freed slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flexijax.cache.arrays import Chunk, Prompt, Step, set_row, zeros
+from flexijax.cache.layout import GroupProgram
+from flexijax.cache.rerank import Plan, filled_pages, find_slots, plan_rerank
+from flexijax.cache.selected import scatter, top_pages
+from flexijax.cache.tiers import HostPages, offload, promote
+from flexijax.pallas_kernels import dispatch
+from flexijax.policies.page_score import PageScore, PageTable
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RerankSchedule:
+    """When each head is reranked next, where each has an interval of its own."""
+
+    interval: jax.Array  # int32[B, K], steps from its last rerank to the next
+    steps_until_rerank: jax.Array  # int32[B, K]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OffloadedGroup:
+    """Keys stand with the channel before the token: scoring them is one plain matrix product."""
+
+    k: jax.Array  # [B, K, H, S, page]
+    v: jax.Array  # [B, K, S, page, H]
+    slot_page: jax.Array  # int32[B, K, S], logical page in each slot, -1 empty
+    summaries: Any  # leaves [blocks, K, ...]
+    score_state: Any  # leaves [B, K, ...]
+    schedule: RerankSchedule | None  # None: all are reranked after every chunk
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RerankStats:
+    """Reranks and moves of each head since its request was admitted; see `rerank.Plan`."""
+
+    reranks: jax.Array  # int32[B, K]
+    overlap: jax.Array  # float32[B, K], sum
+    rco: jax.Array  # float32[B, K], sum over those reranks at which there was a choice
+    choices: jax.Array  # int32[B, K], how many those were
+    promoted: jax.Array  # int32[B, K], pages host -> device
+    offloaded: jax.Array  # int32[B, K], pages device -> host after the prompt
+
+
+def empty(program: GroupProgram, heads: int) -> tuple[OffloadedGroup, RerankStats]:
+    """A group of so many heads that holds nothing, and its statistics; the host tier is apart."""
+    sizes, slots, score = program.sizes, program.slots, _score(program)
+    batch, page, width = sizes.batch, sizes.page_size, sizes.shape.head_dim
+    counts = (batch, heads)
+    schedule = None
+    if program.group.schedule is not None:
+        schedule = RerankSchedule(zeros(counts, "int32"), zeros(counts, "int32"))
+    group = OffloadedGroup(
+        k=zeros((batch, heads, width, slots, page), sizes.dtype),
+        v=zeros((batch, heads, slots, page, width), sizes.dtype),
+        slot_page=zeros((batch, heads, slots), "int32") - 1,
+        summaries=score.empty(sizes.blocks, heads, sizes.page),
+        score_state=score.empty_state(batch, heads, sizes.page),
+        schedule=schedule,
+    )
+    dtypes = ("int32", "float32", "float32", "int32", "int32", "int32")
+    stats = RerankStats(*(zeros(counts, dtype) for dtype in dtypes))
+    return group, stats
+
+
+def attend(
+    program: GroupProgram,
+    group: OffloadedGroup,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    step: Step,
+) -> tuple[jax.Array, OffloadedGroup]:
+    """Writes a token's key and value and attends to whatever the slots hold: q [B, K, G, H]."""
+    sizes = program.sizes
+    page, offset = lax.div(step.lengths, sizes.page_size), lax.rem(step.lengths, sizes.page_size)
+    slot = find_slots(group.slot_page, page)  # [B, K]
+    slot = jnp.where(step.active[:, None] & (slot >= 0), slot, program.slots)
+    row, head = jnp.arange(slot.shape[0])[:, None], jnp.arange(slot.shape[1])[None, :]
+    new_k = group.k.at[row, head, :, slot, offset[:, None]].set(k, mode="drop")
+    new_v = group.v.at[row, head, slot, offset[:, None]].set(v, mode="drop")
+    lengths = jnp.where(step.active, step.lengths + 1, 0)
+    out, _ = dispatch.slot_decode(
+        q,
+        new_k,
+        new_v,
+        slot_counts(group.slot_page, lengths, page_size=sizes.page_size),
+        scale=sizes.shape.scale,
+        implementation=program.implementation,
+    )
+    return out, dataclasses.replace(group, k=new_k, v=new_v)
+
+
+def commit(
+    program: GroupProgram,
+    group: OffloadedGroup,
+    host: HostPages,
+    stats: RerankStats,
+    prompt: Prompt,
+) -> tuple[OffloadedGroup, HostPages, RerankStats]:
+    """Full pages of a prompt to the host; the chosen ones and the newest straight into slots."""
+    sizes, score = program.sizes, _score(program)
+    heads, row, length = prompt.k.shape[0], prompt.row, prompt.length[None]
+    k = prompt.k.reshape(1, heads, -1, sizes.pages, sizes.page_size)
+    v = prompt.v.reshape(1, heads, sizes.pages, sizes.page_size, -1)
+    page = jnp.arange(sizes.pages, dtype=jnp.int32)
+    full = jnp.where(page < prompt.length // sizes.page_size, prompt.blocks, -1)
+    every = jnp.broadcast_to(page[None, None], (1, heads, sizes.pages))
+    host = offload(host, k, v, full[None], every, transfer=program.transfer)
+    k_pages = k[0].transpose(2, 0, 3, 1)  # [P, K, page, H]
+    state = score.fit(k_pages, prompt.length)
+    at = jnp.where(full >= 0, full, sizes.blocks)
+    summaries = scatter(group.summaries, at, score.summarize(k_pages, state))
+    # Blocks of the newest page may not be in `full`; scoring it is not needed, it stays by rule.
+    table = PageTable(jnp.maximum(full, 0)[None], length, sizes.page_size)
+    of_row = jax.tree.map(lambda leaf: leaf[None], state)
+    chosen = _chosen(program, prompt.queries[-1:], summaries, of_row, table)
+    nothing = jnp.full((1, heads, program.slots), -1, jnp.int32)
+    since = jnp.zeros((1, heads), jnp.int32)
+    plan = plan_rerank(chosen, nothing, length, since, pages=sizes.pages, page_size=sizes.page_size)
+    source = jnp.maximum(plan.slot_page, 0)
+    slot_k = jnp.take_along_axis(k, source[:, :, None, :, None], axis=3)
+    slot_v = jnp.take_along_axis(v, source[:, :, :, None, None], axis=2)
+    group = OffloadedGroup(
+        k=lax.dynamic_update_slice_in_dim(group.k, slot_k, row, axis=0),
+        v=lax.dynamic_update_slice_in_dim(group.v, slot_v, row, axis=0),
+        slot_page=lax.dynamic_update_slice_in_dim(group.slot_page, plan.slot_page, row, axis=0),
+        summaries=summaries,
+        score_state=scatter(group.score_state, row, state),
+        schedule=_first_schedule(program, group.schedule, row),
+    )
+    nought = jax.tree.map(lambda leaf: set_row(leaf, row, jnp.zeros_like(leaf[0])), stats)
+    return group, host, nought
+
+
+def num_queries(program: GroupProgram) -> int:
+    """How many of a chunk's last queries `end_chunk` asks for: one ranks the pages."""
+    return 1
+
+
+def end_chunk(
+    program: GroupProgram,
+    group: OffloadedGroup,
+    host: HostPages,
+    stats: RerankStats,
+    chunk: Chunk,
+) -> tuple[OffloadedGroup, HostPages, RerankStats]:
+    """Offloads the pages that filled up, then brings newly chosen ones into the slots.
+
+    Heads that are not due keep what is in their slots; pages that filled up there are offloaded all
+    the same.
+    """
+    sizes, score = program.sizes, _score(program)
+    page_size, lengths, block_table = sizes.page_size, chunk.lengths, chunk.block_table
+    most = -(-sizes.chunk_steps // page_size)
+    filled = filled_pages(chunk.before, lengths, page_size=page_size, count=most)  # [B, E]
+    block = jnp.take_along_axis(block_table, jnp.maximum(filled, 0), axis=1)
+    slot = jnp.stack([find_slots(group.slot_page, filled[:, e]) for e in range(most)], axis=-1)
+    slot = jnp.where((filled >= 0)[:, None], slot, -1)  # [B, K, E]
+    store = jnp.where(filled >= 0, block, -1)
+    host = offload(host, group.k, group.v, store, slot, transfer=program.transfer)
+    summaries = group.summaries
+    for e in range(most):
+        source = jnp.maximum(slot[:, :, e], 0)[:, :, None, None, None]
+        keys = jnp.take_along_axis(group.k, source, axis=3)[:, :, :, 0]  # [B, K, H, page]
+        at = jnp.where(filled[:, e] >= 0, block[:, e], sizes.blocks)
+        rows = score.summarize(keys.swapaxes(-1, -2), group.score_state)
+        summaries = scatter(summaries, at, rows)
+    table = PageTable(block_table, lengths, page_size)
+    chosen = _chosen(program, chunk.queries[-1], summaries, group.score_state, table)
+    due, since = _due(program, group.schedule, chunk, stats.reranks.shape)
+    plan = plan_rerank(
+        chosen, group.slot_page, lengths, since, pages=sizes.pages, page_size=page_size
+    )
+    wanted = jnp.where(due[..., None], plan.load, -1)
+    blocks = jnp.broadcast_to(block_table[:, None], (sizes.batch, wanted.shape[1], sizes.pages))
+    load = jnp.take_along_axis(blocks, jnp.maximum(wanted, 0), axis=2)
+    load = jnp.where(wanted < 0, -1, load)
+    slots_k, slots_v = promote(group.k, group.v, host, load, transfer=program.transfer)
+    group = OffloadedGroup(
+        k=slots_k,
+        v=slots_v,
+        slot_page=jnp.where(due[..., None], plan.slot_page, group.slot_page),
+        summaries=summaries,
+        score_state=group.score_state,
+        schedule=_next_schedule(program, group.schedule, due, plan.rco),
+    )
+    return group, host, _counted(stats, plan, due, slot)
+
+
+def slot_counts(slot_page: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
+    """int32[B, K, S]: how many tokens of the page in each slot exist; 0 for an empty slot."""
+    counts = jnp.clip(lengths[:, None, None] - slot_page * page_size, 0, page_size)
+    return jnp.where(slot_page < 0, 0, counts)
+
+
+def _chosen(
+    program: GroupProgram, q: jax.Array, summaries: Any, score_state: Any, table: PageTable
+) -> jax.Array:
+    """int32[B, K, room]: the pages to be resident, for q [B, K, G, H]; -1 where there are fewer."""
+    scores = _score(program).scores(
+        q,
+        summaries,
+        score_state,
+        table,
+        scale=program.sizes.shape.scale,
+        implementation=program.implementation,
+    )
+    ranks = program.policy.rank_pages(scores, table.lengths, page_size=table.page_size)
+    # Whatever the policy says of it: the tokens of the page being filled are nowhere else.
+    newest = lax.div(table.lengths - 1, table.page_size)[:, None, None]
+    page = jnp.arange(ranks.shape[-1], dtype=jnp.int32)
+    filling = (page == newest) & (table.lengths > 0)[:, None, None]
+    assert program.group.room is not None
+    return top_pages(jnp.where(filling, jnp.inf, ranks), program.group.room)
+
+
+def _counted(stats: RerankStats, plan: Plan, due: jax.Array, offloaded: jax.Array) -> RerankStats:
+    """The statistics after a rerank of the heads `due`; offloaded: int32[B, K, E], -1 for none."""
+    chose = due & ~jnp.isnan(plan.rco)
+    return RerankStats(
+        reranks=stats.reranks + due.astype(jnp.int32),
+        overlap=stats.overlap + jnp.where(due, plan.overlap, 0.0),
+        rco=stats.rco + jnp.where(chose, plan.rco, 0.0),
+        choices=stats.choices + chose.astype(jnp.int32),
+        promoted=stats.promoted + jnp.where(due, plan.promoted, 0),
+        offloaded=stats.offloaded + (offloaded >= 0).sum(-1, dtype=jnp.int32),
+    )
+
+
+def _due(
+    program: GroupProgram, schedule: RerankSchedule | None, chunk: Chunk, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Which heads are reranked now, bool[B, K], and tokens held at their last, int32[B, K]."""
+    active = chunk.active[:, None]
+    if schedule is None:
+        before = jnp.broadcast_to(chunk.before[:, None], shape)
+        return jnp.broadcast_to(active, shape), before
+    due = active & (schedule.steps_until_rerank <= program.sizes.chunk_steps)
+    return due, chunk.lengths[:, None] - schedule.interval
+
+
+def _first_schedule(
+    program: GroupProgram, schedule: RerankSchedule | None, row: jax.Array
+) -> RerankSchedule | None:
+    """The schedule of a request whose prompt has just ranked its heads."""
+    adaptive = program.group.schedule
+    if schedule is None or adaptive is None:
+        return schedule
+    first = adaptive.first
+    return RerankSchedule(
+        schedule.interval.at[row].set(first), schedule.steps_until_rerank.at[row].set(first)
+    )
+
+
+def _next_schedule(
+    program: GroupProgram, schedule: RerankSchedule | None, due: jax.Array, rco: jax.Array
+) -> RerankSchedule | None:
+    """The schedule after the rerank of the heads `due`, bool[B, K]."""
+    adaptive = program.group.schedule
+    if schedule is None or adaptive is None:
+        return schedule
+    interval = jnp.where(due, adaptive.following(schedule.interval, rco), schedule.interval)
+    left = schedule.steps_until_rerank - program.sizes.chunk_steps
+    return RerankSchedule(interval, jnp.where(due, interval, left))
+
+
+def _score(program: GroupProgram) -> PageScore:
+    assert program.group.score is not None  # checked by HeadGroup
+    return program.group.score

@@ -1,0 +1,141 @@
+"""The programs of a run, one after the other: commit, decode steps, what follows them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from flexijax.cache.arrays import Prompt
+from flexijax.cache.cache import Cache, abstract, init_layer, init_tables, reset_row
+from flexijax.cache.layout import CacheLayout
+from flexijax.engine.batch import BatchState, SampledTokens
+from flexijax.engine.decode import (
+    ChunkEnd,
+    Groups,
+    Queries,
+    decode_steps,
+    end_chunk_layer,
+    teacher_forced_steps,
+)
+from flexijax.engine.prefill import commit_layer
+from flexijax.engine.program import Program, Runner
+from flexijax.models.decoder import Params
+from flexijax.pallas_kernels import platform
+
+
+def head_arrays(layout: CacheLayout, layer: int) -> tuple[jax.Array | None, ...]:
+    """The heads of each group of a layer, as `commit_layer` takes them."""
+    every = tuple(range(layout.sizes.shape.num_kv_heads))
+    return tuple(
+        None if group.heads == every else jnp.asarray(group.heads, jnp.int32)
+        for group in layout.groups[layer]
+    )
+
+
+def run_commit(
+    runner: Runner,
+    program: Program,
+    cache: Cache | None,
+    prompts: tuple[Prompt, ...],
+    *,
+    release: bool = False,
+) -> Cache:
+    """A prompt into its row of the cache, which is donated; None is an empty one.
+
+    prompts: of each layer. release: lets the prompt's keys and values go, layer by layer; an empty
+    cache is made layer by layer too, so that a prompt stands in memory once, not twice.
+    """
+    layout, layers = program.layout, []
+    for layer, prompt in enumerate(prompts):
+        held = init_layer(layout, program.policy, layer) if cache is None else cache.layers[layer]
+        args = (held, prompt, head_arrays(layout, layer))
+        made = runner.run("commit", commit_layer, program.groups[layer], args, donate=(0,))
+        if release:
+            # Layers are worked on in the background: all of them would be allocated at once.
+            jax.block_until_ready(made)
+            prompt.k.delete()
+            prompt.v.delete()
+        layers.append(made)
+    made = init_tables(layout, tuple(layers))
+    if cache is not None:
+        made = dataclasses.replace(cache, layers=tuple(layers))
+    return reset_row(made, prompts[0].row, prompts[0].blocks, prompts[0].length)
+
+
+def compile_decode(runner: Runner, program: Program, params: Params, batch: BatchState) -> None:
+    """Compiles what `run_decode` runs, before there is a cache.
+
+    Compiling the decode steps of SmolLM2 takes 330 MB and a rerank 100, as much as the cache of 8
+    thousand tokens, and half of it is free again when the cache comes.
+    """
+    cache = abstract(program.layout, program.policy)
+    args = (params, _groups(cache), cache.block_table, cache.lengths, batch)
+    steps = runner.compile("decode", decode_steps, program, args, donate=(1,))
+    *_, queries = platform.placed(steps.out_info)
+    lengths = cache.lengths
+    end = ChunkEnd(cache.block_table, lengths, lengths, batch.active)
+    for layer in _with_chunk_ends(queries):
+        args = (cache.layers[layer], end, queries[layer], jnp.int32(layer))
+        name = "end of a chunk"
+        runner.compile(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
+
+
+def run_decode(
+    runner: Runner, program: Program, params: Params, cache: Cache, batch: BatchState
+) -> tuple[Cache, BatchState, SampledTokens]:
+    """R decode steps of all requests and what follows them; cache is donated."""
+    args = (params, _groups(cache), cache.block_table, cache.lengths, batch)
+    groups, lengths, batch, sampled, queries = runner.run(
+        "decode", decode_steps, program, args, donate=(1,)
+    )
+    end = ChunkEnd(cache.block_table, cache.lengths, lengths, batch.active)
+    return _end_chunk(runner, program, cache, groups, end, queries), batch, sampled
+
+
+def run_teacher_forced(
+    runner: Runner,
+    program: Program,
+    params: Params,
+    cache: Cache,
+    tokens: jax.Array,
+    active: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    """`teacher_forced_steps` and what follows them: the cache, and logits float32[R, B, V]."""
+    args = (params, _groups(cache), cache.block_table, cache.lengths, tokens, active)
+    groups, lengths, logits, queries = runner.run(
+        "teacher-forced decode", teacher_forced_steps, program, args, donate=(1,)
+    )
+    end = ChunkEnd(cache.block_table, cache.lengths, lengths, active)
+    return _end_chunk(runner, program, cache, groups, end, queries), logits
+
+
+def _end_chunk(
+    runner: Runner,
+    program: Program,
+    cache: Cache,
+    groups: Groups,
+    end: ChunkEnd,
+    queries: Queries,
+) -> Cache:
+    """The cache after R steps; `cache` is the one from before them, groups those after them."""
+    layers = [
+        dataclasses.replace(layer, groups=mine)
+        for layer, mine in zip(cache.layers, groups, strict=True)
+    ]
+    for layer in _with_chunk_ends(queries):
+        args = (layers[layer], end, queries[layer], jnp.int32(layer))
+        name = "end of a chunk"
+        layers[layer] = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
+    chunks = cache.chunks + end.active.astype(jnp.int32)
+    return Cache(tuple(layers), cache.block_table, end.lengths, chunks)
+
+
+def _groups(cache: Cache) -> Groups:
+    return tuple(layer.groups for layer in cache.layers)
+
+
+def _with_chunk_ends(queries: Queries) -> list[int]:
+    """The layers of which a group has something to do at the end of a chunk."""
+    return [layer for layer, groups in enumerate(queries) if any(q is not None for q in groups)]

@@ -1,0 +1,142 @@
+"""From a configuration to a program: the policy's head groups, sizes, and what fits the memory."""
+
+from __future__ import annotations
+
+from flexijax.cache.layout import CacheLayout, CacheSizes
+from flexijax.cache.memory import available_bytes, cache_bytes
+from flexijax.config import CacheConfig
+from flexijax.engine.program import Program
+from flexijax.models.config import AttentionShape
+from flexijax.models.language_model import LanguageModel
+from flexijax.policies.base import Policy, RunSpec, check_groups
+from flexijax.profiles import lookup
+from flexijax.profiles.head_profile import HeadProfile
+
+
+def make_program(
+    lm: LanguageModel,
+    cache: CacheConfig,
+    *,
+    max_tokens: int,
+    max_new_tokens: int | None = None,
+    batch: int = 1,
+) -> Program:
+    """The static part of a run: policy, and a layout of bucketed sizes that fits the memory.
+
+    max_tokens: of the longest request, its max_new_tokens included (None: as many may be new).
+    batch: requests wanted at once; fewer where memory is short. A profile that is not measured yet
+    ("auto") must have been, see `profiling.choose`.
+    Raises ValueError when not even one request fits, or the profile is missing or of another model.
+    """
+    policy = cache.find_policy()
+    profile = find_profile(lm, cache) if policy.needs_profile else None
+    dtype = cache.dtype or str(lm.dtype)
+
+    def layout(batch: int) -> CacheLayout:
+        return make_layout(
+            cache,
+            lm.attention,
+            profile=profile,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            max_new_tokens=max_tokens if max_new_tokens is None else max_new_tokens,
+            batch=batch,
+        )
+
+    batch = 1 << (batch - 1).bit_length()
+    while not _fits(make := layout(batch), policy):
+        if batch == 1:
+            raise ValueError(_too_little(make, policy, max_tokens))
+        batch //= 2
+    return Program(lm.decoder, make, policy, cache.implementation, cache.transfer)
+
+
+def make_layout(
+    cache: CacheConfig,
+    shape: AttentionShape,
+    *,
+    profile: HeadProfile | None,
+    dtype: str,
+    max_tokens: int,
+    max_new_tokens: int,
+    batch: int,
+) -> CacheLayout:
+    """The layout for `batch` requests of up to max_tokens each, rounded up to buckets."""
+    pages = bucket(-(-max_tokens // cache.page_size))
+    run = RunSpec(
+        shape=shape,
+        page_size=cache.page_size,
+        budget_tokens=cache.budget_tokens,
+        max_tokens=max_tokens,
+        max_new_tokens=bucket(-(-max_new_tokens // cache.page_size)) * cache.page_size,
+        chunk_steps=cache.chunk_steps,
+        adaptive=cache.adaptive,
+        profile=profile,
+    )
+    policy, groups = cache.find_policy(), []
+    for layer in range(shape.num_layers):
+        groups.append(tuple(policy.groups(layer, run)))
+        check_groups(groups[-1], num_kv_heads=shape.num_kv_heads, layer=layer)
+    sizes = CacheSizes(
+        shape=shape,
+        batch=batch,
+        blocks=batch * pages,
+        pages=pages,
+        page_size=cache.page_size,
+        dtype=dtype,
+        chunk_steps=cache.chunk_steps,
+    )
+    return CacheLayout(sizes, tuple(groups))
+
+
+def find_profile(lm: LanguageModel, cache: CacheConfig) -> HeadProfile:
+    """The profile that the configuration names, or the shipped one of the model.
+
+    Raises ValueError when there is none, or it is of another model.
+    """
+    profile = cache.profile
+    if isinstance(profile, str):
+        profile = lookup.load(profile)
+    if profile is None:
+        profile = lookup.find(lm, cache.budget_pages)
+    if profile is None:
+        raise ValueError(
+            f"profile=None: no profile of {lm.name!r} is shipped; pass profile='auto' to measure "
+            "one on the prompt, measure one with `flexijax profile`, pass a HeadProfile, or use "
+            "policy='quest' or 'full'"
+        )
+    profile.check(
+        num_layers=lm.attention.num_layers,
+        num_kv_heads=lm.attention.num_kv_heads,
+        fingerprint=lm.fingerprint,
+    )
+    return profile
+
+
+def bucket(pages: int) -> int:
+    """Rounds up to an eighth of the power of two above: few programs, little waste.
+
+    67 -> 80, 494 -> 512, 5 -> 8
+    """
+    power = 1 << max(pages - 1, 1).bit_length()
+    step = max(power // 8, 8)
+    return -(-pages // step) * step
+
+
+def _fits(layout: CacheLayout, policy: Policy) -> bool:
+    device, host = cache_bytes(layout, policy)
+    free_device, free_host = available_bytes()
+    if free_device == free_host:  # one memory
+        return device + host <= 0.9 * free_device
+    return device <= 0.9 * free_device and host <= 0.9 * free_host
+
+
+def _too_little(layout: CacheLayout, policy: Policy, max_tokens: int) -> str:
+    device, host = cache_bytes(layout, policy)
+    free_device, free_host = available_bytes()
+    return (
+        f"{max_tokens} tokens of context need {device / 1e9:.2f} GB on the device (free: "
+        f"{free_device / 1e9:.2f}) and {host / 1e9:.2f} GB on the host (free: "
+        f"{free_host / 1e9:.2f}): shorten the prompt, lower budget_tokens, or use "
+        "dtype='bfloat16'"
+    )
