@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.timing import table
-from flexijax.policies.base import HeadGroup, Policy, Tier, Tokens, Window
+from flexijax.cache.observe import window_of
+from flexijax.policies.base import HeadGroup, Policy, Tier, Tokens
 from flexijax.policies.h2o import H2O
 from flexijax.policies.snapkv import SnapKV
 from flexijax.policies.streaming_llm import StreamingLLM
@@ -126,12 +127,10 @@ def ranks(policy: Policy, layer: Layer, *, room: int) -> np.ndarray:
     q_position = position[length - observed :]
     found = []
     for q, k in zip(layer.q[:, :, length - observed :], layer.k, strict=True):
-        tokens = Tokens(jnp.asarray(k), jnp.asarray(k), position, jnp.int32(length), jnp.int32(0))
-        logits = layer.scale * jnp.einsum("GWH,TH->GWT", q, k)
-        logits = jnp.where(position <= q_position[:, None], logits, -jnp.inf)
-        lse = jnp.log(jnp.exp(logits).sum(axis=-1))
-        window = Window(jnp.asarray(q), q_position, logits, lse)
-        state = policy.observe(group, policy.init_state(length), window, tokens)
+        q, k = jnp.asarray(q), jnp.asarray(k)
+        tokens = Tokens(k, k, position, jnp.int32(length), jnp.int32(0))
+        window = window_of(q.swapaxes(0, 1), q_position, k.T, position, scale=layer.scale)
+        state = policy.observe(policy.init_state(length), window, tokens)
         found.append(np.asarray(policy.rank_tokens(group, state, tokens), np.float64))
     return np.stack(found)
 

@@ -31,15 +31,15 @@ def close(observed, expected):
     np.testing.assert_allclose(observed, expected, rtol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def observe(policy, group, state, window, tokens):
-    return policy.observe(group, state, window, tokens)
+@functools.partial(jax.jit, static_argnums=0)
+def observe(policy, state, window, tokens):
+    return policy.observe(state, window, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def observed_rank(policy, group, window, tokens):
     """The rank float32[T] after one window, from no state."""
-    state = policy.observe(group, policy.init_state(len(tokens.k)), window, tokens)
+    state = policy.observe(policy.init_state(len(tokens.k)), window, tokens)
     return policy.rank_tokens(group, state, tokens)
 
 
@@ -115,7 +115,7 @@ def h2o_sums(q, k, order, *, block):
     for start in range(0, length, block):
         q_position = np.arange(start, min(start + block, length))
         window = make_window(q[:, q_position], q_position, k[order], order)
-        state = observe(H2O(), evicting(8), state, window, tokens)
+        state = observe(H2O(), state, window, tokens)
     return np.asarray(state.tokens)
 
 
@@ -212,7 +212,7 @@ def test_h2o_in_slots_keeps_what_the_simulation_keeps(query_heads, chunk):
         q_position = np.arange(start, length)
         window = make_window(q[:, q_position], q_position, k[position], position)
         tokens = make_tokens(k[position], position, length=length)
-        state = observe(policy, group, state, window, tokens)
+        state = observe(policy, state, window, tokens)
         chosen = kept_by(policy.rank_tokens(group, state, tokens), room)
         assert sorted(position[chosen]) == kept.tolist()
         # New tokens take the places of those that leave, so slots are in no order.
