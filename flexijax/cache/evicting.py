@@ -142,7 +142,19 @@ def end_chunk(
     position = jnp.where(taken, group.position, -1)
     k = group.k.reshape(batch, heads, width, places)
     v = group.v.reshape(batch, heads, places, width)
-    state = group.state
+    # A place keeps what was remembered of the token that had it before, until another comes.
+    came = taken & (position >= chunk.before[:, None, None])
+    fresh = policy.init_state(places).tokens
+    state = PolicyState(
+        jax.tree.map(
+            lambda leaf, new: jnp.where(
+                came.reshape(*came.shape, *(1,) * (leaf.ndim - 3)), new, leaf
+            ),
+            group.state.tokens,
+            fresh,
+        ),
+        group.state.head,
+    )
     if policy.observes_decode:
         state = observe_chunk(program, state, k, v, position, chunk)
 

@@ -64,6 +64,8 @@ class HeadGroup:
     def __post_init__(self) -> None:
         if list(self.heads) != sorted(set(self.heads)):
             raise ValueError(f"heads={self.heads} of a group must ascend, each named once")
+        if not self.ladder:
+            raise ValueError("ladder=() of a head group needs at least one tier")
         for name, value in (("attends", self.attends), ("prompt_room", self.prompt_room)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} of a head group must be at least 1")
