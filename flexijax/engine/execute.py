@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flexijax.cache.arrays import Prompt
 from flexijax.cache.cache import Cache, init_layer, init_tables, reset_row
@@ -22,6 +24,7 @@ from flexijax.engine.inventory import decode_calls
 from flexijax.engine.prefill import commit_layer, head_arrays
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import Params
+from flexijax.pallas_kernels import platform
 
 
 def run_commit(
@@ -89,6 +92,7 @@ def run_teacher_forced(
     groups, lengths, logits, queries = runner.run(
         "teacher-forced decode", teacher_forced_steps, program, args, donate=(1,)
     )
+    active = jax.device_put(active, platform.sharding())
     end = ChunkEnd(cache.block_table, cache.lengths, lengths, active)
     return _end_chunk(runner, program, cache, groups, end, queries), logits
 
@@ -107,11 +111,17 @@ def _end_chunk(
         for layer, mine in zip(cache.layers, groups, strict=True)
     ]
     for layer in _with_chunk_ends(queries):
-        args = (layers[layer], end, queries[layer], jnp.int32(layer))
+        args = (layers[layer], end, queries[layer], _layer_index(layer))
         name = "end of a chunk"
         layers[layer] = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
     chunks = cache.chunks + end.active.astype(jnp.int32)
     return Cache(tuple(layers), cache.block_table, end.lengths, chunks)
+
+
+@functools.cache
+def _layer_index(layer: int) -> jax.Array:
+    """int32[], placed as a program's results are: what differs in that is compiled twice."""
+    return jax.device_put(np.int32(layer), platform.sharding())
 
 
 def _groups(cache: Cache) -> Groups:

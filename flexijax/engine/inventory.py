@@ -86,7 +86,7 @@ def decode_calls(
     args = (params, groups, cache.block_table, cache.lengths, batch)
     yield ProgramCall("decode", decode_steps, program, args, donate=(1,))
     lengths, queries = cache.lengths, _abstract_queries(program)
-    end = ChunkEnd(cache.block_table, lengths, lengths, batch.active)
+    end = ChunkEnd(cache.block_table, lengths, lengths, _like(jnp.bool_, *lengths.shape))
     yield from _distinct(
         [
             ProgramCall(
