@@ -30,7 +30,7 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         add(option, type=int, default=value, metavar="N", help=f"{meaning} (%(default)s)")
     add(
         "--rerank-interval",
-        type=_interval,
+        type=interval,
         default=default.rerank_interval,
         metavar="N",
         help="steps between two reranks, or adaptive (%(default)s)",
@@ -68,6 +68,6 @@ def _policy(name: str, score: str | None) -> str | Policy:
     return dataclasses.replace(policy, score=SCORES[score])  # pyright: ignore
 
 
-def _interval(text: str) -> int | str:
+def interval(text: str) -> int | str:
     """A number of steps, or "adaptive"."""
     return text if text == ADAPTIVE else int(text)

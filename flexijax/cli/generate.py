@@ -146,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
         content = {
             "model": lm.name,
             "fingerprint": lm.fingerprint,
-            "cache": cache,
+            # The profile is with the answer; a policy is best read as it is written.
+            "cache": {**vars(cache), "policy": repr(cache.find_policy()), "profile": None},
             "sampling": sampling,
             "environment": environment(),
             **vars(_without_measurements(mine)),
