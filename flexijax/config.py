@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
+from flexijax.pallas_kernels.dispatch import IMPLEMENTATIONS
 from flexijax.policies.intervals import Adaptive
 
 MODES = ("flexi", "quest", "full")
 DTYPES = ("float32", "bfloat16", "float16")
 SUMMARY_DTYPES = (*DTYPES, "int8")
 SCORES = ("minmax", "sketch1", "sketch2", "sketch4")
-IMPLEMENTATIONS = ("xla", "pallas", "triton")
 TRANSFERS = ("zero_copy", "staged")
 ADAPTIVE = "adaptive"
 

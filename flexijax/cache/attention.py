@@ -12,7 +12,7 @@ from jax import lax
 from flexijax.cache.cache import CacheLayout, LayerCache
 from flexijax.cache.rerank import find_slots
 from flexijax.pallas_kernels import dispatch
-from flexijax.pallas_kernels.prefill import prefill_attention
+from flexijax.pallas_kernels.dispatch import prefill_attention
 from flexijax.policies.base import Policy, forced
 
 

@@ -17,7 +17,7 @@ from flexijax import config
 from flexijax.models.config import AttentionShape
 from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
-from flexijax.pallas_kernels.prefill import prefill_attention
+from flexijax.pallas_kernels.dispatch import prefill_attention
 from flexijax.policies.base import forced, make_score
 from flexijax.policies.score import Score
 
