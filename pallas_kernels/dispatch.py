@@ -236,8 +236,8 @@ def offload(
 
     The kernel writes pinned host memory directly, in place (donate it). To XLA, though, a Pallas
     kernel's outputs lie in device memory, aliased to a host argument or not: a caller whose results
-    must stay in pinned host memory moves them there within the same program
-    (`jax.device_put(x, jax.memory.Space.Host)`), or XLA gives them room on the device.
+    must stay in pinned host memory moves them there within the same program,
+    `jax.device_put(x, jax.memory.Space.Host)`.
 
     Args:
       host_k, host_v: float[blocks, K, page, H], in pinned host memory on a GPU.
