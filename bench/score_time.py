@@ -20,7 +20,7 @@ import numpy as np
 from bench.score_candidates import named
 from bench.timing import environment, interleaved, median, table
 from flexijax.models.config import AttentionShape
-from flexijax.pallas_kernels import reference
+from flexijax.pallas_kernels.page_scores import reference
 from flexijax.policies.score import Score
 from flexijax.profiles import lookup
 

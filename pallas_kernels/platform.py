@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.experimental import compute_on as _compute_on_module
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+from jax.experimental.pallas import triton as pltriton
 from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
@@ -24,16 +23,9 @@ from jax.sharding import (
 
 JAX_VERSION = tuple(int(part) for part in re.findall(r"\d+", jax.__version__)[:3])
 
-pltriton = triton
-
 # Part of jit's cache key: a function traced for the CPU is traced again when it is compiled for a
 # GPU that this machine does not have.
 _target = jax.make_user_context(("", 0))
-
-# jax 0.10 calls it compute_on2 beside an older context manager; later versions only compute_on.
-_compute_on: Callable[..., Any] = getattr(
-    _compute_on_module, "compute_on2", _compute_on_module.compute_on
-)
 
 
 @contextmanager
@@ -88,16 +80,6 @@ def float32_precision() -> lax.PrecisionLike:
     return lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if is_gpu() else lax.Precision.HIGHEST
 
 
-def run_on_host(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` run by the CPU on arrays in host memory, its results in host memory too.
-
-    Every array argument must already be in host memory (`jax.device_put(x, jax.memory.Space.Host)`
-    inside jit).
-    """
-    options = {"compute_type": "device_host", "out_memory_spaces": jax.memory.Space.Host}
-    return _compute_on(function, **options)
-
-
 @contextmanager
 def abstract_gpu(device_kind: str) -> Iterator[None]:
     """Names the GPU to lower Triton kernels for where there is none: later jax asks for it."""
@@ -146,9 +128,9 @@ def triton_call(
     grid: tuple[int, int, int],
     num_warps: int,
     num_stages: int,
-    numbers: Mapping[str, Any],
+    constants: Mapping[str, Any],
 ) -> Any:
-    """A Triton kernel launched through jax-triton; `numbers` are its compile-time arguments."""
+    """A Triton kernel launched through jax-triton; `constants` are its compile-time arguments."""
     # An optional dependency, imported when first used.
     return importlib.import_module("jax_triton").triton_call(
         *arrays,
@@ -158,5 +140,5 @@ def triton_call(
         num_warps=num_warps,
         num_stages=num_stages,
         compute_capability=_target.value[1] or None,
-        **numbers,
+        **constants,
     )

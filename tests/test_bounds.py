@@ -24,9 +24,9 @@ DTYPES = ["float32", "bfloat16", "float16"]
 
 def page_of(numbers, dtype):
     """The numbers as one page of one head in `dtype`, and what they came to, in float64."""
-    most = 65504.0 if dtype == "float16" else np.inf
+    largest = 65504.0 if dtype == "float16" else np.inf
     tiny = 2.0**-14 if dtype == "float16" else 0.0  # subnormal numbers may be taken for zero
-    numbers = np.clip(np.asarray(numbers, np.float64), -most, most)
+    numbers = np.clip(np.asarray(numbers, np.float64), -largest, largest)
     numbers = np.where(np.abs(numbers) < tiny, 0.0, numbers)
     keys = jnp.asarray(numbers.reshape(1, 1, PAGE, WIDTH), dtype)
     return keys, np.asarray(keys.astype(jnp.float32), np.float64)[0, 0]
@@ -70,10 +70,10 @@ def test_bounds_are_close(dtype):
     rng = np.random.default_rng(0)
     keys, exact = page_of(rng.normal(size=PAGE * WIDTH), dtype)
     ends = np.stack([exact.min(0), exact.max(0)])
-    for kept, most in (("int8", 2 / 64), ("bfloat16", 2**-7)):
+    for kept, allowed in (("int8", 2 / 64), ("bfloat16", 2**-7)):
         found = np.asarray(summaries.dequantize(MinMax(kept).summarize(keys)), np.float64)[0, 0]
         size = np.abs(ends).reshape(2, -1, 8).max(-1).repeat(8, -1)
-        assert (np.abs(found - ends) <= most * size).all()
+        assert (np.abs(found - ends) <= allowed * size).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

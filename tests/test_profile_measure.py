@@ -14,7 +14,7 @@ from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
 from flexijax.models.dense import dense_attend
 from flexijax.models.language_model import from_config
-from flexijax.pallas_kernels import reference
+from flexijax.pallas_kernels.sketch_scores import reference
 from flexijax.pallas_kernels.sketches import SPACING
 from flexijax.profiles.documents import prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile

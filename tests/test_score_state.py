@@ -9,7 +9,7 @@ import flexijax
 from flexijax.engine.engine import Engine, Request
 from flexijax.engine.sampling import Sampling
 from flexijax.generate import make_program
-from flexijax.pallas_kernels import reference
+from flexijax.pallas_kernels.sketch_scores import reference
 from flexijax.pallas_kernels.sketches import SPACING
 from tests.tiny_models import tiny_model
 
