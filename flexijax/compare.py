@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,9 +55,11 @@ def compare(
     if not caches:
         raise ValueError("caches={} must name at least one")
     programs, choices, caches = {}, {}, dict(caches)
-    for name, cache in caches.items():
+    for cache in caches.values():
         check_cache(lm, cache)
-        request = make_requests(lm, [prompt], max_new_tokens, sampling)[0]  # pyright: ignore
+    prompts: Any = [prompt]
+    request = make_requests(lm, prompts, max_new_tokens, sampling)[0]
+    for name, cache in caches.items():
         if cache.find_policy().needs_profile:
             choices[name] = choose(lm, cache, prompts=[request.tokens], progress=progress)
             caches[name] = dataclasses.replace(cache, profile=choices[name].profile)

@@ -185,7 +185,7 @@ def _is_there(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not leaf.is_deleted()
 
 
-def _on_duration(event: str, seconds: float, **_: Any) -> None:
+def _on_duration(event: str, duration_secs: float, **_: Any) -> None:
     if event.endswith("/backend_compile_duration") and (runner := _running.get()) is not None:
         runner.end_compiling()
 
