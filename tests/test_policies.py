@@ -87,8 +87,8 @@ def test_a_ladder_that_the_cache_has_not(ladder):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"heads": (1, 1)}, r"heads=\(1, 1\) of a group must ascend, each named once"),
-        ({"heads": (2, 1)}, r"heads=\(2, 1\) of a group must ascend, each named once"),
+        ({"heads": (1, 1)}, r"heads=\(1, 1\) of a group must ascend from 0, each named once"),
+        ({"heads": (2, 1)}, r"heads=\(2, 1\) of a group must ascend from 0, each named once"),
         ({"ladder": ()}, r"ladder=\(\) of a head group needs at least one tier"),
         ({"attends": 0, "score": MinMax()}, "attends=0 of a head group must be at least 1"),
         ({"ladder": (Tier(0),), "unit": "token"}, "room=0 of a tier must be at least 1"),
@@ -100,6 +100,10 @@ def test_a_ladder_that_the_cache_has_not(ladder):
             {"ladder": (Tier(4),), "unit": "token", "prompt_room": 5},
             "prompt_room=5 is more than room=4",
         ),
+        ({"heads": (-1, 1)}, "must ascend from 0"),
+        ({"score": MinMax()}, "score means nothing for a head group that is kept dense"),
+        ({"prompt_room": 4}, "prompt_room means nothing for a head group that is kept dense"),
+        ({"schedule": Adaptive()}, "schedule means nothing"),
         ({"attends": 4}, "whose pages are chosen needs a score"),
         ({"ladder": (Tier(4), HOSTED)}, "whose pages are chosen needs a score"),
     ],

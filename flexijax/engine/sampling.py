@@ -18,7 +18,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one request's tokens are drawn and when it ends.
+    """How one request's tokens are sampled and when it ends.
 
     temperature: 0 takes the most likely token; otherwise logits are divided by it.
     top_k: keep the k most likely tokens, and those as likely as the k-th; None keeps all.
@@ -28,7 +28,7 @@ class Sampling:
     stop_ids: tokens that end the request beside the model's own.
     logprobs: also return the log-probability of every token under the model itself, before
         temperature and the filters.
-    seed: of what is drawn; prompts that share one `Sampling` each draw for themselves. None is 0.
+    seed: of what is sampled, None is 0; prompts that share one `Sampling` each sample their own.
     ignore_eos: go on past the model's own stop tokens.
 
     Raises ValueError, naming the field and its value, when a value could not work.
@@ -124,7 +124,7 @@ def request_seed(sampling: Sampling, *, place: int) -> int:
 def step_keys(seeds: Array, steps: Array) -> Array:
     """The random key of each row at its own step, whatever else is in the batch.
 
-    seeds: uint32[B], of `request_seed`. steps: int32[B], tokens the request has drawn before.
+    seeds: uint32[B], of `request_seed`. steps: int32[B], tokens the request has generated before.
     Returns key[B].
     """
     return jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(seeds, steps)
@@ -224,10 +224,10 @@ def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def _is_count(value: object, minimum: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def _is_sequence(value: object) -> bool:
-    # A bare string is a sequence of letters, which is never what was meant.
+    # A bare string is a sequence of characters, which is never what was meant.
     return isinstance(value, tuple | list)

@@ -59,11 +59,11 @@ def record(
     program = _program(lm, page_size, budgets, capacity, score)
     total = len(tokens) + steps
 
-    def told(stage: str, done: int, of: int) -> None:
+    def report(stage: str, done: int, of: int) -> None:
         if progress is not None and stage.startswith("reading"):
             progress(done, total)
 
-    prompt = read(lm, [program], tokens, progress=told)
+    prompt = read(lm, [program], tokens, progress=report)
     run, pages, mass, generated = Continuation(lm, program, prompt), [], [], []
     for done in range(_CHUNK_STEPS, steps + 1, _CHUNK_STEPS):
         generated += run.greedy(_CHUNK_STEPS)
