@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax.engine.program import num_compiled
+from flexijax.engine.jit_cache import num_compiled
 from tests.tiny_models import tiny_model
 
 

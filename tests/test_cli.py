@@ -18,7 +18,7 @@ from flexijax.cli import main as cli
 from flexijax.cli.terminal import Progress, megabytes, table, write_json
 from flexijax.compare import Comparison
 from flexijax.config import CacheConfig
-from flexijax.engine.program import num_compiled
+from flexijax.engine.jit_cache import num_compiled
 from flexijax.engine.sampling import Sampling
 from flexijax.models.load import load
 from flexijax.policies.minmax import MinMax

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax.engine.program import forget_compiled, num_compiled
+from flexijax.engine.jit_cache import forget_compiled, num_compiled
 from flexijax.models.dense import dense_attend
 from tests.planted import WORDS, words_tokenizer
 from tests.tiny_models import tiny_model

@@ -19,8 +19,9 @@ from flexijax.cache.prefill_kv import empty_prefill_kv
 from flexijax.engine.batch import BatchState, empty_batch
 from flexijax.engine.decode import ChunkEnd, Queries, decode_steps, end_chunk_layer
 from flexijax.engine.first_token import first_token
+from flexijax.engine.jit_cache import jitted
 from flexijax.engine.prefill import PrefillProgram, commit_layer, head_arrays, prefill_chunk
-from flexijax.engine.program import Program, jitted
+from flexijax.engine.program import Program
 from flexijax.engine.sampling import Sampling, SamplingRows
 from flexijax.models.decoder import Params
 from flexijax.pallas_kernels import platform
