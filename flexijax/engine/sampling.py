@@ -20,29 +20,29 @@ _BLOCK = 256
 class Sampling:
     """How one request's tokens are sampled and when it ends.
 
-    temperature: 0 takes the most likely token; otherwise logits are divided by it.
-    top_k: keep the k most likely tokens, and those as likely as the k-th; None keeps all.
-    top_p: of those, keep the fewest most likely ones that hold this share; None keeps all.
-    min_p: drop tokens less likely than this share of the most likely one; None drops none.
-    stop: the text ends before any of these strings.
-    stop_ids: tokens that end the request beside the model's own.
-    logprobs: also return the log-probability of every token under the model itself, before
-        temperature and the filters.
-    seed: of what is sampled, None is 0; prompts that share one `Sampling` each sample their own.
-    ignore_eos: go on past the model's own stop tokens.
-
     Raises ValueError, naming the field and its value, when a value could not work.
     """
 
     temperature: float = 0.0
+    """0 takes the most likely token; otherwise logits are divided by it."""
     top_k: int | None = None
+    """Keep the k most likely tokens, and those as likely as the k-th; None keeps all."""
     top_p: float | None = None
+    """Of those, keep the most likely ones that hold this share, and those as likely as the last of
+    them; None keeps all."""
     min_p: float | None = None
+    """Drop tokens less likely than this share of the most likely one; None drops none."""
     stop: tuple[str, ...] = ()
+    """The text ends before any of these strings."""
     stop_ids: tuple[int, ...] = ()
+    """Tokens that end the request beside the model's own."""
     logprobs: bool = False
+    """Also return the log-probability of every token under the model itself, before temperature
+    and the filters."""
     seed: int | None = None
+    """Of what is sampled, None is 0; prompts that share one `Sampling` each sample their own."""
     ignore_eos: bool = False
+    """Go on past the model's own stop tokens."""
 
     def __post_init__(self) -> None:
         _require(
