@@ -13,7 +13,7 @@ from flexijax.engine.measured import metrics
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import PrefillResult
 from flexijax.engine.program import Progress
-from flexijax.engine.requests import check_cache, check_int, make_requests
+from flexijax.engine.requests import check_cache, check_callable, check_int, make_requests
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.sequence import Request
 from flexijax.engine.sequence import Sequence as Running
@@ -55,6 +55,8 @@ def generate(
     requests = make_requests(lm, [prompts] if single else prompts, max_new_tokens, sampling)
     if max_batch is not None:
         max_batch = check_int("max_batch", max_batch, minimum=1)
+    check_callable("stream", stream)
+    check_callable("progress", progress)
     if not requests:
         return []
     choice = None
@@ -67,12 +69,18 @@ def generate(
         cache,
         max_tokens=max(len(r.tokens) + r.max_new_tokens for r in requests),
         max_new_tokens=max(r.max_new_tokens for r in requests),
-        batch=min(len(requests), max_batch or MAX_BATCH),
+        batch=_batch(len(requests), max_batch or MAX_BATCH),
     )
     engine = Engine(lm, program, progress=progress)
     results = run_requests(engine, requests, stream, cache, choice)
     _warn_if_stale(results)
     return results
+
+
+def _batch(requests: int, limit: int) -> int:
+    """The power of two that holds all requests, or the greatest within the limit."""
+    wanted = 1 << (min(requests, limit) - 1).bit_length()
+    return wanted if wanted <= limit else wanted // 2
 
 
 def run_requests(

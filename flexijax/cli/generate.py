@@ -5,6 +5,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flexijax.cli.cache_options import add_cache_options, cache_config
 from flexijax.cli.terminal import (
@@ -16,7 +17,7 @@ from flexijax.cli.terminal import (
     write_json,
 )
 from flexijax.compare import compare
-from flexijax.config import DTYPES
+from flexijax.config import DTYPES, CacheConfig
 from flexijax.engine.sampling import Sampling
 from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
@@ -132,30 +133,42 @@ def run(args: argparse.Namespace) -> int:
             answers = generate(lm, [prompt], cache=cache, stream=show, progress=progress, **common)
             results = {args.policy: answers[0]}
     notes.extend(str(one.message) for one in caught)
+    chosen = agreement.get(args.policy) if args.temperature == 0 else None
+    if args.json is not None:
+        # Before anything is printed that could fail: a reader that has gone, a full disk.
+        write_json(args.json, _content(lm, args.policy, cache, sampling, results, chosen))
     console.flush()
     print(flush=True)
     if args.profile == AUTO and not args.quiet and (origin := results[args.policy].metrics.profile):
         print(f"profile: {origin}", file=sys.stderr)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
-    chosen = agreement.get(args.policy) if args.temperature == 0 else None
     if not args.quiet:
         print("\n" + table(report(results, chosen=chosen)))
-    if args.json is not None:
-        mine = results.pop(args.policy)
-        content = {
-            "model": lm.name,
-            "fingerprint": lm.fingerprint,
-            # The profile is with the answer; a policy is best read as it is written.
-            "cache": {**vars(cache), "policy": repr(cache.find_policy()), "profile": None},
-            "sampling": sampling,
-            "environment": environment(),
-            **vars(_without_measurements(mine)),
-            **results,
-            **({} if chosen is None else {"full_tokens_chosen": chosen}),
-        }
-        write_json(args.json, content)
     return 0
+
+
+def _content(
+    lm: LanguageModel,
+    policy: str,
+    cache: CacheConfig,
+    sampling: Sampling,
+    results: dict[str, Generation],
+    chosen: int | None,
+) -> dict[str, Any]:
+    """What --json writes: the answer of the policy, others under their names."""
+    others = {name: made for name, made in results.items() if name != policy}
+    return {
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        # The profile is with the answer; a policy is best read as it is written.
+        "cache": {**vars(cache), "policy": repr(cache.find_policy()), "profile": None},
+        "sampling": sampling,
+        "environment": environment(),
+        **vars(_without_measurements(results[policy])),
+        **others,
+        **({} if chosen is None else {"full_tokens_chosen": chosen}),
+    }
 
 
 class _Console:

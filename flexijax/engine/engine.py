@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -74,6 +75,7 @@ class Engine:
         args = (params, prompt.x, sampling, seeds)
         sampled = runner.run("first token", first_token, self.program.decoder, args)
         token, logprob = (float(value[0]) for value in jax.device_get(sampled))
+        _check_finite(request, [logprob])
         sequence = Sequence(
             request=request,
             slot=slot,
@@ -120,7 +122,9 @@ class Engine:
     def _take(self, sequence: Sequence, sampled: SampledTokens, took: float) -> bool:
         emitted = sampled.emitted[:, sequence.slot]
         sequence.tokens += sampled.tokens[emitted, sequence.slot].tolist()
-        sequence.logprobs += sampled.logprobs[emitted, sequence.slot].tolist()
+        logprobs = sampled.logprobs[emitted, sequence.slot].tolist()
+        _check_finite(sequence.request, logprobs)
+        sequence.logprobs += logprobs
         sequence.active = bool(self._batch.active[sequence.slot])
         # A request that ends inside a chunk took its share of the chunk's steps.
         sequence.decode_s += took * float(emitted.sum()) / emitted.size
@@ -140,3 +144,12 @@ class Engine:
         """What the programs have counted of a request."""
         assert self.cache is not None
         return sequence_stats(self.program.layout, self.cache, row=sequence.slot)
+
+
+def _check_finite(request: Request, logprobs: list[float]) -> None:
+    """Raises FloatingPointError where a token was sampled from logits that are no numbers."""
+    if not all(map(math.isfinite, logprobs)):
+        raise FloatingPointError(
+            f"prompts[{request.index}]: the model's logits are not finite, so its tokens mean "
+            "nothing; load it with dtype='float32', or check its weights"
+        )

@@ -15,6 +15,7 @@ from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import trim_heap
 from flexijax.cache.prefill_kv import PrefillSpec
 from flexijax.engine import jit_cache
+from flexijax.engine.interrupts import deferred_interrupt
 from flexijax.engine.jit_cache import jitted, running
 from flexijax.models.decoder import DecoderLike
 from flexijax.policies.base import Policy
@@ -141,7 +142,8 @@ class Runner:
         self._call, self._began = (stage, args), None
         token = running.set(self)
         try:
-            made = call(*args)
+            with deferred_interrupt():
+                made = call(*args)
         finally:
             running.reset(token)
             self._call = ("", ())

@@ -58,6 +58,11 @@ def check_cache(lm: LanguageModel, cache: CacheConfig) -> None:
     for name, wanted in (("implementation", "triton"), ("transfer", "zero_copy")):
         if getattr(cache, name) == wanted and not platform.is_gpu():
             raise ValueError(f"{name}={wanted!r} runs on NVIDIA GPUs only: leave it at None here")
+    if cache.page_size > lm.max_context:
+        raise ValueError(
+            f"page_size={cache.page_size} is longer than the {lm.max_context} tokens that "
+            f"{lm.name} can read: the usual one is 16"
+        )
     # A decode chunk runs all its steps, so an endless interval would be an endless first token.
     if cache.chunk_steps >= lm.max_context:
         raise ValueError(
@@ -74,6 +79,12 @@ def check_int(name: str, value: object, *, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name}={number} must be at least {minimum}")
     return number
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raises ValueError naming what is neither None nor to be called."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name}={value!r} must be None or a function")
 
 
 def _samplings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> list[Sampling]:

@@ -106,11 +106,13 @@ class SamplingRows:
     @staticmethod
     def of(requests: Sequence[Sampling]) -> "SamplingRows":
         """The rows of a batch, in order."""
-        greatest = float(np.finfo(np.float32).max)
+        f32, greatest = jnp.float32, float(np.finfo(np.float32).max)
+        tiny = float(np.finfo(np.float32).tiny)
         return SamplingRows(
             jnp.asarray([min(r.temperature, greatest) for r in requests], jnp.float32),
             jnp.asarray([min(r.top_k or 0, 2**31 - 1) for r in requests], jnp.int32),
-            jnp.asarray([1.0 if r.top_p is None else r.top_p for r in requests], jnp.float32),
+            # Not below what float32 holds: a share of 0 would keep nothing.
+            jnp.asarray([max(1.0 if r.top_p is None else r.top_p, tiny) for r in requests], f32),
             jnp.asarray([r.min_p or 0.0 for r in requests], jnp.float32),
         )
 
