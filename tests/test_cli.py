@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flexijax import policies
 from flexijax.cli import generate as cli_generate
 from flexijax.cli import main as cli
 from flexijax.cli.terminal import Progress, megabytes, table, write_json
@@ -376,3 +377,13 @@ def test_json_is_standard(tmp_path):
     write_json(path, {"a": float("inf"), "b": (1, {2}), "c": CacheConfig(), "d": path})
     read = json.loads(path.read_text())
     assert read["a"] is None and read["b"] == [1, [2]] and read["c"]["policy"] == "flexi"
+
+
+def test_policies_are_listed(capsys, tmp_path):
+    file = tmp_path / "policies.json"
+    assert cli.main(["policies", "--json", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(policies.names())
+    assert "Options: window, kernel." in next(line for line in lines if line.startswith("snapkv"))
+    written = json.loads(file.read_text())["policies"]
+    assert [row["policy"] for row in written] == list(policies.names())

@@ -8,7 +8,7 @@ import inspect
 import sys
 
 from flexijax import policies
-from flexijax.cli.terminal import table, write_json
+from flexijax.cli.terminal import write_json
 
 NAME = "policies"
 HELP = "list the cache methods: what each keeps, and its paper"
@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, {"policies": rows})
     if not args.quiet:
-        lines = [[row["policy"], row["what"], ", ".join(row["options"])] for row in rows]
-        print(table([["policy", "what it does", "options"], *lines]))
+        width = max(len(row["policy"]) for row in rows)
+        for row in rows:
+            options = f" Options: {', '.join(row['options'])}." if row["options"] else ""
+            print(f"{row['policy']:<{width}}  {row['what']}{options}")
     return 0
