@@ -87,10 +87,8 @@ def available_bytes() -> tuple[int, int]:
         pages = int(facts["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         pass  # not Linux: what the C library calls free is the next best
-    stats = jax.devices()[0].memory_stats() if platform.is_gpu() else None
-    if stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"], pages
-    return pages, pages
+    device = platform.free_device_bytes()
+    return (pages if device is None else device), pages
 
 
 def trim_heap() -> None:

@@ -55,9 +55,7 @@ def check_cache(lm: LanguageModel, cache: CacheConfig) -> None:
         raise ValueError(f"lm={reprlib.repr(lm)} must be a LanguageModel, of flexijax.load")
     if not isinstance(cache, CacheConfig):
         raise ValueError(f"cache={cache!r} must be None or a flexijax.CacheConfig")
-    for name, wanted in (("implementation", "triton"), ("transfer", "zero_copy")):
-        if getattr(cache, name) == wanted and not platform.is_gpu():
-            raise ValueError(f"{name}={wanted!r} runs on NVIDIA GPUs only: leave it at None here")
+    platform.check_runs_here(implementation=cache.implementation, transfer=cache.transfer)
     if cache.page_size > lm.max_context:
         raise ValueError(
             f"page_size={cache.page_size} is longer than the {lm.max_context} tokens that "
