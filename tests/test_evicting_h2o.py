@@ -1,5 +1,7 @@
 """The evicting groups of the cache keep what H2O's simulation in float64 keeps, chunk by chunk."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from flexijax.cache.arrays import Chunk, Prompt, Step
 from flexijax.cache.layout import CacheSizes, GroupProgram
 from flexijax.cache.observe import window_of
 from flexijax.models.config import AttentionShape
-from flexijax.policies.base import Tokens
+from flexijax.policies.base import Policy, Tokens
 from flexijax.policies.h2o import H2O
 from tests.h2o_simulation import simulate_h2o
 from tests.policy_cases import HEAD_DIM, SCALE, random_text
@@ -83,3 +85,38 @@ def test_h2o_in_the_cache_keeps_what_the_simulation_keeps(chunk):
         for head in range(HEADS):
             assert kept(head) == expected[head][at].tolist()
     assert (np.asarray(stats.evicted) == PROMPT + STEPS - ROOM).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class AllAlike(Policy):
+    """Every token is to stay."""
+
+    def groups(self, layer, run):
+        """Not asked."""
+        return ()
+
+    def rank_tokens(self, group, state, tokens):
+        """+inf, of places without a token too."""
+        return jnp.full(tokens.position.shape, jnp.inf)
+
+
+def test_where_all_tokens_are_to_stay_some_that_are_there_go():
+    shape = AttentionShape(1, HEADS * GROUP, HEADS, HEAD_DIM, SCALE)
+    sizes = CacheSizes(shape, 1, 16, 16, 4, "float32", 8)
+    program = GroupProgram(sizes, evicting_group(ROOM), AllAlike(), None, None)
+    group, stats = evicting.empty(program, HEADS)
+    places, count = group.position.shape[2], ROOM + 5
+    group = dataclasses.replace(
+        group,
+        position=jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), group.position.shape),
+        count=jnp.full((1, HEADS), count, jnp.int32),
+    )
+    one = jnp.ones(1, jnp.int32)
+    queries = jnp.zeros((1, 1, HEADS, GROUP, HEAD_DIM))
+    ended = Chunk(one[:, None], count * one, count * one, one > 0, one[0], queries)
+    group, _, stats = evicting.end_chunk(program, group, None, stats, ended)
+    assert group.count.tolist() == [[ROOM] * HEADS]
+    assert stats.evicted.tolist() == [[5] * HEADS]
+    for head in range(HEADS):
+        kept = np.asarray(group.position)[0, head, :ROOM].tolist()
+        assert len(set(kept)) == ROOM and max(kept) < count

@@ -164,9 +164,11 @@ def end_chunk(
 
     of_heads = jax.vmap(rank, in_axes=(0, 0, 0, 0, None))
     ranks = jax.vmap(of_heads)(state, k, v, position, chunk.lengths)
-    # Of the lowest ranked at most R must go, since no more have come.
+    # Of the lowest ranked at most R must go, since no more have come. A token of rank +inf still
+    # goes before a place that has none.
     moves = min(program.sizes.chunk_steps, places)
-    _, lowest = lax.top_k(jnp.where(taken, -ranks, -jnp.inf), moves)
+    lowness = jnp.maximum(-ranks, jnp.finfo(ranks.dtype).min)
+    _, lowest = lax.top_k(jnp.where(taken, lowness, -jnp.inf), moves)
     evicted = jnp.maximum(group.count - room, 0)  # [B, K]
     goes = jnp.arange(moves, dtype=jnp.int32) < evicted[..., None]
     count = group.count - evicted
