@@ -35,21 +35,23 @@ def failing_as(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {text}") from error
 
 
-def read_backend(path: Path) -> tokenizers.Tokenizer:
-    """A tokenizer.json, its truncation and padding switched off.
+def read_backend(path: Path) -> tuple[tokenizers.Tokenizer, str | None]:
+    """A tokenizer.json, its truncation and padding switched off, and the text that it pads with.
 
-    Training runs save both with the file; transformers ignores them as well. ValueError for a file
-    that cannot be read and for one whose ids are drawn at random.
+    Training runs save both with the file; transformers ignores them as well, but for the name of
+    the padding token. ValueError for a file that cannot be read and for one whose ids are drawn at
+    random.
     """
     data = read_bytes(path, MAX_TOKENIZER_BYTES)
     with failing_as(f"{path}: not a readable tokenizer.json"):
         backend = tokenizers.Tokenizer.from_buffer(data)
+        pad_token = (backend.padding or {}).get("pad_token")
         backend.no_truncation()
         backend.no_padding()
         dropout = getattr(backend.model, "dropout", None)
     if dropout:
         raise ValueError(f"{path}: model.dropout={short(dropout)}: ids would be random; remove it")
-    return backend
+    return backend, pad_token
 
 
 def set_ends(backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:

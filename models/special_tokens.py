@@ -18,7 +18,7 @@ from flexijax.models.files import read_json, short
 
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _NAMED = tuple(f"{name}_token" for name in _NAMES)
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -30,7 +30,10 @@ def add_special_tokens(
     config: tokenizer_config.json. Returns {"bos_token": "<s>", ...}. ValueError names the key of
     what is no token.
     """
-    values = {key: value for key, value in config.items() if _is_token_key(key)}
+    values = _token_keys(config)
+    if not values.get(_EXTRA) and _OLD_EXTRA in values:
+        values[_EXTRA] = values[_OLD_EXTRA]
+    values.pop(_OLD_EXTRA, None)
     decoder: dict[int, AddedToken] = {}
     listed = config.get("added_tokens_decoder")
     if listed is not None:
@@ -42,21 +45,21 @@ def add_special_tokens(
                 raise ValueError(f"{name}={short(token)}: must be a token by its id")
             decoder[int(index)] = _token(name, token)
     else:
-        # The older files, which transformers reads only without the newer key.
-        older = read_json(directory / "special_tokens_map.json")
-        values |= {key: value for key, value in older.items() if _is_token_key(key)}
-    named, extra = _named_and_extra(values)
-    if listed is None:
-        decoder |= _older_added_tokens(directory, {str(t) for t in [*named.values(), *extra]})
+        _add_older_files(values, decoder, directory)
         decoder |= backend.get_added_tokens_decoder()
+    named, extra = _named_and_extra(values)
     flags_of = {str(token): token for token in decoder.values()}
     named = {key: flags_of.get(str(token), token) for key, token in named.items()}
     _add(backend, decoder, [*named.values(), *extra], {str(t) for t in named.values()})
     return {key: str(token) for key, token in named.items()}
 
 
-def _is_token_key(key: str) -> bool:
-    return key in _LISTS or (key.endswith("_token") and not key.startswith("add_"))
+def _token_keys(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in config.items()
+        if key in (_EXTRA, _OLD_EXTRA) or (key.endswith("_token") and not key.startswith("add_"))
+    }
 
 
 def _named_and_extra(values: dict[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
@@ -64,29 +67,37 @@ def _named_and_extra(values: dict[str, Any]) -> tuple[dict[str, AddedToken], lis
     for key, value in values.items():
         if value is None:
             continue
-        if key not in _LISTS:
+        if key != _EXTRA:
             # Keys that are not the usual ones may be anything, and count only as texts.
             if key in _NAMED or isinstance(value, str):
                 named[key] = _token(key, value)
         elif isinstance(value, dict):
             named |= {name: _token(f"{key}[{short(name)}]", t) for name, t in value.items()}
         elif isinstance(value, list):
-            # One key is the older name of the other, and counts where that is empty.
-            if key == "extra_special_tokens" or not values.get("extra_special_tokens"):
-                extra += [_token(f"{key}[{at}]", token) for at, token in enumerate(value)]
+            extra += [_token(f"{key}[{at}]", token) for at, token in enumerate(value)]
         else:
             raise ValueError(f"{key}={short(value)}: must be a list of tokens")
     return named, extra
 
 
-def _older_added_tokens(directory: Path, special: set[str]) -> dict[int, AddedToken]:
-    added = {}
+def _add_older_files(
+    values: dict[str, Any], decoder: dict[int, AddedToken], directory: Path
+) -> None:
+    """Adds what the older files say, which count only without the key added_tokens_decoder."""
+    older = _token_keys(read_json(directory / "special_tokens_map.json"))
+    late = older.pop(_OLD_EXTRA, None)
+    if isinstance(values.get(_EXTRA), list) and isinstance(older.get(_EXTRA), list):
+        older[_EXTRA] = values[_EXTRA] + older[_EXTRA]
+    values |= older
+    usual, extra = _named_and_extra({key: values.get(key) for key in (*_NAMED, _EXTRA)})
+    special = {str(token) for token in [*usual.values(), *extra]}
     for text, index in read_json(directory / "added_tokens.json").items():
         if type(index) is not int:
             raise ValueError(f"added_tokens.json: {short(text)}={short(index)}: must be an id")
         is_special = text in special
-        added[index] = AddedToken(text, normalized=not is_special, special=is_special)
-    return added
+        decoder[index] = AddedToken(text, normalized=not is_special, special=is_special)
+    if _EXTRA not in values:
+        values[_EXTRA] = late
 
 
 def _add(
@@ -95,14 +106,13 @@ def _add(
     others: list[AddedToken],
     named: set[str],
 ) -> None:
-    """Adds those of the tokens that the backend does not know as added tokens, in this order."""
-    known = backend.get_added_tokens_decoder().values()
-    same, texts = {repr(token) for token in known}, {str(token) for token in known}
-    new = [token for _, token in sorted(decoder.items()) if repr(token) not in same]
-    texts |= {str(token) for token in new}
+    """Adds the tokens in this order; those known already get the flags that are given here."""
+    known = {str(token) for token in backend.get_added_tokens_decoder().values()}
+    new = [token for _, token in sorted(decoder.items())]
+    known |= {str(token) for token in new}
     for token in others:
-        if str(token) not in texts:
-            texts.add(str(token))
+        if str(token) not in known:
+            known.add(str(token))
             new.append(token)
     for token in new:
         if str(token) in named:

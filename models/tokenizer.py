@@ -107,8 +107,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _hidden(self) -> frozenset[int]:
+        # Asked, since the library also shows special tokens whose text its normalizer changes;
+        # twice, since decoders may take a space off the beginning.
         added = self.backend.get_added_tokens_decoder()
-        return frozenset(index for index, token in added.items() if token.special)
+        special = [index for index, token in added.items() if token.special]
+        return frozenset(index for index in special if self.decode([index, index]) == "")
 
 
 def from_directory(directory: Path) -> Tokenizer | None:
@@ -120,9 +123,9 @@ def from_directory(directory: Path) -> Tokenizer | None:
     path = directory / "tokenizer.json"
     if not path.is_symlink() and not path.exists():
         return None
-    backend = read_backend(path)
+    backend, pad_token = read_backend(path)
     config_path = directory / "tokenizer_config.json"
-    config = read_json(config_path)
+    config = {"pad_token": pad_token} | read_json(config_path)
     with _named(config_path):
         _check_settings(backend, config)
         special_tokens = add_special_tokens(backend, directory, config)
