@@ -22,9 +22,10 @@ def stop_ids(directory: Path) -> frozenset[int]:
         value = read_json(directory / name).get(_KEY)
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            wrong = next((i for i in ids if type(i) is not int or i < 0), None)
-            if wrong is not None:
-                raise ValueError(f"{directory / name}: {_KEY}={short(wrong)}: must be a token id")
+            wrong = [i for i in ids if type(i) is not int or i < 0]
+            if wrong:
+                given = f"{_KEY}={short(wrong[0])}"
+                raise ValueError(f"{directory / name}: {given}: must be a token id")
             return frozenset(ids)
     return frozenset()
 
