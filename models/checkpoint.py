@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from flexijax.models import tokenizer
+from flexijax.models import end_of_text, tokenizer
 from flexijax.models.config import ModelConfig, RopeScaling
 from flexijax.models.decoder import Decoder
 from flexijax.models.language_model import LanguageModel, from_config
@@ -41,6 +41,8 @@ def save(lm: LanguageModel, path: str | os.PathLike[str]) -> None:
         (partial / MARKER).write_text(json.dumps(marker, indent=1))
         if lm.tokenizer is not None:
             lm.tokenizer.save(partial)
+        elif lm.stop_ids:
+            end_of_text.save_stop_ids(partial, lm.stop_ids)
         with _orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "params", lm.params)
         partial.rename(target)
@@ -64,7 +66,9 @@ def restore(
     marker = tried(problems, "", lambda: tokenizer.read_json(path / MARKER)) or {}
     config = tried(problems, f"{MARKER}: ", lambda: _config(marker, max_context))
     words = tried(problems, "tokenizer: ", lambda: tokenizer.from_directory(path))
+    ends = tried(problems, "", lambda: end_of_text.stop_ids(path)) or frozenset()
     if config is not None:
+        problems += end_of_text.outside(ends, config.vocab_size)
         stored = tried(problems, "params: ", lambda: _stored_shapes(path / "params"))
         if stored is not None:
             problems += _differences(stored, _shapes(Decoder(config).abstract(dtype=dtype)))
@@ -90,7 +94,7 @@ def restore(
         problem = f"params: {type(error).__name__}: {error}"
         raise LoadError(str(path), [problem]) from error
     name = marker.get("name", path.name)
-    return from_config(config, params, name=name, dtype=dtype, tokenizer=words)
+    return from_config(config, params, name=name, dtype=dtype, tokenizer=words, stop_ids=ends)
 
 
 def _orbax() -> Any:

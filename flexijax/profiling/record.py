@@ -87,7 +87,6 @@ def record(
 def _program(
     lm: LanguageModel, page_size: int, budgets: tuple[int, ...], capacity: int, score: str
 ) -> Program:
-    stop_ids = lm.tokenizer.stop_ids if lm.tokenizer is not None else frozenset[int]()
     policy = Recording(
         budgets,
         PageShape(page_size, lm.attention.head_dim, str(lm.dtype)),
@@ -102,7 +101,7 @@ def _program(
         rerank_interval=_CHUNK_STEPS,
     )
     made = make_program(lm, cache, max_tokens=capacity)
-    return Program(made.decoder, made.layout, policy, suppress_ids=tuple(sorted(stop_ids)))
+    return Program(made.decoder, made.layout, policy, suppress_ids=tuple(sorted(lm.end_ids)))
 
 
 def _check(lm, tokens, steps, page_size, budgets, capacity, score) -> None:
