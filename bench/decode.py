@@ -1,4 +1,4 @@
-"""Decode and prefill of flexi, quest and full against transformers: `python -m bench.decode`.
+"""Decode and prefill of cache methods against transformers: `python -m bench.decode`.
 
 Same machine, same weights (SmolLM2-135M, float32), same prompts, as many threads. Every
 measurement is a fresh process, so that memory is honest; systems take turns, so that a slow minute
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.timing import environment, in_fresh_process, interleaved, median, table
+from flexijax import policies
 from flexijax.demo import document
 from flexijax.profiles.documents import read_documents
 
 # transformers_static is transformers with its preallocated cache, which it has to be asked for.
 SYSTEMS = ("flexi", "quest", "full", "transformers", "transformers_static")
+CHOICES = tuple(dict.fromkeys((*SYSTEMS, *policies.names())))
 COLUMNS = (
     *("system", "context", "batch", "prefill_s", "decode_ms"),
     *("peak_bytes", "device_kv_bytes", "rounds"),
@@ -65,7 +67,7 @@ class Bench:
             spec["cache"] = "static" if cell.system.endswith("static") else "dynamic"
             module = "bench.transformers_side"
         else:
-            spec |= {"mode": cell.system, "budget_tokens": self.budget_tokens}
+            spec |= {"policy": cell.system, "budget_tokens": self.budget_tokens}
             module = "bench.flexijax_side"
         return in_fresh_process(module, spec, threads=self.threads, lock=self.lock)
 
@@ -200,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="1024 tokens, batch 1, one round")
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 7900])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=CHOICES, default=list(SYSTEMS))
     parser.add_argument("--rounds", type=int, default=3, help="medians are over these")
     parser.add_argument("--steps", type=int, default=48, help="decode steps in each round")
     parser.add_argument("--budget-tokens", type=int, default=1024)

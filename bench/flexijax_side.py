@@ -13,7 +13,7 @@ from bench.timing import median, peak_bytes
 
 
 def measure(
-    *, prompts: list[list[int]], steps: int, mode: str, budget_tokens: int
+    *, prompts: list[list[int]], steps: int, policy: str, budget_tokens: int
 ) -> dict[str, Any]:
     """Prefill seconds, ms of a decode step, KV bytes, peak memory and the tokens.
 
@@ -25,44 +25,43 @@ def measure(
     from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
     from flexijax.config import CacheConfig
     from flexijax.engine.engine import Engine
+    from flexijax.engine.plan import make_program
     from flexijax.engine.requests import make_requests
     from flexijax.engine.sampling import Sampling
-    from flexijax.generate import make_program
     from flexijax.models.load import load
-    from flexijax.profiles import lookup
 
     # As the command line does.
     return_freed_memory()
     use_compilation_cache()
-    lm, cache = load("smollm2"), CacheConfig(mode=mode, budget_tokens=budget_tokens)
+    lm, cache = load("smollm2"), CacheConfig(policy=policy, budget_tokens=budget_tokens)
     program = make_program(
         lm,
         cache,
-        profile=lookup.find(lm, cache.budget_pages) if mode == "flexi" else None,
         max_tokens=len(prompts[0]) + steps + 1,
-        rows=len(prompts),
+        max_new_tokens=steps + 1,
+        batch=len(prompts),
     )
-    if steps % program.rerank_interval:
-        raise ValueError(f"steps={steps} must be whole chunks of {program.rerank_interval}")
+    if steps % program.chunk_steps:
+        raise ValueError(f"steps={steps} must be whole chunks of {program.chunk_steps}")
     # As on the other side, the first run of a prefill is outside of the clock; that of a decode
     # chunk is outside of the median.
-    first = make_requests(lm, [prompts[0][:64]], 1, Sampling(ignore_eos=True), 0)
+    first = make_requests(lm, [prompts[0][:64]], 1, Sampling(ignore_eos=True))
     Engine(lm, program, progress=None).admit(first[0], "")
     engine = Engine(lm, program, progress=None)
-    requests = make_requests(lm, prompts, steps + 1, Sampling(ignore_eos=True), 0)
+    requests = make_requests(lm, prompts, steps + 1, Sampling(ignore_eos=True))
     running = [engine.admit(request, "") for request in requests]
     chunk_ms = []
     while any(one.active for one in running):
-        compiled, started = engine.compiler.seconds, time.perf_counter()
+        compiled, started = engine.runner.seconds, time.perf_counter()
         engine.step()
-        took = time.perf_counter() - started - (engine.compiler.seconds - compiled)
-        chunk_ms.append(1e3 * took / program.rerank_interval)
+        took = time.perf_counter() - started - (engine.runner.seconds - compiled)
+        chunk_ms.append(1e3 * took / program.chunk_steps)
     length = len(prompts[0]) + steps
     return {
         # Prompts are read one after the other, and decoded together.
         "prefill_s": sum(one.prefill_s for one in running),
         "decode_ms": median(chunk_ms),
-        "device_kv_bytes": len(prompts) * request_bytes(program.layout, program.policy, length)[0],
+        "device_kv_bytes": len(prompts) * request_bytes(program.layout, length).device,
         "peak_bytes": peak_bytes(),
         "tokens": [one.tokens for one in running],
     }

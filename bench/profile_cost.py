@@ -21,7 +21,8 @@ from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
-from flexijax.profiling.measure import Settings, record_prompt, reduced
+from flexijax.profiling.measure import record_prompt, reduced
+from flexijax.profiling.settings import Settings
 
 COLUMNS = ("task", "index", "prompt", "profile_s", "full_s", "ratio")
 
@@ -38,7 +39,7 @@ def measure_document(lm: LanguageModel, document: Document, settings: Settings) 
         lm,
         [prompt],
         max_new_tokens=settings.steps + 1,
-        cache=CacheConfig(mode="full", page_size=settings.page_size),
+        cache=CacheConfig(policy="full", page_size=settings.page_size),
         sampling=Sampling(ignore_eos=True),
     )[0]
     generated = time.perf_counter()

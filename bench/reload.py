@@ -15,16 +15,20 @@ import numpy as np
 
 from bench.timing import environment, table
 from flexijax.cli.terminal import use_compilation_cache
-from flexijax.config import SCORES, CacheConfig
+from flexijax.config import CacheConfig
 from flexijax.engine.continuation import Continuation, read
-from flexijax.generate import make_program
+from flexijax.engine.plan import make_program
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
+from flexijax.policies.flexi import Flexi
+from flexijax.policies.page_scores import SCORES
 from flexijax.profiles import lookup
 from flexijax.profiles.documents import Document, prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.plots import reload_bytes
-from flexijax.profiling.measure import LAGS, Settings, averages, record_prompt, reduced
+from flexijax.profiling.measure import record_prompt, reduced
+from flexijax.profiling.settings import Settings
+from flexijax.profiling.statistics import LAGS, averages
 
 COLUMNS = (
     "task",
@@ -62,40 +66,39 @@ def measure_document(
     program = make_program(
         lm,
         CacheConfig(
+            # What the recording chose with; another score keeps its choices longer or less long.
+            policy=Flexi(score=SCORES[settings.score]),
             page_size=settings.page_size,
             budget_tokens=budget * settings.page_size,
             rerank_interval=interval,
-            # What the recording chose with; another score keeps its choices longer or less long.
-            score=settings.score,
+            profile=profile,
         ),
-        profile=profile,
         max_tokens=settings.max_tokens + settings.steps,
-        rows=1,
     )
     steps = settings.steps // interval * interval
-    fed = Continuation(lm, program, read(lm, program, prompt))
+    fed = Continuation(lm, program, read(lm, [program], prompt))
     fed.feed(recording.tokens[:steps].tolist())
-    heads = [of for of in fed.cache.counters.heads if of is not None]
-    seen = np.concatenate([np.asarray(of.rco[0]) / np.asarray(of.choices[0]) for of in heads])
-    page_bytes = program.layout.page_bytes
+    heads = fed.stats.heads
+    observed = np.array([of.rco for of in heads]) / np.array([of.choices for of in heads])
+    page_bytes = program.layout.sizes.page_bytes
     each = reload_bytes(profile, found, interval=interval, page_bytes=page_bytes)
     stable = [
         found.lags[interval][layer, list(profile.stable_heads(layer))]
         for layer in range(profile.num_layers)
     ]
-    predicted, counted = each * steps / interval, fed.promoted * page_bytes
+    predicted, counted = each * steps / interval, fed.stats.promoted_pages * page_bytes
     return {
         "task": document.task,
         "index": document.index,
         "tokens": len(prompt),
         "reranks": steps // interval,
         "rco": float(np.concatenate(stable).mean()),
-        "rco_in_flexi": float(seen.mean()),
+        "rco_in_flexi": float(observed.mean()),
         "predicted_mb": predicted / 1e6,
         "counted_mb": counted / 1e6,
         "predicted_to_counted": predicted / max(counted, 1),
         "rco_by_head": np.concatenate(stable).tolist(),
-        "rco_in_flexi_by_head": seen.tolist(),
+        "rco_in_flexi_by_head": observed.tolist(),
     }
 
 

@@ -1,6 +1,6 @@
 """Page scores that are only compared with those of the package, and the names of all.
 
-A `PageScore` keeps bfloat16 numbers of every page and needs no state; its three functions say which
+A `Candidate` keeps bfloat16 numbers of every page and needs no state; its three functions say which
 numbers, and what a query makes of them. Pages then compete by the attention mass that this gives.
 """
 
@@ -11,40 +11,41 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.score_fitted import Early, LowRank, Product
+from bench.score_fitted import Early, LowRank, Product, SketchMax
 from flexijax.pallas_kernels import platform
 from flexijax.policies.minmax import MinMax
-from flexijax.policies.score import Score
+from flexijax.policies.page_score import PageScore, PageShape, PageTable
 from flexijax.policies.sketch import Sketch, log_mass
 
 
 @dataclasses.dataclass(frozen=True)
-class PageScore:
+class Candidate:
     """kept: (page, H) -> shape of what is kept of a page. of_page: keys [..., page, H] -> that.
 
-    logits: q [B, K, G, H], scaled, and what is kept [B, P, K, ...] -> [B, K, G, P].
+    logits: q [B, K, G, H], scaled, and what is kept [B, P, K, ...] -> [B, K, G, P]. name: stands
+    for the three in records of results, since how a function is written differs from run to run.
     """
 
-    page_size: int
-    kept: Callable[[int, int], tuple[int, ...]]
-    of_page: Callable[[jax.Array], jax.Array]
-    logits: Callable[[jax.Array, jax.Array], jax.Array]
+    name: str
+    kept: Callable[[int, int], tuple[int, ...]] = dataclasses.field(repr=False)
+    of_page: Callable[[jax.Array], jax.Array] = dataclasses.field(repr=False)
+    logits: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(repr=False)
 
-    def empty(self, blocks: int, heads: int, head_dim: int) -> jax.Array:
-        """See `Score.empty`."""
-        shape = (blocks, heads, *self.kept(self.page_size, head_dim))
+    def empty(self, blocks: int, heads: int, page: PageShape) -> jax.Array:
+        """See `PageScore.empty`."""
+        shape = (blocks, heads, *self.kept(page.page_size, page.head_dim))
         return jnp.zeros(shape, jnp.bfloat16, device=platform.sharding())
 
-    def empty_state(self, rows: int, heads: int, head_dim: int) -> tuple[()]:
-        """See `Score.empty_state`."""
+    def empty_state(self, rows: int, heads: int, page: PageShape) -> tuple[()]:
+        """See `PageScore.empty_state`."""
         return ()
 
     def fit(self, k_pages: jax.Array, length: jax.Array) -> tuple[()]:
-        """See `Score.fit`."""
+        """See `PageScore.fit`."""
         return ()
 
     def summarize(self, k_pages: jax.Array, state: Any) -> jax.Array:
-        """See `Score.summarize`."""
+        """See `PageScore.summarize`."""
         return self.of_page(k_pages.astype(jnp.float32)).astype(jnp.bfloat16)
 
     def scores(
@@ -52,18 +53,16 @@ class PageScore:
         q: jax.Array,
         summaries: jax.Array,
         state: Any,
-        block_table: jax.Array,
-        lengths: jax.Array,
+        table: PageTable,
         *,
-        page_size: int,
         scale: float,
         implementation: str | None,
     ) -> jax.Array:
-        """See `Score.scores`."""
-        rows = jnp.take(summaries, block_table, axis=0, mode="clip").astype(jnp.float32)
+        """See `PageScore.scores`."""
+        rows = jnp.take(summaries, table.blocks, axis=0, mode="clip").astype(jnp.float32)
         logits = self.logits(q.astype(jnp.float32) * scale, rows)
-        full = jnp.arange(1, block_table.shape[1] + 1)[None] * page_size <= lengths[:, None]
-        return log_mass(jnp.where(full[:, None, None], logits, -jnp.inf))
+        end = jnp.arange(1, table.blocks.shape[1] + 1)[None] * table.page_size
+        return log_mass(jnp.where((end <= table.lengths[:, None])[:, None, None], logits, -jnp.inf))
 
 
 def _product(q: jax.Array, rows: jax.Array) -> jax.Array:
@@ -112,32 +111,6 @@ def _exact_logits(q: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(jnp.einsum("BKGH,BPKSH->BKGPS", q, rows), axis=-1)
 
 
-def named(page_size: int) -> dict[str, Score]:
-    """Every score by the name that the bench takes; "exact" is the oracle that keeps all keys."""
-
-    def one(kept, of_page, logits) -> PageScore:
-        return PageScore(page_size, kept, of_page, logits)
-
-    return {
-        "minmax32": MinMax("float32"),
-        "minmax16": MinMax("bfloat16"),
-        "minmax8": MinMax("int8"),
-        "sketch1": Sketch(1, page_size),
-        "sketch2": Sketch(2, page_size),
-        "sketch4": Sketch(4, page_size),
-        **{f"sketch2first{n}": Early(Sketch(2, page_size), n) for n in (16, 64, 256, 1024)},
-        "sketch2max": Sketch(2, page_size, reduction="max"),
-        "mean": one(_row, _mean, _product),
-        "radius": one(_row_and_one, _mean_and_radius, _radius_logits),
-        "cumulant": one(_two_rows, _mean_and_variance, _cumulant_logits),
-        "halfbound": one(_three_rows, _bounds_and_mean, _half_bound_logits),
-        "lowrank2": LowRank(32, 2, page_size),
-        "lowrank4": LowRank(32, 4, page_size),
-        "product": Product(2, page_size),
-        "exact": one(_everything, _everything_of, _exact_logits),
-    }
-
-
 def _row(page: int, width: int) -> tuple[int, ...]:
     return (width,)
 
@@ -160,3 +133,25 @@ def _everything(page: int, width: int) -> tuple[int, ...]:
 
 def _everything_of(keys: jax.Array) -> jax.Array:
     return keys
+
+
+# Every score by the name that a bench takes; "exact" is the oracle that keeps all keys.
+CANDIDATES: dict[str, PageScore] = {
+    "minmax": MinMax(),
+    "minmax32": MinMax("float32"),
+    "minmax16": MinMax("bfloat16"),
+    "minmax8": MinMax("int8"),
+    "sketch1": Sketch(1),
+    "sketch2": Sketch(2),
+    "sketch4": Sketch(4),
+    **{f"sketch2first{n}": Early(Sketch(2), n) for n in (16, 64, 256, 1024)},
+    "sketch2max": SketchMax(2),
+    "mean": Candidate("mean", _row, _mean, _product),
+    "radius": Candidate("radius", _row_and_one, _mean_and_radius, _radius_logits),
+    "cumulant": Candidate("cumulant", _two_rows, _mean_and_variance, _cumulant_logits),
+    "halfbound": Candidate("halfbound", _three_rows, _bounds_and_mean, _half_bound_logits),
+    "lowrank2": LowRank(32, 2),
+    "lowrank4": LowRank(32, 4),
+    "product": Product(2),
+    "exact": Candidate("exact", _everything, _everything_of, _exact_logits),
+}

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from flexijax.pallas_kernels import dispatch, platform, sketches
 from flexijax.pallas_kernels.sketches import SketchCode
-from flexijax.policies.score import Score
-from flexijax.policies.sketch import log_mass
+from flexijax.policies.page_score import PageScore, PageShape, PageTable
+from flexijax.policies.sketch import Sketch, log_mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,28 +19,53 @@ class Early:
     What is scored behind them stands for a long generation: text that the code has not seen.
     """
 
-    score: Score
+    score: PageScore
     tokens: int
 
-    def empty(self, blocks: int, heads: int, head_dim: int) -> Any:
-        """See `Score.empty`."""
-        return self.score.empty(blocks, heads, head_dim)
+    def empty(self, blocks: int, heads: int, page: PageShape) -> Any:
+        """See `PageScore.empty`."""
+        return self.score.empty(blocks, heads, page)
 
-    def empty_state(self, rows: int, heads: int, head_dim: int) -> Any:
-        """See `Score.empty_state`."""
-        return self.score.empty_state(rows, heads, head_dim)
+    def empty_state(self, rows: int, heads: int, page: PageShape) -> Any:
+        """See `PageScore.empty_state`."""
+        return self.score.empty_state(rows, heads, page)
 
     def fit(self, k_pages: jax.Array, length: jax.Array) -> Any:
-        """See `Score.fit`."""
+        """See `PageScore.fit`."""
         return self.score.fit(k_pages, jnp.minimum(length, self.tokens))
 
     def summarize(self, k_pages: jax.Array, state: Any) -> Any:
-        """See `Score.summarize`."""
+        """See `PageScore.summarize`."""
         return self.score.summarize(k_pages, state)
 
     def scores(self, *args: Any, **options: Any) -> jax.Array:
-        """See `Score.scores`."""
+        """See `PageScore.scores`."""
         return self.score.scores(*args, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class SketchMax(Sketch):
+    """`Sketch`, but of the query heads the one that gives a page most, in absolute terms."""
+
+    def scores(
+        self,
+        q: jax.Array,
+        summaries: Any,
+        state: Any,
+        table: PageTable,
+        *,
+        scale: float,
+        implementation: str | None,
+    ) -> jax.Array:
+        """See `PageScore.scores`: the greatest log of the page's summed exponentials."""
+        return dispatch.sketch_scores(
+            sketches.prepare(q, state, bits=self.bits, scale=scale),
+            summaries,
+            table.blocks,
+            table.lengths,
+            page_size=table.page_size,
+            implementation=implementation,
+        ).max(axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +78,22 @@ class LowRank:
 
     rank: int
     bits: int
-    page_size: int
 
-    def empty(self, blocks: int, heads: int, head_dim: int) -> jax.Array:
-        """See `Score.empty`."""
-        shape = (blocks, heads, self.bits, sketches.words(self.rank), self.page_size)
+    def empty(self, blocks: int, heads: int, page: PageShape) -> jax.Array:
+        """See `PageScore.empty`."""
+        shape = (blocks, heads, self.bits, sketches.words(self.rank), page.page_size)
         return jnp.zeros(shape, jnp.uint32, device=platform.sharding())
 
-    def empty_state(self, rows: int, heads: int, head_dim: int) -> Any:
-        """See `Score.empty_state`."""
+    def empty_state(self, rows: int, heads: int, page: PageShape) -> Any:
+        """See `PageScore.empty_state`."""
         device = platform.sharding()
         code = SketchCode(
             *(jnp.zeros((rows, heads, self.rank), jnp.float32, device=device) for _ in range(2))
         )
-        return jnp.zeros((rows, heads, head_dim, self.rank), jnp.float32, device=device), code
+        return jnp.zeros((rows, heads, page.head_dim, self.rank), jnp.float32, device=device), code
 
     def fit(self, k_pages: jax.Array, length: jax.Array) -> Any:
-        """See `Score.fit`."""
+        """See `PageScore.fit`."""
         keys, valid = _tokens(k_pages, length)
         count = jnp.maximum(length, 1).astype(jnp.float32)
         apart = jnp.where(valid, keys - (keys.sum(1, keepdims=True) / count), 0.0)
@@ -78,7 +102,7 @@ class LowRank:
         return basis, sketches.fit(_projected(k_pages, basis), length, bits=self.bits)
 
     def summarize(self, k_pages: jax.Array, state: Any) -> jax.Array:
-        """See `Score.summarize`."""
+        """See `PageScore.summarize`."""
         basis, code = state
         return sketches.encode(_projected(k_pages, basis), code, bits=self.bits)
 
@@ -87,14 +111,12 @@ class LowRank:
         q: jax.Array,
         summaries: jax.Array,
         state: Any,
-        block_table: jax.Array,
-        lengths: jax.Array,
+        table: PageTable,
         *,
-        page_size: int,
         scale: float,
         implementation: str | None,
     ) -> jax.Array:
-        """See `Score.scores`."""
+        """See `PageScore.scores`."""
         basis, code = state
         projected = jnp.einsum("BKGH,BKHR->BKGR", q.astype(jnp.float32), basis)
         query = sketches.prepare(projected, code, bits=self.bits, scale=scale)
@@ -102,9 +124,9 @@ class LowRank:
             dispatch.sketch_scores(
                 query,
                 summaries,
-                block_table,
-                lengths,
-                page_size=page_size,
+                table.blocks,
+                table.lengths,
+                page_size=table.page_size,
                 implementation=implementation,
             )
         )
@@ -119,21 +141,20 @@ class Product:
     """
 
     part: int
-    page_size: int
     rounds: int = 8
 
-    def empty(self, blocks: int, heads: int, head_dim: int) -> jax.Array:
-        """See `Score.empty`."""
-        shape = (blocks, heads, self.page_size, head_dim // self.part // 2)
+    def empty(self, blocks: int, heads: int, page: PageShape) -> jax.Array:
+        """See `PageScore.empty`."""
+        shape = (blocks, heads, page.page_size, page.head_dim // self.part // 2)
         return jnp.zeros(shape, jnp.uint8, device=platform.sharding())
 
-    def empty_state(self, rows: int, heads: int, head_dim: int) -> jax.Array:
-        """See `Score.empty_state`: centroids [rows, heads, H / part, 16, part]."""
-        shape = (rows, heads, head_dim // self.part, 16, self.part)
+    def empty_state(self, rows: int, heads: int, page: PageShape) -> jax.Array:
+        """See `PageScore.empty_state`: centroids [rows, heads, H / part, 16, part]."""
+        shape = (rows, heads, page.head_dim // self.part, 16, self.part)
         return jnp.zeros(shape, jnp.float32, device=platform.sharding())
 
     def fit(self, k_pages: jax.Array, length: jax.Array) -> jax.Array:
-        """See `Score.fit`."""
+        """See `PageScore.fit`."""
         keys, valid = _tokens(k_pages, length)
         heads, tokens, width = keys.shape
         keys = keys.reshape(heads, tokens, width // self.part, self.part).swapaxes(1, 2)
@@ -151,7 +172,7 @@ class Product:
         return jax.lax.fori_loop(0, self.rounds, improve, centroids)
 
     def summarize(self, k_pages: jax.Array, state: jax.Array) -> jax.Array:
-        """See `Score.summarize`."""
+        """See `PageScore.summarize`."""
         *lead, page, width = k_pages.shape
         parts = k_pages.astype(jnp.float32).reshape(*lead, page, width // self.part, self.part)
         centroids = jnp.broadcast_to(state, (*lead, *state.shape[-3:]))
@@ -163,26 +184,24 @@ class Product:
         q: jax.Array,
         summaries: jax.Array,
         state: jax.Array,
-        block_table: jax.Array,
-        lengths: jax.Array,
+        table: PageTable,
         *,
-        page_size: int,
         scale: float,
         implementation: str | None,
     ) -> jax.Array:
-        """See `Score.scores`."""
+        """See `PageScore.scores`."""
         batch, heads, group, width = q.shape
         parts = (q.astype(jnp.float32) * scale).reshape(batch, heads, group, -1, self.part)
         products = jnp.einsum("BKGNP,BKNCP->BKGNC", parts, state)
-        rows = jnp.take(summaries, block_table, axis=0, mode="clip")  # [B, P, K, page, N / 2]
+        rows = jnp.take(summaries, table.blocks, axis=0, mode="clip")  # [B, P, K, page, N / 2]
         halves = [rows & jnp.uint8(15), rows >> jnp.uint8(4)]
         code = jnp.stack(halves, axis=-1).reshape(*rows.shape[:4], width // self.part)
         # Which of 16 as a product with a table: slow, and exact enough for a comparison.
         mine = jax.nn.one_hot(code, 16)
         logits = jnp.einsum("BPKSNC,BKGNC->BKGPS", mine, products)
-        full = jnp.arange(1, block_table.shape[1] + 1)[None] * page_size <= lengths[:, None]
+        end = jnp.arange(1, table.blocks.shape[1] + 1)[None] * table.page_size
         logits = jax.nn.logsumexp(logits, axis=-1)
-        return log_mass(jnp.where(full[:, None, None], logits, -jnp.inf))
+        return log_mass(jnp.where((end <= table.lengths[:, None])[:, None, None], logits, -jnp.inf))
 
 
 def _tokens(k_pages: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.score_candidates import named
+from bench.score_candidates import CANDIDATES
 from bench.timing import environment, interleaved, median, table
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels.page_scores import reference
-from flexijax.policies.score import Score
+from flexijax.policies.page_score import PageScore, PageShape, PageTable
 from flexijax.profiles import lookup
 
 PAGE = 16
@@ -29,12 +29,12 @@ SCORES = ("minmax32", "minmax16", "minmax8", "sketch1", "sketch2", "sketch4")
 COLUMNS = ("score", "ms", "best_ms", "to_first", "page_bytes", "compile_s")
 
 
-def step(score: Score, heads: Sequence[int], shape: AttentionShape, *, batch: int, tokens: int):
+def step(score: PageScore, heads: Sequence[int], shape: AttentionShape, *, batch: int, tokens: int):
     """(compiled function, its arguments): scores of all layers, each waiting for the one before."""
     pages = -(-tokens // PAGE)
     rng = np.random.default_rng(0)
-    table = jnp.asarray(rng.permutation(batch * pages).reshape(batch, pages), jnp.int32)
-    lengths = jnp.full(batch, tokens, jnp.int32)
+    blocks = jnp.asarray(rng.permutation(batch * pages).reshape(batch, pages), jnp.int32)
+    table = PageTable(blocks, jnp.full(batch, tokens, jnp.int32), PAGE)
     layers = []
     for count in heads:
         size = (batch * pages, count, PAGE, shape.head_dim)
@@ -44,7 +44,7 @@ def step(score: Score, heads: Sequence[int], shape: AttentionShape, *, batch: in
         q = rng.normal(size=(batch, count, shape.group_size, shape.head_dim))
         layers.append((jnp.asarray(q, jnp.float32), score.summarize(keys, state), rows))
 
-    def run(layers, table, lengths):
+    def run(layers, table):
         found, before = [], jnp.zeros((), jnp.float32)
         for q, summaries, state in layers:
             scores = score.scores(
@@ -53,8 +53,6 @@ def step(score: Score, heads: Sequence[int], shape: AttentionShape, *, batch: in
                 summaries,
                 state,
                 table,
-                lengths,
-                page_size=PAGE,
                 scale=shape.scale,
                 implementation=None,
             )
@@ -62,11 +60,11 @@ def step(score: Score, heads: Sequence[int], shape: AttentionShape, *, batch: in
             found.append(scores)
         return found
 
-    arguments = (layers, table, lengths)
+    arguments = (layers, table)
     return jax.jit(run).lower(*arguments).compile(), arguments
 
 
-def check(score: Score, shape: AttentionShape) -> None:
+def check(score: PageScore, shape: AttentionShape) -> None:
     """Raises RuntimeError unless the score is near what its kind of score says in float64."""
     pages = 8
     rng = np.random.default_rng(1)
@@ -78,9 +76,9 @@ def check(score: Score, shape: AttentionShape) -> None:
         jnp.asarray(q),
         score.summarize(jnp.asarray(keys), state),
         jax.tree.map(lambda leaf: leaf[None], state),
-        jnp.arange(pages, dtype=jnp.int32)[None],
-        jnp.full(1, pages * PAGE, jnp.int32),
-        page_size=PAGE,
+        PageTable(
+            jnp.arange(pages, dtype=jnp.int32)[None], jnp.full(1, pages * PAGE, jnp.int32), PAGE
+        ),
         scale=shape.scale,
         implementation=None,
     )
@@ -102,14 +100,15 @@ def measure(
     heads = [len(found.unstable_heads(layer)) for layer in range(found.num_layers)]
     heads = [count for count in heads if count]
     shape = AttentionShape(found.num_layers, 9, found.num_kv_heads, 64, 64**-0.5)
+    page = PageShape(PAGE, shape.head_dim, "float32")
     runs: dict[str, tuple[Callable[..., Any], Any]] = {}
     rows = []
     for name in scores:
-        score = named(PAGE)[name]
+        score = CANDIDATES[name]
         check(score, shape)
         started = time.process_time()
         runs[name] = step(score, heads, shape, batch=batch, tokens=tokens)
-        leaves = jax.tree.leaves(jax.eval_shape(lambda s=score: s.empty(1, 1, shape.head_dim)))
+        leaves = jax.tree.leaves(jax.eval_shape(lambda s=score: s.empty(1, 1, page)))
         bytes_ = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         compiled = time.process_time() - started
         rows.append({"score": name, "page_bytes": bytes_, "compile_s": compiled})
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=7900, help="of every request")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--scores", nargs="+", default=SCORES, choices=sorted(named(PAGE)))
+    parser.add_argument("--scores", nargs="+", default=SCORES, choices=sorted(CANDIDATES))
     args = parser.parse_args(argv)
     rows = measure(
         args.scores, batch=args.batch, tokens=args.tokens, rounds=args.rounds, model="smollm2-135m"

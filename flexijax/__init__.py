@@ -2,10 +2,14 @@
 
 from flexijax import policies as policies
 from flexijax import profiles as profiles
-from flexijax.compare import Comparison as Comparison
+from flexijax.compare import Answers as Answers
 from flexijax.compare import compare as compare
 from flexijax.config import CacheConfig as CacheConfig
 from flexijax.engine.sampling import Sampling as Sampling
+from flexijax.evaluate import evaluate as evaluate
+from flexijax.evaluation import Comparison as Comparison
+from flexijax.evaluation import ConfigSummary as ConfigSummary
+from flexijax.evaluation import Evaluation as Evaluation
 from flexijax.generate import generate as generate
 from flexijax.models.checkpoint import save as save
 from flexijax.models.language_model import LanguageModel as LanguageModel

@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from flexijax.config import CacheConfig
 from flexijax.engine.continuation import Continuation
 from flexijax.engine.engine import Engine
 from flexijax.engine.plan import make_program
-from flexijax.engine.prefiller import Prefiller, PrefillResult
-from flexijax.engine.program import Program, Progress, Runner, prefill_spec
+from flexijax.engine.prefiller import Prefiller
+from flexijax.engine.program import Progress, Runner, prefill_spec
 from flexijax.engine.requests import check_cache, make_requests
 from flexijax.engine.sampling import Sampling
 from flexijax.generate import run_requests
@@ -24,7 +22,7 @@ from flexijax.results import Generation
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Answers:
     """The answers by name, and how far the others would have given the last one's.
 
     agreement: of the last answer's tokens, how many each other cache finds the most likely, fed
@@ -45,7 +43,7 @@ def compare(
     sampling: Sampling | None = None,
     stream: Callable[[str, str], None] | None = None,
     progress: Progress | None = None,
-) -> Comparison:
+) -> Answers:
     """Answers one prompt by each cache in turn.
 
     caches: of one dtype, page size and implementation, since they share what was read; the last is
@@ -93,20 +91,5 @@ def compare(
         answers[name] = dataclasses.replace(made, metrics=times)
     *others, last = answers
     tokens = answers[last].token_ids
-    agreement = {name: _agreeing(lm, programs[name], shared, tokens) for name in others}
-    return Comparison(answers, agreement)
-
-
-def _agreeing(
-    lm: LanguageModel, program: Program, shared: PrefillResult, tokens: Sequence[int]
-) -> int:
-    """How many of the tokens are the most likely ones after the prompt and those before them."""
-    if not tokens:
-        return 0
-    steps = -(-len(tokens) // program.chunk_steps) * program.chunk_steps
-    fed = Continuation(lm, program, shared)
-    found = [int(fed.first_logits.argmax())]
-    if len(tokens) > 1:
-        logits = fed.feed(np.resize(np.asarray(tokens, np.int32), steps).tolist())
-        found += logits.argmax(axis=-1).tolist()
-    return sum(a == b for a, b in zip(found, tokens, strict=False))
+    agreement = {name: Continuation(lm, programs[name], shared).agreeing(tokens) for name in others}
+    return Answers(answers, agreement)

@@ -30,9 +30,9 @@ class CacheConfig:
     budget_tokens: int = 1024
     """Tokens a head attends to, those since the last rerank not counted; a multiple of
     `page_size`."""
-    rerank_interval: int | str = 16
-    """Decode steps between two reranks; "adaptive" gives each offloaded head an interval of its
-    own, longer while it keeps choosing the same pages."""
+    rerank_interval: int | str | Adaptive = 16
+    """Decode steps between two reranks; "adaptive", or an `Adaptive` with thresholds of one's own,
+    gives each offloaded head its own interval, longer while it keeps choosing the same pages."""
     profile: HeadProfile | str | None = None
     """For policies that ask which heads are stable: a profile, a shipped one's name or a file; None
     looks the model up; "auto" does so too and, where none is shipped, measures one on the prompts,
@@ -51,7 +51,7 @@ class CacheConfig:
         self.find_policy()
         for name in ("page_size", "budget_tokens"):
             object.__setattr__(self, name, _positive_int(name, getattr(self, name)))
-        if self.rerank_interval != ADAPTIVE:
+        if self.rerank_interval != ADAPTIVE and not isinstance(self.rerank_interval, Adaptive):
             interval = _positive_int("rerank_interval", self.rerank_interval, f" or {ADAPTIVE!r}")
             object.__setattr__(self, "rerank_interval", interval)
         if self.page_size & (self.page_size - 1):
@@ -92,14 +92,17 @@ class CacheConfig:
     @property
     def adaptive(self) -> Adaptive | None:
         """How each offloaded head's interval changes; None when it is the same for all."""
+        if isinstance(self.rerank_interval, Adaptive):
+            return self.rerank_interval
         return Adaptive() if self.rerank_interval == ADAPTIVE else None
 
     @property
     def chunk_steps(self) -> int:
         """Decode steps of one compiled program, after which heads are reranked."""
-        if isinstance(self.rerank_interval, str):
-            return Adaptive().shortest
-        return self.rerank_interval
+        if isinstance(self.rerank_interval, int):
+            return self.rerank_interval
+        assert self.adaptive is not None
+        return self.adaptive.shortest
 
 
 def _positive_int(name: str, value: object, also: str = "") -> int:

@@ -136,4 +136,12 @@ def test_requests_begin_in_different_places(tmp_path, monkeypatch):
     assert [prompt[0] for prompt in prompts] == [0, 20, 40]
     assert {len(prompt) for prompt in prompts} == {40}
     bench.run(Cell("flexi", 40, 3), steps=32)
-    assert (seen["module"], seen["mode"], seen["steps"]) == ("bench.flexijax_side", "flexi", 32)
+    assert (seen["module"], seen["policy"]) == ("bench.flexijax_side", "flexi")
+    assert seen["steps"] == 32
+
+
+def test_any_method_can_be_measured():
+    args = decode._parser().parse_args(["--systems", "snapkv", "transformers", "flexi"])
+    assert args.systems == ["snapkv", "transformers", "flexi"]
+    with pytest.raises(SystemExit):
+        decode._parser().parse_args(["--systems", "flexy"])

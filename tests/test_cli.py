@@ -17,7 +17,7 @@ from flexijax import policies
 from flexijax.cli import generate as cli_generate
 from flexijax.cli import main as cli
 from flexijax.cli.terminal import Progress, megabytes, table, write_json
-from flexijax.compare import Comparison
+from flexijax.compare import Answers
 from flexijax.config import CacheConfig
 from flexijax.engine.jit_cache import num_compiled
 from flexijax.engine.sampling import Sampling
@@ -102,7 +102,7 @@ class Model:
             return self.generate(lm, [prompt], cache=cache, stream=show, **rest)[0]
 
         answers = {name: answer(name, cache) for name, cache in caches.items()}
-        return Comparison(answers, {name: 2 for name in list(caches)[:-1]})
+        return Answers(answers, {name: 2 for name in list(caches)[:-1]})
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ FLOORS = (
     "flexijax/profiling",
     "flexijax/generate.py",
     "flexijax/compare.py",
+    "flexijax/evaluation.py",
     "flexijax/evaluate.py",
     "flexijax/aot",
     "flexijax/server",

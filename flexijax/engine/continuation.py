@@ -127,6 +127,20 @@ class Continuation:
         self.next_token = generated.pop()
         return generated
 
+    def agreeing(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens are the most likely ones, fed one after the other.
+
+        Fills the cache up to whole chunks, so it is the last thing to ask. tokens: ids.
+        """
+        if not tokens:
+            return 0
+        chosen, steps = [self.next_token], self.program.chunk_steps
+        if len(tokens) > 1:
+            whole = -(-len(tokens) // steps) * steps
+            logits = self.feed(np.resize(np.asarray(tokens, np.int32), whole).tolist())
+            chosen += logits.argmax(axis=-1).tolist()
+        return sum(int(a) == b for a, b in zip(chosen, tokens, strict=False))
+
     @property
     def stats(self) -> SequenceStats:
         """What moved and was evicted since the prompt came."""

@@ -1,14 +1,13 @@
-"""The benches of reload bytes and of rerank intervals, on models of which the answer is known."""
+"""The benches of reload bytes and of what profiling costs, on models of known answers."""
 
 import dataclasses
 
-import jax.numpy as jnp
 import pytest
 
 import flexijax
-from bench import profile_cost, reload, rerank
+from bench import profile_cost, reload
 from flexijax.models.language_model import LanguageModel
-from flexijax.profiling.measure import Settings
+from flexijax.profiling.settings import Settings
 from tests.planted import WORDS, planted_model, text_document, words_tokenizer
 from tests.tiny_models import tiny_model
 
@@ -39,31 +38,6 @@ def test_predicted_reload_bytes_are_those_counted():
     assert row["rco"] == pytest.approx(row["rco_in_flexi"], abs=0.05)
 
 
-def test_intervals_are_compared_on_one_text(tmp_path):
-    lm = dataclasses.replace(
-        tiny_model(vocab_size=len(WORDS)), tokenizer=words_tokenizer(), dtype=jnp.dtype("float32")
-    )
-    file = tmp_path / "profile.json"
-    profile_of(lm, ((0, 1),)).save(file)
-    made = rerank.programs(
-        lm,
-        intervals=(8, 16),
-        thresholds=((-9.0, -9.0), (9.0, 9.0)),
-        budget_tokens=64,
-        max_tokens=364,
-        profile=str(file),
-    )
-    document = text_document("a", 1)
-    rows = rerank.measure_document(lm, made, document, max_tokens=300, steps=48)
-    found = {row["system"]: row for row in rows}
-    assert list(found) == ["8", "16", "adaptive -9.0 -9.0", "adaptive 9.0 9.0"]
-    # Never doubled is 16 at first and 8 from then on; always doubled is 16, then 32.
-    assert [row["mean_interval"] for row in rows] == [8, 16, 24, 48 / 5]
-    assert found["8"]["promoted"] > found["16"]["promoted"] > 0
-    assert all(row["kl"] > 0 and row["tokens"] == 48 for row in rows)
-    assert rerank.measure_document(lm, made, document, max_tokens=300, steps=48) == rows
-
-
 def test_the_cost_of_profiling_is_that_of_the_same_tokens(monkeypatch):
     lm = dataclasses.replace(tiny_model(vocab_size=len(WORDS)), tokenizer=words_tokenizer())
     settings = Settings(budgets=(4,), steps=32, max_tokens=300)
@@ -78,22 +52,3 @@ def test_the_cost_of_profiling_is_that_of_the_same_tokens(monkeypatch):
     monkeypatch.setattr(profile_cost, "record_prompt", another_text)
     with pytest.raises(RuntimeError, match=r"disagree on what follows a\[0\]"):
         profile_cost.measure_document(lm, text_document("a", 0), settings)
-
-
-def test_means_are_relative_to_sixteen_steps():
-    rows = [
-        {
-            "system": system,
-            "tokens": tokens,
-            "kl": 0.1,
-            "agreement": 0.5,
-            "promoted": promoted,
-            "mean_interval": 16,
-        }
-        for tokens, of in ((10, (20, 40)), (40, (40, 80)))
-        for system, promoted in zip(("adaptive", "16"), of, strict=True)
-    ]
-    found = {row["system"]: row for row in rerank.means(rows)}
-    assert found["adaptive"]["promoted_to_16"] == pytest.approx(0.5)
-    assert found["16"]["promoted_a_token"] == pytest.approx(3.0)
-    assert (found["16"]["documents"], found["16"]["tokens"]) == (2, 50)
