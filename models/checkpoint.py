@@ -18,7 +18,7 @@ from flexijax.models.language_model import LanguageModel, from_config
 from flexijax.models.weights import LoadError, Placement, placed, tried
 
 MARKER = "flexijax.json"  # its presence says that a directory is one of these checkpoints
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save(lm: LanguageModel, path: str | os.PathLike[str]) -> None:

@@ -19,7 +19,7 @@ from flexijax.models.weights import LoadError, NameTable
 _ROWS = (
     (r"token_embd\.weight", "embedding"),
     (r"output_norm\.weight", "final_norm"),
-    (r"output\.weight", "head"),
+    (r"output\.weight", "lm_head"),
     (r"blk\.(\d+)\.attn_norm\.weight", "attention_norm"),
     (r"blk\.(\d+)\.attn_q\.weight", "q"),
     (r"blk\.(\d+)\.attn_k\.weight", "k"),

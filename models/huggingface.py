@@ -17,7 +17,7 @@ TABLE = NameTable(
     rows=(
         (r"(?:model\.)?embed_tokens\.weight", "embedding"),
         (r"(?:model\.)?norm\.weight", "final_norm"),
-        (r"lm_head\.weight", "head"),
+        (r"lm_head\.weight", "lm_head"),
         (r"(?:model\.)?layers\.(\d+)\.input_layernorm\.weight", "attention_norm"),
         (r"(?:model\.)?layers\.(\d+)\.self_attn\.q_proj\.weight", "q"),
         (r"(?:model\.)?layers\.(\d+)\.self_attn\.k_proj\.weight", "k"),

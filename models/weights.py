@@ -82,15 +82,15 @@ class Part:
     heads: int | None = None  # the projections whose rows come in heads: q and k
 
 
-def end_parts(config: ModelConfig) -> dict[str, Part]:
+def outer_parts(config: ModelConfig) -> dict[str, Part]:
     """The tensors outside the layers, by the names that the tables of the formats use."""
     table = (config.vocab_size, config.hidden_size)
     parts = {
-        "embedding": Part(("embedding",), table),
+        "embedding": Part(("embed", "embedding"), table),
         "final_norm": Part(("norm", "scale"), (config.hidden_size,)),
     }
     if not config.tie_embeddings:
-        parts["head"] = Part(("head",), table)
+        parts["lm_head"] = Part(("lm_head", "kernel"), table)
     return parts
 
 
@@ -150,8 +150,8 @@ def plan(config: ModelConfig, table: NameTable, source: TensorSource) -> tuple[P
         # A damaged count may be in the billions: not worth a line for each of their tensors.
         all_of_them = f"{len(source.shapes)} tensors in all"
         return {}, [f"the config says {config.num_layers} layers, and there are {all_of_them}"]
-    ends, layer = end_parts(config), layer_parts(config)
-    wanted: dict[tuple[int | None, str], Part] = {(None, k): spec for k, spec in ends.items()}
+    outer, layer = outer_parts(config), layer_parts(config)
+    wanted: dict[tuple[int | None, str], Part] = {(None, k): spec for k, spec in outer.items()}
     for index in range(config.num_layers):
         wanted |= {(index, part): spec for part, spec in layer.items()}
     found: dict[tuple[int | None, str], str] = {}
@@ -168,7 +168,7 @@ def plan(config: ModelConfig, table: NameTable, source: TensorSource) -> tuple[P
         spec = wanted.get(key)
         if spec is None:
             # A tied model may still carry its head, a copy of the embedding.
-            if part != "head":
+            if part != "lm_head":
                 problems.append(f"{name}: the config has no place for it")
         elif key in found:
             problems.append(f"{name}: the same tensor as {found[key]}")
@@ -207,11 +207,10 @@ def assemble(
     if problems:
         raise LoadError(description, problems)
     abstract = Decoder(config).abstract(dtype=dtype)
-    params: dict[str, Any] = {"ends": {}, "layers": tuple({} for _ in range(config.num_layers))}
+    params: dict[str, Any] = {"layers": tuple({} for _ in range(config.num_layers))}
     for done, ((index, path), pieces) in enumerate(leaves.items()):
-        group = "ends" if index is None else "layers"
-        shape_tree = abstract[group] if index is None else abstract[group][index]
-        target = params[group] if index is None else params[group][index]
+        shape_tree = abstract if index is None else abstract["layers"][index]
+        target = params if index is None else params["layers"][index]
         for key in path[:-1]:
             shape_tree, target = shape_tree[key], target.setdefault(key, {})
         leaf = np.empty(shape_tree[path[-1]].shape, dtype)

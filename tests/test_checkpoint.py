@@ -86,7 +86,7 @@ def test_weights_are_sharded_over_devices(tmp_path):
 class Foreign:
     """A user's own decoder."""
 
-    def hidden(self, params, tokens, positions, attend, state):
+    def hidden(self, params, tokens, positions, attention_fn, state):
         return tokens, state
 
     def logits(self, params, x):
@@ -118,7 +118,7 @@ def test_damaged_checkpoints_are_one_clear_error(tmp_path):
     layers = [f"layers/{layer}" for layer in range(2)]
     assert sorted(caught.value.problems) == sorted(
         [
-            "ends/head: the config has no place for it",
+            "lm_head/kernel: the config has no place for it",
             *(f"missing array: {layer}/{norm}/scale" for layer in layers for norm in QK_NORMS),
             *(f"{at}/gate_up/kernel: shape (160, 48), the config says (128, 48)" for at in layers),
             *(f"{at}/down/kernel: shape (48, 80), the config says (48, 64)" for at in layers),

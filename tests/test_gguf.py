@@ -66,7 +66,7 @@ def test_every_type_that_gguf_can_write_is_read(kind, tmp_path):
     write_gguf(tmp_path / "m.gguf", config, named, kind=kind)
     lm = load(tmp_path / "m.gguf")
     expected = gguf.dequantize(gguf.quantize(named["lm_head.weight"], kind), kind)
-    np.testing.assert_array_equal(np.asarray(lm.params["ends"]["head"]), expected)
+    np.testing.assert_array_equal(np.asarray(lm.params["lm_head"]["kernel"]), expected)
 
 
 @pytest.mark.parametrize("kind", sorted(set(READ) - set(WRITTEN)), ids=lambda kind: kind.name)
@@ -77,7 +77,7 @@ def test_types_that_gguf_only_reads_are_read(kind, tmp_path):
     del named["lm_head.weight"]
     rows = packed_rows(kind, config.vocab_size, config.hidden_size)
     write_gguf(tmp_path / "m.gguf", config, named, packed={"output.weight": (rows, kind)})
-    head = np.asarray(load(tmp_path / "m.gguf").params["ends"]["head"])
+    head = np.asarray(load(tmp_path / "m.gguf").params["lm_head"]["kernel"])
     np.testing.assert_array_equal(head, gguf.dequantize(rows, kind))
     assert np.abs(head).max() > 0
 

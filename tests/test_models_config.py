@@ -154,7 +154,7 @@ def test_random_params_are_reproducible():
     one, two = (Decoder(config).init(jax.random.key(3), dtype=jnp.float32) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     other = Decoder(config).init(jax.random.key(4), dtype=jnp.float32)
-    assert not np.array_equal(one["ends"]["embedding"], other["ends"]["embedding"])
+    assert not np.array_equal(one["embed"]["embedding"], other["embed"]["embedding"])
 
 
 def test_transformers_5_keeps_rope_in_one_place():

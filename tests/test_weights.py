@@ -50,7 +50,7 @@ def test_a_tied_model_may_carry_its_head(tmp_path):
     named = tensors(config)
     named["lm_head.weight"] = named["model.embed_tokens.weight"]
     write_hf(tmp_path / "m", config, named)
-    assert "head" not in load(tmp_path / "m").params["ends"]
+    assert "lm_head" not in load(tmp_path / "m").params
 
 
 def test_damaged_directories_are_one_clear_error(tmp_path):
