@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def _system_bytes(root: Path) -> int:
     available = _table(root / "proc/meminfo").get("MemAvailable:")
     if available is not None:
         return available * 1024
-    # Not Linux: what the C library calls free is the next best.
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # not Linux: what the C library calls free is the next best
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return sys.maxsize
 
 
 def _cgroup_bytes(root: Path) -> Iterator[int]:

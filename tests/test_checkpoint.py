@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from flexijax.models.checkpoint import MARKER, save
+from flexijax.models.errors import LoadError
 from flexijax.models.load import load
-from flexijax.models.weights import LoadError
 from tests import tiny_models
 from tests.model_files import tensors, write_hf
 from tests.test_tokenizer import byte_tokenizer
@@ -134,7 +134,7 @@ def test_damaged_checkpoints_are_one_clear_error(tmp_path):
 DAMAGED = """
 import sys
 from flexijax.models.load import load
-from flexijax.models.weights import LoadError
+from flexijax.models.errors import LoadError
 
 try:
     load(sys.argv[1])

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexijax.models.errors import LoadError
 from flexijax.models.load import load, resolve
-from flexijax.models.weights import LoadError
 from tests import tiny_models
 from tests.model_files import tensors, write_hf
 from tests.test_tokenizer import BYTES, byte_tokenizer
@@ -116,7 +116,7 @@ def test_integer_tensors_are_refused(tmp_path):
     config = tiny_models.tiny_config("llama")
     named = tensors(config) | {"lm_head.weight": np.zeros((97, 48), np.int32)}
     write_hf(tmp_path / "m", config, named)
-    with pytest.raises(LoadError, match="lm_head.weight: dtype I32"):
+    with pytest.raises(LoadError, match="'lm_head.weight': dtype 'I32'"):
         load(tmp_path / "m")
 
 
