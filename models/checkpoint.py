@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexijax.models import tokenizer
+from flexijax.models import end_of_text, tokenizer
 from flexijax.models.config import ModelConfig, RopeScaling
 from flexijax.models.decoder import Decoder, Params
 from flexijax.models.errors import LoadError, tried
@@ -48,6 +48,8 @@ def save(lm: LanguageModel, path: str | os.PathLike[str]) -> None:
         (partial / MARKER).write_text(json.dumps(marker, indent=1))
         if lm.tokenizer is not None:
             lm.tokenizer.save(partial)
+        elif lm.stop_ids:
+            end_of_text.save_stop_ids(partial, lm.stop_ids)
         with _orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "params", lm.params)
         partial.rename(target)
@@ -71,8 +73,10 @@ def restore(
     marker = tried(problems, "", lambda: read_json(path / MARKER)) or {}
     config = tried(problems, f"{MARKER}: ", lambda: _config(marker, max_context))
     words = tried(problems, "tokenizer: ", lambda: tokenizer.from_directory(path))
+    ends = tried(problems, "", lambda: end_of_text.stop_ids(path)) or frozenset()
     shapes: dict[str, tuple[int, ...]] = {}
     if config is not None:
+        problems += end_of_text.outside(ends, config.vocab_size)
         stored = tried(problems, "params: ", lambda: _stored_arrays(path / "params"))
         if stored is not None and config.num_layers > len(stored):
             # A damaged count may be in the billions: not worth a line for each of their arrays.
@@ -92,7 +96,7 @@ def restore(
         del params
         wide = dict(_named(_read(path / "params", config, jnp.float32, sharding)))
         raise LoadError(str(path), [_not_finite_problem(n, wide[n], dtype) for n in infinite])
-    return from_config(config, params, name=name, dtype=dtype, tokenizer=words)
+    return from_config(config, params, name=name, dtype=dtype, tokenizer=words, stop_ids=ends)
 
 
 def _read(folder: Path, config: ModelConfig, dtype: Any, sharding: Placement) -> Params:

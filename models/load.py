@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexijax.models import checkpoint, gguf_tokenizer, huggingface, tokenizer
+from flexijax.models import checkpoint, end_of_text, gguf_tokenizer, huggingface, tokenizer
 from flexijax.models.config import ModelConfig
 from flexijax.models.errors import LoadError, tried
 from flexijax.models.files import read_json, short
@@ -108,7 +108,8 @@ def _from_gguf(path: Path, max_context: int | None, options: dict[str, Any]) -> 
     file, problems = GgufFile(path), []
     config = tried(problems, "", lambda: file.config(max_context=max_context))
     words = tried(problems, "tokenizer: ", lambda: gguf_tokenizer.from_metadata(file.metadata))
-    _check(path, problems, config, words, file.table, file)
+    ends = frozenset[int]() if words is None else words.stop_ids
+    _check(path, problems, config, words, ends, file.table, file)
     assert config is not None
     params = assemble(config, file.table, file, description=str(path), **options)
     return from_config(config, params, name=path.stem, dtype=options["dtype"], tokenizer=words)
@@ -118,13 +119,24 @@ def _from_directory(path: Path, max_context: int | None, options: dict[str, Any]
     problems: list[str] = []
     config = tried(problems, "", lambda: _config(path, max_context))
     words = tried(problems, "tokenizer: ", lambda: tokenizer.from_directory(path))
+    # A faulty tokenizer has said so; without one the same files still say where a text ends.
+    ends = tried(problems, "", lambda: _end_ids(path, words)) or frozenset()
     source = tried(problems, "", lambda: huggingface.Safetensors(path))
     if config is not None and source is not None:
         config = untied(config, huggingface.TABLE, source)
-    _check(path, problems, config, words, huggingface.TABLE, source)
+    _check(path, problems, config, words, ends, huggingface.TABLE, source)
     assert config is not None and source is not None
     params = assemble(config, huggingface.TABLE, source, description=str(path), **options)
-    return from_config(config, params, name=path.name, dtype=options["dtype"], tokenizer=words)
+    return from_config(
+        config, params, name=path.name, dtype=options["dtype"], tokenizer=words, stop_ids=ends
+    )
+
+
+def _end_ids(path: Path, words: tokenizer.Tokenizer | None) -> frozenset[int]:
+    if words is not None:
+        return words.stop_ids
+    has_tokenizer = os.path.lexists(path / "tokenizer.json")
+    return frozenset() if has_tokenizer else end_of_text.stop_ids(path)
 
 
 def _config(path: Path, max_context: int | None) -> ModelConfig:
@@ -139,6 +151,7 @@ def _check(
     problems: list[str],
     config: ModelConfig | None,
     words: tokenizer.Tokenizer | None,
+    ends: frozenset[int],
     table: NameTable,
     source: TensorSource | None,
 ) -> None:
@@ -149,5 +162,6 @@ def _check(
         size = 0 if words is None else words.backend.get_vocab_size(with_added_tokens=False)
         if size > config.vocab_size:
             problems.append(f"tokenizer: {size} tokens, the config says {config.vocab_size}")
+        problems += end_of_text.outside(ends, config.vocab_size)
     if problems:
         raise LoadError(str(path), problems)

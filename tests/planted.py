@@ -44,7 +44,6 @@ def words_tokenizer():
         backend=backend,
         bos_token=None,
         eos_token=None,
-        add_bos=False,
         stop_ids=frozenset({5}),
         chat_template="w1 {{ messages[0].content }} w2",
     )

@@ -189,9 +189,12 @@ def test_metadata_of_the_wrong_kind_is_one_clear_error(tmp_path):
         load(path)
     config_problem, tokenizer_problem = caught.value.problems
     assert "rope.dimension_count=4" in config_problem
-    assert tokenizer_problem.startswith("tokenizer: damaged: ")
+    assert tokenizer_problem.startswith("tokenizer: tokenizer.ggml: ")
+    assert "no-such" in tokenizer_problem
     write_gguf(path, config, named, words=byte_metadata(tokens=[1, 2], token_type=None))
-    with pytest.raises(LoadError, match="tokenizer: damaged: TypeError"):
+    with pytest.raises(
+        LoadError, match=r"tokenizer: tokenizer.ggml.tokens=\[1, 2\]: must be texts"
+    ):
         load(path)
 
 
@@ -200,9 +203,9 @@ def test_a_count_of_layers_in_the_billions_is_refused_at_once(tmp_path):
     write_gguf(path, config, tensors(config))
     key = b"llama.block_count" + struct.pack("<II", 4, 2)
     assert key in path.read_bytes()
-    huge = key[:-4] + struct.pack("<I", 2**31 + 2)
+    huge = key[:-4] + struct.pack("<I", 2**30 + 2)
     path.write_bytes(path.read_bytes().replace(key, huge))
-    with pytest.raises(LoadError, match="the config says 2147483650 layers, and there are 21 tens"):
+    with pytest.raises(LoadError, match="the config says 1073741826 layers, and there are 21 tens"):
         load(path)
 
 

@@ -97,7 +97,7 @@ def _stop_ids(lm: LanguageModel, wish: Sampling) -> tuple[int, ...]:
     outside = next((i for i in wish.stop_ids if i >= lm.vocab_size), None)
     if outside is not None:
         raise ValueError(f"stop_ids holds token {outside}, not in 0..{lm.vocab_size - 1}")
-    own = () if wish.ignore_eos or lm.tokenizer is None else lm.tokenizer.stop_ids
+    own = () if wish.ignore_eos else lm.end_ids
     stops = tuple(sorted({*own, *wish.stop_ids}))
     if len(stops) > MAX_STOP_IDS:
         raise ValueError(f"stop_ids has {len(stops)} tokens, at most {MAX_STOP_IDS} can stop")

@@ -94,7 +94,7 @@ def record(
     _check(lm, tokens, steps, page_size, budgets, capacity, score)
     block = max(_PREFILL_TOKENS, page_size)
     room = -(-capacity // block) * block
-    stop_ids = lm.tokenizer.stop_ids if lm.tokenizer is not None else frozenset[int]()
+    stop_ids = lm.end_ids
     program = _Program(
         lm.decoder, lm.attention, page_size, budgets, _score(lm, score, page_size), stop_ids
     )
