@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexijax.models import placement
 from flexijax.models.checkpoint import MARKER, save
 from flexijax.models.errors import LoadError
 from flexijax.models.load import load
@@ -129,6 +130,27 @@ def test_damaged_checkpoints_are_one_clear_error(tmp_path):
     with pytest.raises(LoadError) as caught:
         load(tmp_path / "m")
     assert len(caught.value.problems) == 2 + 1  # the marker's JSON, its content, the tokenizer
+
+
+def test_values_that_overflow_the_dtype_are_refused(tmp_path):
+    lm = tiny_models.tiny_model("llama")
+    head = lm.params["lm_head"]["kernel"].at[3, 4].set(-70000.0)
+    params = lm.params | {"lm_head": {"kernel": head}}
+    save(dataclasses.replace(lm, params=params), tmp_path / "m")
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path / "m", dtype="float16")
+    assert caught.value.problems == (
+        "lm_head/kernel: its largest value, 70000, is infinite in float16: "
+        "load with dtype='float32' or 'bfloat16'",
+    )
+    assert float(load(tmp_path / "m").params["lm_head"]["kernel"][3, 4]) == -70000.0
+
+
+def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    save(tiny_models.tiny_model("llama"), tmp_path / "m")
+    monkeypatch.setattr(placement, "available_host_bytes", lambda: 1000)
+    with pytest.raises(LoadError, match="host memory: the weights take .* 1,000 bytes are avail"):
+        load(tmp_path / "m")
 
 
 DAMAGED = """
