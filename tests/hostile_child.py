@@ -106,7 +106,7 @@ JSON = st.recursive(
 def damaged_json(draw, whole: dict) -> bytes:
     """A JSON object with some values replaced, at any depth, or text that is none."""
     found = json.loads(json.dumps(whole))
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(0, 3))):
         node = found
         while True:
             key = draw(st.sampled_from(sorted(node)))

@@ -139,7 +139,7 @@ def a_marker_with(**changes):
 CHECKPOINTS = {
     "a million layers": (
         a_marker_with(num_layers=1_000_000),
-        "says 1000000 layers, and there are 10 arrays in all",
+        "says 1000000 layers, and there are 9 arrays in all",
     ),
     "half a layer": (a_marker_with(num_layers=1.5), "num_layers=1.5: must be an integer"),
     "layers in words": (a_marker_with(num_layers="one"), "num_layers='one': must be an integer"),
