@@ -104,7 +104,7 @@ def untied(config: ModelConfig, table: NameTable, source: TensorSource) -> Model
 
 def _equal(source: TensorSource, one: str, two: str) -> bool:
     shape = source.shapes[one]
-    return shape == source.shapes[two] and all(
+    return shape == source.shapes[two] != () and all(
         np.array_equal(source.rows(one, *at), source.rows(two, *at)) for at in _blocks(shape)
     )
 

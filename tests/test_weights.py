@@ -54,6 +54,15 @@ def test_a_tied_model_may_carry_its_head(tmp_path):
     assert "lm_head" not in load(tmp_path / "m").params
 
 
+def test_a_head_of_no_axes_beside_the_tied_flag_is_a_problem_and_no_crash(tmp_path):
+    config = tiny_models.tiny_config("llama-tied")
+    named = tensors(config)
+    named["lm_head.weight"] = named["model.embed_tokens.weight"] = np.zeros((), np.float32)
+    write_hf(tmp_path / "m", config, named)
+    with pytest.raises(LoadError, match="lm_head.weight: shape .., the config says .97, 48."):
+        load(tmp_path / "m")
+
+
 def test_damaged_directories_are_one_clear_error(tmp_path):
     config = tiny_models.tiny_config("llama")
     write_hf(tmp_path / "m", config, tensors(config))
