@@ -271,6 +271,20 @@ def test_progress_names_the_document(lm, documents):
     assert stages[-1] == ("comparing on b[1]", 1, 1)
 
 
+def test_full_attention_compiles_its_steps_once(lm, documents):
+    """However many chunks its answer has."""
+    stages = []
+    evaluate(
+        lm,
+        documents[:1],
+        {"it": config()},
+        max_tokens=104,
+        steps=24,
+        progress=lambda *call: stages.append(call),
+    )
+    assert stages.count(("compiling decode", 1, 1)) == 1
+
+
 def test_agreement_counts_choices_on_a_given_text(lm, documents):
     prompt = prompt_ids(documents[0], lm.tokenizer, max_tokens=120)
     full, roomy = config(policy="full"), config(budget_tokens=256)

@@ -123,6 +123,8 @@ class Continuation:
                 self._runner, self.program, self._lm.params, self.cache, state
             )
             generated += np.asarray(sampled.tokens)[:, 0].tolist()
+            # What a program returns is of the cache's mesh, and would compile the program again.
+            state = jax.tree.map(jnp.asarray, jax.device_get(state))
         self.length += count
         self.next_token = generated.pop()
         return generated
