@@ -142,7 +142,8 @@ def end_chunk(
     position = jnp.where(taken, group.position, -1)
     k = group.k.reshape(batch, heads, width, places)
     v = group.v.reshape(batch, heads, places, width)
-    state = group.state
+    came = jnp.maximum(chunk.lengths - chunk.before, 0)[:, None, None]
+    state = _forgotten(program, group.state, place >= group.count[..., None] - came)
     if policy.observes_decode:
         state = observe_chunk(program, state, k, v, position, chunk)
 
@@ -168,6 +169,16 @@ def end_chunk(
     source = jnp.sort(jnp.where(stays, behind, places), axis=-1)
     group = _moved(program, dataclasses.replace(group, count=count, state=state), source, gap)
     return group, None, EvictionStats(stats.evicted + evicted)
+
+
+def _forgotten(program: GroupProgram, state: PolicyState, fresh: jax.Array) -> PolicyState:
+    """As before anything was observed at the places bool[B, K, T], where others stood before."""
+    empty = program.policy.init_state(fresh.shape[-1])
+
+    def leaf(kept: jax.Array, initial: jax.Array) -> jax.Array:
+        return jnp.where(fresh.reshape(*fresh.shape, *(1,) * (initial.ndim - 1)), initial, kept)
+
+    return PolicyState(jax.tree.map(leaf, state.tokens, empty.tokens), state.head)
 
 
 def _moved(
