@@ -6,10 +6,9 @@ import numpy as np
 
 from flexijax.config import CacheConfig
 from flexijax.engine.continuation import Continuation, read
-from flexijax.engine.prefiller import Progress
-from flexijax.generate import make_program
+from flexijax.engine.plan import make_program
+from flexijax.engine.program import Progress
 from flexijax.models.language_model import LanguageModel
-from flexijax.profiles.head_profile import HeadProfile
 
 
 def agreeing_tokens(
@@ -18,19 +17,18 @@ def agreeing_tokens(
     tokens: Sequence[int],
     *,
     cache: CacheConfig,
-    profile: HeadProfile | None = None,
     progress: Progress | None = None,
 ) -> int:
     """How many of `tokens` are the greedy choice after the prompt and the tokens before them.
 
-    prompt, tokens: token ids; the tokens are usually another mode's answer to the prompt.
+    prompt, tokens: token ids; the tokens are usually another policy's answer to the prompt.
     Raises ValueError as `generate` does for a cache that does not fit the model or the memory.
     """
     interval = cache.chunk_steps
     steps = -(-len(tokens) // interval) * interval
-    program = make_program(lm, cache, profile=profile, max_tokens=len(prompt) + steps, rows=1)
-    reading = read(lm, program, prompt, progress=progress, label="the prompt again")
-    fed = Continuation(lm, program, reading, progress=progress)
+    program = make_program(lm, cache, max_tokens=len(prompt) + steps, max_new_tokens=steps)
+    again = read(lm, [program], prompt, progress=progress, label="the prompt again")
+    fed = Continuation(lm, program, again, progress=progress)
     logits = fed.feed(np.resize(np.asarray(tokens, np.int32), steps).tolist())
     chosen = [fed.first_logits.argmax(), *logits.argmax(axis=-1)]
     return sum(int(a) == b for a, b in zip(chosen, tokens, strict=False))
