@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from flexijax.cache import tiers
-from flexijax.cache.cache import LayerHost
 from flexijax.pallas_kernels import dispatch, platform, reference, summaries
 from tests.kernel_cases import numpy_dtype
 
@@ -74,7 +73,7 @@ def test_zero_copy_and_staged_agree(dtype, page, width):
         for transfer in ("zero_copy", "staged"):
             # Interpret mode knows one memory; staged copies are told where everything lies.
             memory = "pinned_host" if transfer == "staged" else "device"
-            tier = LayerHost(*jax.device_put(host, platform.sharding(memory)))
+            tier = tiers.HostPages(*jax.device_put(host, platform.sharding(memory)))
             k, v = jax.device_put(slots, platform.sharding())
             promote = jax.jit(functools.partial(tiers.promote, transfer=transfer))
             offload = jax.jit(
