@@ -191,6 +191,7 @@ def test_a_request_is_not_changed_by_its_neighbours(small, lm):
     for mine, theirs, count in zip(alone, together, (24, 12, 24), strict=True):
         end = min(count, (*mine.token_ids, stop).index(stop)) if count < 24 else 24
         assert theirs.token_ids == mine.token_ids[:end]
+        assert theirs.logprobs is not None and mine.logprobs is not None
         np.testing.assert_allclose(theirs.logprobs, mine.logprobs[:end], atol=1e-5)
     for mine, theirs in zip(alone[::2], together[::2], strict=True):
         assert theirs.metrics.evicted_tokens == mine.metrics.evicted_tokens > 0
