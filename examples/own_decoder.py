@@ -2,7 +2,7 @@
 
 It has what ours lacks: LayerNorm with bias, attention and MLP in parallel, rotary embedding on half
 of each head. All that the cache asks for is a call to `attention_fn` in every layer. Weights are
-random, so the tokens mean nothing; what counts is that every mode agrees with the model's own
+random, so the tokens mean nothing; what counts is that every policy agrees with the model's own
 attention.
 
     python -m examples.own_decoder
@@ -34,7 +34,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Knows nothing of caches: it is handed an `attention_fn` and a state to carry along."""
+    """Knows nothing of caches: it is handed an attention function and a state to carry along."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
@@ -103,7 +103,7 @@ def language_model(*, seed: int = 0) -> flexijax.LanguageModel:
 
 
 def attend_densely(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state):
-    """Plain causal attention, an attention_fn without a cache: the yardstick."""
+    """Plain causal attention, an `attention_fn` without a cache: the yardstick."""
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * HEAD_DIM**-0.5
@@ -143,12 +143,12 @@ def main() -> None:
     )
     dense = greedy_densely(lm, prompt, 32)
     print(f"own attention       {dense}")
-    for mode, budget in (("full", 1024), ("flexi", 1024), ("flexi", 128)):
-        cache = flexijax.CacheConfig(mode=mode, budget_tokens=budget)
-        out = flexijax.generate(lm, [prompt], max_new_tokens=32, cache=cache, profile=profile)[0]
+    for policy, budget in (("full", 1024), ("flexi", 1024), ("flexi", 128)):
+        cache = flexijax.CacheConfig(policy=policy, budget_tokens=budget, profile=profile)
+        out = flexijax.generate(lm, [prompt], max_new_tokens=32, cache=cache)[0]
         same = sum(a == b for a, b in zip(out.token_ids, dense, strict=True))
         share = out.metrics.device_kv_bytes / out.metrics.full_kv_bytes
-        print(f"{mode:5} budget {budget:4}: {same} of 32 tokens agree, {share:.0%} of full KV")
+        print(f"{policy:5} budget {budget:4}: {same} of 32 tokens agree, {share:.0%} of full KV")
 
 
 if __name__ == "__main__":

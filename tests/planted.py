@@ -24,7 +24,7 @@ class PlantedDecoder:
     num_layers: int
 
     def hidden(self, params, tokens, positions, attention_fn, state):
-        """Calls attention_fn with the planted arrays; what it attends to changes nothing."""
+        """Calls the attention function with the planted arrays; what it returns changes nothing."""
         k = params["keys"][positions]
         x = jnp.zeros((*tokens.shape, 1))
         for layer in range(self.num_layers):

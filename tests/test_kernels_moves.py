@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from flexijax.cache import tiers
-from flexijax.cache.cache import LayerHost
 from flexijax.pallas_kernels import dispatch, platform, summaries
 from flexijax.pallas_kernels.page_moves import reference
 from flexijax.pallas_kernels.page_scores import reference as score_reference
@@ -76,7 +75,7 @@ def test_zero_copy_and_staged_agree(dtype, page, width):
         for transfer in ("zero_copy", "staged"):
             # Interpret mode knows one memory; staged copies are told where everything lies.
             memory = "pinned_host" if transfer == "staged" else "device"
-            tier = LayerHost(*jax.device_put(host, platform.sharding(memory)))
+            tier = tiers.HostPages(*jax.device_put(host, platform.sharding(memory)))
             k, v = jax.device_put(slots, platform.sharding())
             promote = jax.jit(functools.partial(tiers.promote, transfer=transfer))
             offload = jax.jit(

@@ -142,19 +142,8 @@ def end_chunk(
     position = jnp.where(taken, group.position, -1)
     k = group.k.reshape(batch, heads, width, places)
     v = group.v.reshape(batch, heads, places, width)
-    # A place keeps what was remembered of the token that had it before, until another comes.
     came = taken & (position >= chunk.before[:, None, None])
-    fresh = policy.init_state(places).tokens
-    state = PolicyState(
-        jax.tree.map(
-            lambda leaf, new: jnp.where(
-                came.reshape(*came.shape, *(1,) * (leaf.ndim - 3)), new, leaf
-            ),
-            group.state.tokens,
-            fresh,
-        ),
-        group.state.head,
-    )
+    state = _forgotten(program, group.state, came)
     if policy.observes_decode:
         state = observe_chunk(program, state, k, v, position, chunk)
 
@@ -182,6 +171,16 @@ def end_chunk(
     source = jnp.sort(jnp.where(stays, behind, places), axis=-1)
     group = _moved(program, dataclasses.replace(group, count=count, state=state), source, gap)
     return group, None, EvictionStats(stats.evicted + evicted)
+
+
+def _forgotten(program: GroupProgram, state: PolicyState, fresh: jax.Array) -> PolicyState:
+    """As before anything was observed at the places bool[B, K, T], where others stood before."""
+    empty = program.policy.init_state(fresh.shape[-1])
+
+    def leaf(kept: jax.Array, initial: jax.Array) -> jax.Array:
+        return jnp.where(fresh.reshape(*fresh.shape, *(1,) * (initial.ndim - 1)), initial, kept)
+
+    return PolicyState(jax.tree.map(leaf, state.tokens, empty.tokens), state.head)
 
 
 def _moved(
