@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quick:
         args.contexts, args.batches, args.rounds, args.steps = [1024], [1], 1, 16
     if args.data is None:
-        text = document(modules=_MODULES, letters=120_000)
+        text = document(modules=_MODULES, characters=120_000)
     else:
         text = "\n\n".join(one.text for one in read_documents(args.data, limit=8))
     with tempfile.TemporaryDirectory() as name:

@@ -20,7 +20,7 @@ import numpy as np
 from bench.score_candidates import CANDIDATES
 from bench.timing import environment, interleaved, median, table
 from flexijax.models.config import AttentionShape
-from flexijax.pallas_kernels import reference
+from flexijax.pallas_kernels.page_scores import reference
 from flexijax.policies.page_score import PageScore, PageShape, PageTable
 from flexijax.profiles import lookup
 

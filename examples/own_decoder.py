@@ -1,8 +1,9 @@
 """A decoder that is not ours, in Flax NNX, generating through the cache.
 
 It has what ours lacks: LayerNorm with bias, attention and MLP in parallel, rotary embedding on half
-of each head. All that the cache asks for is a call to `attend` in every layer. Weights are random,
-so the tokens mean nothing; what counts is that every mode agrees with the model's own attention.
+of each head. All that the cache asks for is a call to `attention_fn` in every layer. Weights are
+random, so the tokens mean nothing; what counts is that every policy agrees with the model's own
+attention.
 
     python -m examples.own_decoder
 """
@@ -33,7 +34,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Knows nothing of caches: it is handed an `attend` and a state to carry along."""
+    """Knows nothing of caches: it is handed an attention function and a state to carry along."""
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
@@ -41,25 +42,25 @@ class Transformer(nnx.Module):
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCAB, use_bias=False, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, attend, state):
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attention_fn, state):
         x = self.embedding(tokens)  # [B, T, D]
         for layer, block in enumerate(self.blocks):
             h = block.norm(x)
             q = rotate(block.q(h).reshape(*h.shape[:2], HEADS, HEAD_DIM), positions)
             k = rotate(block.k(h).reshape(*h.shape[:2], KV_HEADS, HEAD_DIM), positions)
             v = block.v(h).reshape(*h.shape[:2], KV_HEADS, HEAD_DIM)
-            out, state = attend(layer, q, k, v, state)
+            out, state = attention_fn(layer, q, k, v, state)
             x = x + block.out(out.reshape(*h.shape[:2], -1)) + block.down(nnx.gelu(block.up(h)))
         return self.norm(x), state
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary embedding on the first half of each head. x [B, T, heads, H], positions [B, T]."""
-    turned, kept = jnp.split(x, 2, axis=-1)
-    pairs = turned.shape[-1] // 2
+    rotated, kept = jnp.split(x, 2, axis=-1)
+    pairs = rotated.shape[-1] // 2
     frequency = 1000.0 ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
     angle = (positions.astype(jnp.float32)[..., None] * frequency)[:, :, None]  # [B, T, 1, pairs]
-    a, b = jnp.split(turned, 2, axis=-1)
+    a, b = jnp.split(rotated, 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, kept], axis=-1)
 
@@ -70,9 +71,9 @@ class Adapter:
 
     graph: nnx.GraphDef
 
-    def hidden(self, params: Any, tokens: jax.Array, positions: jax.Array, attend, state):
+    def hidden(self, params: Any, tokens: jax.Array, positions: jax.Array, attention_fn, state):
         """See `flexijax.models.decoder.DecoderLike.hidden`."""
-        return nnx.merge(self.graph, params)(tokens, positions, attend, state)
+        return nnx.merge(self.graph, params)(tokens, positions, attention_fn, state)
 
     def logits(self, params: Any, x: jax.Array) -> jax.Array:
         """See `flexijax.models.decoder.DecoderLike.logits`."""
@@ -102,7 +103,7 @@ def language_model(*, seed: int = 0) -> flexijax.LanguageModel:
 
 
 def attend_densely(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state):
-    """Plain causal attention, the same plug without a cache: the yardstick."""
+    """Plain causal attention, an `attention_fn` without a cache: the yardstick."""
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * HEAD_DIM**-0.5
@@ -142,12 +143,12 @@ def main() -> None:
     )
     dense = greedy_densely(lm, prompt, 32)
     print(f"own attention       {dense}")
-    for mode, budget in (("full", 1024), ("flexi", 1024), ("flexi", 128)):
-        cache = flexijax.CacheConfig(mode=mode, budget_tokens=budget)
-        out = flexijax.generate(lm, [prompt], max_new_tokens=32, cache=cache, profile=profile)[0]
+    for policy, budget in (("full", 1024), ("flexi", 1024), ("flexi", 128)):
+        cache = flexijax.CacheConfig(policy=policy, budget_tokens=budget, profile=profile)
+        out = flexijax.generate(lm, [prompt], max_new_tokens=32, cache=cache)[0]
         same = sum(a == b for a, b in zip(out.token_ids, dense, strict=True))
         share = out.metrics.device_kv_bytes / out.metrics.full_kv_bytes
-        print(f"{mode:5} budget {budget:4}: {same} of 32 tokens agree, {share:.0%} of full KV")
+        print(f"{policy:5} budget {budget:4}: {same} of 32 tokens agree, {share:.0%} of full KV")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Long-context generation in JAX with FlexiCache, a two-tier, stability-aware sparse KV cache."""
 
+from flexijax import policies as policies
 from flexijax import profiles as profiles
+from flexijax.compare import Answers as Answers
+from flexijax.compare import compare as compare
 from flexijax.config import CacheConfig as CacheConfig
 from flexijax.engine.sampling import Sampling as Sampling
 from flexijax.evaluate import evaluate as evaluate

@@ -98,31 +98,6 @@ def evaluate(
     return Evaluation(tuple(rows))
 
 
-def agreeing_tokens(
-    lm: LanguageModel,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    *,
-    cache: CacheConfig,
-    progress: Progress | None = None,
-) -> int:
-    """How many of `tokens` are the greedy choice after the prompt and the tokens before them.
-
-    prompt, tokens: token ids; the tokens are usually another policy's answer to the prompt.
-    Raises ValueError as `generate` does for a cache that does not fit the model or the memory.
-    """
-    if not tokens:
-        return 0
-    steps = -(-len(tokens) // cache.chunk_steps) * cache.chunk_steps
-    room = len(prompt) + steps
-    program = make_program(lm, cache, max_tokens=room, max_new_tokens=steps)
-    found = read(lm, [program], prompt, progress=progress, label="the prompt again")
-    fed = Continuation(lm, program, found, progress=progress)
-    logits = fed.feed(np.resize(np.asarray(tokens, np.int32), steps).tolist())
-    chosen = [fed.first_logits.argmax(), *logits.argmax(axis=-1)]
-    return sum(int(a) == b for a, b in zip(chosen, tokens, strict=False))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """What all documents of a call share. chunk: steps that are whole chunks of every program."""

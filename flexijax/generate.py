@@ -11,8 +11,9 @@ from flexijax.config import CacheConfig
 from flexijax.engine.engine import Engine
 from flexijax.engine.measured import metrics
 from flexijax.engine.plan import make_program
+from flexijax.engine.prefiller import PrefillResult
 from flexijax.engine.program import Progress
-from flexijax.engine.requests import check_cache, check_int, make_requests
+from flexijax.engine.requests import check_cache, check_callable, check_int, make_requests
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.sequence import Request
 from flexijax.engine.sequence import Sequence as Running
@@ -54,6 +55,8 @@ def generate(
     requests = make_requests(lm, [prompts] if single else prompts, max_new_tokens, sampling)
     if max_batch is not None:
         max_batch = check_int("max_batch", max_batch, minimum=1)
+    check_callable("stream", stream)
+    check_callable("progress", progress)
     if not requests:
         return []
     choice = None
@@ -66,20 +69,32 @@ def generate(
         cache,
         max_tokens=max(len(r.tokens) + r.max_new_tokens for r in requests),
         max_new_tokens=max(r.max_new_tokens for r in requests),
-        batch=min(len(requests), max_batch or MAX_BATCH),
+        batch=_batch(len(requests), max_batch or MAX_BATCH),
     )
-    results = _run(Engine(lm, program, progress=progress), requests, stream, cache, choice)
+    engine = Engine(lm, program, progress=progress)
+    results = run_requests(engine, requests, stream, cache, choice)
     _warn_if_stale(results)
     return results
 
 
-def _run(
+def _batch(requests: int, limit: int) -> int:
+    """The power of two that holds all requests, or the greatest within the limit."""
+    wanted = 1 << (min(requests, limit) - 1).bit_length()
+    return wanted if wanted <= limit else wanted // 2
+
+
+def run_requests(
     engine: Engine,
     requests: list[Request],
     stream: Callable[[int, str], None] | None,
     cache: CacheConfig,
     choice: ProfileChoice | None,
+    prompt: PrefillResult | None = None,
 ) -> list[Generation]:
+    """All requests to their end, in waves where they do not fit at once.
+
+    choice: the profile in use, if any. prompt: of the only request, where it has been read already.
+    """
     waiting = deque(requests)
     texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
     done: dict[int, Generation] = {}
@@ -108,7 +123,7 @@ def _run(
         while waiting and engine.can_admit(waiting[0]):
             request = waiting.popleft()
             label = f"prompt {request.index + 1} of {len(requests)}"
-            take(engine.admit(request, label), 0)
+            take(engine.admit(request, label, prompt), 0)
         if engine.running:
             before = {slot: len(running.tokens) for slot, running in engine.running.items()}
             for running in engine.step():

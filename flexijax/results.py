@@ -10,49 +10,55 @@ from flexijax.profiles.staleness import ProfileFit
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What one request took; times in wall-clock seconds or milliseconds, compilation left out.
-
-    ttft_s: from the request's admission to its first token. tpot_ms: per token after the first, as
-    the request saw it (other requests' prefills in between included). prefill_s, decode_s: of that.
-    compile_s: what the call spent compiling, all requests together.
-    device_kv_bytes: keys, values and summaries of this request on the device at its end;
-    summary_bytes of them are summaries. host_kv_bytes: its pages on the host. full_kv_bytes: what
-    dense KV of its length would take on the device.
-    promoted_pages, promoted_bytes: host to device at reranks; offloaded_bytes: device to host.
-    evicted_tokens: dropped for good, summed over KV heads, those of the prompt among them.
-    reranks: chunks after which stable heads were looked at; mean_interval: decode steps between two
-    reranks of a stable head, mean over heads.
-    mean_overlap: share of chosen pages that were already resident, over reranks and stable heads;
-    None before the first rerank. head_overlap: the same per layer and stable KV head, as
-    (layer, head, overlap). head_rco: (layer, head, mean random-corrected overlap of a choice with
-    the one before), what profiles measure; only heads that had a choice.
-    profile_fit: how well the profile describes this text; None where it does not tell, was measured
-    with other sizes or another score, or too little was seen.
-    profile: in words, where the list of unstable heads came from; None in modes that need none.
-    """
+    """What one request took; times are wall-clock, compilation left out."""
 
     prompt_tokens: int
     new_tokens: int
+    """Without the stop token."""
     ttft_s: float
+    """From the request's admission to its first token, seconds; waiting for a free slot of the
+    batch is not in it."""
     tpot_ms: float
+    """Decode time per token after the first, milliseconds: of chunks that the request took part in,
+    whatever else ran in them; other requests' prompts read in between are not in it."""
     prefill_s: float
+    """Reading the prompt, moving it into the cache and sampling the first token, seconds."""
     decode_s: float
+    """All decode steps of this request, seconds."""
     compile_s: float
+    """What the call spent compiling so far, all requests together, seconds."""
     device_kv_bytes: int
+    """Keys, values and summaries of this request on the device at its end."""
     summary_bytes: int
+    """Those of `device_kv_bytes` that are summaries of pages."""
     host_kv_bytes: int
+    """Its pages in host memory."""
     full_kv_bytes: int
+    """What dense keys and values of its length would take on the device."""
     reranks: int
+    """Chunks of decode steps after which offloaded heads were looked at."""
     promoted_pages: int
+    """Pages that came from the host to the device at reranks."""
     promoted_bytes: int
     offloaded_bytes: int
+    """From the device to the host after the prompt."""
     evicted_tokens: int
+    """Dropped for good, summed over KV heads, those of the prompt among them."""
     mean_overlap: float | None
+    """Share of chosen pages that were already resident, over reranks and offloaded heads; None
+    before the first rerank."""
     head_overlap: tuple[tuple[int, int, float], ...] = ()
+    """The same for each offloaded head, as (layer, KV head, overlap)."""
     mean_interval: float | None = None
+    """Decode steps between two reranks of an offloaded head, mean over heads."""
     head_rco: tuple[tuple[int, int, float], ...] = ()
+    """(layer, KV head, mean random-corrected overlap of a choice with the one before), what
+    profiles measure; only heads that had a choice."""
     profile: str | None = None
+    """In words, where the list of unstable heads came from; None for policies that need none."""
     profile_fit: ProfileFit | None = None
+    """How well the profile describes this text; None where it does not tell, was measured with
+    other sizes or another score, or too little was observed."""
 
 
 class StaleProfileWarning(UserWarning):
@@ -61,16 +67,16 @@ class StaleProfileWarning(UserWarning):
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One request's answer.
-
-    text: empty when the model has no tokenizer. token_ids: without the stop token. logprobs: of
-    each token, None unless `Sampling.logprobs`. finish_reason: "stop" (a stop token or string) or
-    "length". profile: that was used, None in modes that need none.
-    """
+    """One request's answer."""
 
     text: str
+    """Empty when the model has no tokenizer."""
     token_ids: tuple[int, ...]
+    """Without the stop token."""
     logprobs: tuple[float, ...] | None
+    """Of each token, None unless `Sampling.logprobs`."""
     finish_reason: str
+    """Either "stop" (a stop token or string) or "length"."""
     metrics: Metrics
     profile: HeadProfile | None = None
+    """That was used, None for policies that need none."""

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from flexijax.models import tokenizer
+from flexijax.models import end_of_text, tokenizer
 from flexijax.models.config import ModelConfig, RopeScaling
-from flexijax.models.decoder import Decoder
+from flexijax.models.decoder import Decoder, Params
+from flexijax.models.errors import LoadError, tried
+from flexijax.models.files import read_json, short
 from flexijax.models.language_model import LanguageModel, from_config
-from flexijax.models.weights import LoadError, Placement, placed, tried
+from flexijax.models.parts import leaf_shapes
+from flexijax.models.placement import Placement, check_memory, placed
+from flexijax.models.weights import overflow
 
 MARKER = "flexijax.json"  # its presence says that a directory is one of these checkpoints
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save(lm: LanguageModel, path: str | os.PathLike[str]) -> None:
@@ -41,6 +48,8 @@ def save(lm: LanguageModel, path: str | os.PathLike[str]) -> None:
         (partial / MARKER).write_text(json.dumps(marker, indent=1))
         if lm.tokenizer is not None:
             lm.tokenizer.save(partial)
+        elif lm.stop_ids:
+            end_of_text.save_stop_ids(partial, lm.stop_ids)
         with _orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "params", lm.params)
         partial.rename(target)
@@ -61,15 +70,36 @@ def restore(
     LoadError for a directory that is damaged or of a newer format.
     """
     problems: list[str] = []
-    marker = tried(problems, "", lambda: tokenizer.read_json(path / MARKER)) or {}
+    marker = tried(problems, "", lambda: read_json(path / MARKER)) or {}
     config = tried(problems, f"{MARKER}: ", lambda: _config(marker, max_context))
     words = tried(problems, "tokenizer: ", lambda: tokenizer.from_directory(path))
+    ends = tried(problems, "", lambda: end_of_text.stop_ids(path)) or frozenset()
+    shapes: dict[str, tuple[int, ...]] = {}
     if config is not None:
-        stored = tried(problems, "params: ", lambda: _stored_shapes(path / "params"))
-        if stored is not None:
-            problems += _differences(stored, _shapes(Decoder(config).abstract(dtype=dtype)))
+        problems += end_of_text.outside(ends, config.vocab_size)
+        stored = tried(problems, "params: ", lambda: _stored_arrays(path / "params"))
+        if stored is not None and config.num_layers > len(stored):
+            # A damaged count may be in the billions: not worth a line for each of their arrays.
+            claim = f"{MARKER} says {config.num_layers} layers"
+            problems.append(f"{claim}, and there are {len(stored)} arrays in all")
+        elif stored is not None:
+            shapes = _shapes(config)
+            problems += _differences(stored, shapes)
+    name = marker.get("name", path.name)
+    if not isinstance(name, str):
+        problems.append(f"{MARKER}: name={short(name)}: must be a string")
     if problems or config is None:
         raise LoadError(str(path), problems)
+    check_memory(shapes.values(), dtype=dtype, sharding=sharding, description=str(path))
+    params = _read(path / "params", config, dtype, sharding)
+    if infinite := _not_finite(params):
+        del params
+        wide = dict(_named(_read(path / "params", config, jnp.float32, sharding)))
+        raise LoadError(str(path), [_not_finite_problem(n, wide[n], dtype) for n in infinite])
+    return from_config(config, params, name=name, dtype=dtype, tokenizer=words, stop_ids=ends)
+
+
+def _read(folder: Path, config: ModelConfig, dtype: Any, sharding: Placement) -> Params:
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
@@ -85,12 +115,28 @@ def restore(
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             target = ocp.args.StandardRestore(abstract)
-            params = checkpointer.restore((path / "params").absolute(), args=target)
+            return checkpointer.restore(folder.absolute(), args=target)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         problem = f"params: {type(error).__name__}: {error}"
-        raise LoadError(str(path), [problem]) from error
-    name = marker.get("name", path.name)
-    return from_config(config, params, name=name, dtype=dtype, tokenizer=words)
+        raise LoadError(str(folder.parent), [problem]) from error
+
+
+def _not_finite(params: Params) -> list[str]:
+    """The arrays that hold values that are not finite."""
+    return [name for name, leaf in _named(params) if not bool(jnp.isfinite(leaf).all())]
+
+
+def _not_finite_problem(name: str, stored: jax.Array, dtype: Any) -> str:
+    largest = float(jnp.abs(stored).max())
+    if math.isfinite(largest):
+        return f"{name}: {overflow(largest, dtype)}"
+    return f"{name}: holds values that are not finite"
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths, as "layers/0/qkv/kernel"."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
 def _orbax() -> Any:
@@ -100,41 +146,57 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
-def _stored_shapes(params: Path) -> dict[str, tuple[int, ...]]:
-    """Of every array in the checkpoint, by path; reads no array."""
+def _stored_arrays(params: Path) -> dict[str, Any]:
+    """Shape and dtype of every array in the checkpoint, by path; reads no array."""
     if not params.is_dir():
         raise ValueError("there is no such folder")
+    # Orbax would wait for ever on a FIFO, and read a device to its end.
+    for folder, _, files in os.walk(params):
+        for file in files:
+            place = os.path.join(folder, file)
+            if not stat.S_ISREG(os.lstat(place).st_mode):
+                raise ValueError(f"{short(os.path.relpath(place, params))} is not a regular file")
     with _orbax().StandardCheckpointer() as checkpointer:
-        return _shapes(checkpointer.metadata(params.absolute()).item_metadata.tree)
+        return dict(_named(checkpointer.metadata(params.absolute()).item_metadata.tree))
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a model, by path."""
+    outer, layer = leaf_shapes(config)
+    shapes = {"/".join(path): shape for path, shape in outer.items()}
+    for index in range(config.num_layers):
+        shapes |= {f"layers/{index}/{'/'.join(path)}": shape for path, shape in layer.items()}
+    return shapes
 
 
-def _differences(
-    stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
-) -> list[str]:
-    return [
-        *(f"missing array: {name}" for name in wanted if name not in stored),
-        *(f"{name}: the config has no place for it" for name in stored if name not in wanted),
-        *(
-            f"{name}: shape {stored[name]}, the config says {shape}"
-            for name, shape in wanted.items()
-            if stored.get(name, shape) != shape
-        ),
-    ]
+def _differences(stored: dict[str, Any], wanted: dict[str, tuple[int, ...]]) -> list[str]:
+    problems = [f"missing array: {name}" for name in wanted if name not in stored]
+    for name, array in stored.items():
+        if name not in wanted:
+            problems.append(f"{name}: the config has no place for it")
+        elif tuple(array.shape) != wanted[name]:
+            problems.append(
+                f"{name}: shape {short(tuple(array.shape))}, the config says {wanted[name]}"
+            )
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            problems.append(f"{name}: dtype {short(array.dtype)}, not a float")
+    return problems
 
 
 def _config(marker: dict[str, Any], max_context: int | None) -> ModelConfig:
-    if marker["format"] != _FORMAT:
-        raise ValueError(f"format {marker['format']!r}: this version reads {_FORMAT}")
-    fields = dict(marker["config"])
+    if marker.get("format") != _FORMAT:
+        raise ValueError(f"format {short(marker.get('format'))}: this version reads {_FORMAT}")
+    fields = _fields(ModelConfig, "config", marker.get("config"))
     if fields["rope_scaling"] is not None:
-        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        scaling = _fields(RopeScaling, "rope_scaling", fields["rope_scaling"])
+        fields["rope_scaling"] = RopeScaling(**scaling)
     config = ModelConfig(**fields)
     return config if max_context is None else config.with_context(max_context)
+
+
+def _fields(kind: Any, name: str, values: Any) -> dict[str, Any]:
+    """values, where they are an object with exactly the fields of the dataclass `kind`."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    if not isinstance(values, dict) or set(values) != set(known):
+        raise ValueError(f"{name}={short(values)}: must be an object of {', '.join(known)}")
+    return dict(values)

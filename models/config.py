@@ -1,12 +1,18 @@
-"""What a decoder model is made of, as plain data, and how to read it from a Hugging Face config."""
+"""What a decoder model is made of, as plain data that checks itself."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import numbers
+import sys
 from typing import Any
 
+import numpy as np
+
+from flexijax.models.files import short
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_INT = 2**31 - 1  # positions, token ids and array sizes are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"kind={self.kind!r}: rope scaling must be 'linear' or 'llama3'")
+            kind = short(self.kind)
+            raise ValueError(f"kind={kind}: rope scaling must be 'linear' or 'llama3'")
+        check_positive("factor", self.factor)
         if not self.factor >= 1:
             raise ValueError(f"factor={self.factor}: rope scaling factor must be at least 1")
         if self.kind == "linear":
@@ -39,14 +47,14 @@ class RopeScaling:
         )
         if low is None or high is None or original is None:
             raise ValueError(
-                f"{low=}, {high=}, {original=}: kind 'llama3' needs low_freq_factor, "
-                "high_freq_factor and original_max_position"
+                f"low_freq_factor={short(low)}, high_freq_factor={short(high)}, "
+                f"original_max_position={short(original)}: kind 'llama3' needs all three"
             )
-        if not 0 < low < high or original < 1:
-            raise ValueError(
-                f"{low=}, {high=}, {original=}: must have 0 < low_freq_factor < high_freq_factor "
-                "and original_max_position of at least 1"
-            )
+        check_positive("low_freq_factor", low)
+        check_positive("high_freq_factor", high)
+        check_int("original_max_position", original)
+        if not low < high:
+            raise ValueError(f"low_freq_factor={low}: must be below high_freq_factor={high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +72,13 @@ class AttentionShape:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+            check_int(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads}: must be a multiple of "
                 f"num_kv_heads={self.num_kv_heads}"
             )
-        if not self.scale > 0:
-            raise ValueError(f"scale={self.scale}: the softmax scale must be positive")
+        check_positive("scale", self.scale)
 
     @property
     def group_size(self) -> int:
@@ -108,17 +113,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise ValueError(f"family={self.family!r}: must be one of {', '.join(FAMILIES)}")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "max_context"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"family={short(self.family)}: must be one of {known}")
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "max_context"),
+            *("num_layers", "num_heads", "num_kv_heads", "head_dim"),
+        ):
+            check_int(name, getattr(self, name))
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim}: RoPE needs an even head_dim")
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta={self.rope_theta}: must be positive")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps={self.rms_norm_eps}: must be positive")
+        for name in ("rope_theta", "rms_norm_eps"):
+            check_positive(name, getattr(self, name))
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={short(value)}: must be true or false")
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise ValueError(
+                f"rope_scaling={short(self.rope_scaling)}: must be None or RopeScaling"
+            )
         _ = self.attention_shape
 
     @property
@@ -134,133 +146,23 @@ class ModelConfig:
 
     def with_context(self, max_context: int) -> ModelConfig:
         """The same model with a context shortened to max_context tokens."""
-        if not 1 <= max_context <= self.max_context:
+        check_int("max_context", max_context)
+        if max_context > self.max_context:
             raise ValueError(
                 f"max_context={max_context}: must be from 1 to the model's {self.max_context}"
             )
         return dataclasses.replace(self, max_context=max_context)
 
-    @staticmethod
-    def from_hf(hf: Mapping[str, Any], *, max_context: int | None = None) -> ModelConfig:
-        """Reads the contents of a Hugging Face config.json (any version up to transformers 5).
 
-        max_context, when given, shortens the context; that is also how a model with a sliding
-        window is run exactly: within its window it equals full attention. Raises one ValueError
-        that lists everything in the config that this decoder does not do.
-        """
-        return _from_hf(hf, max_context)
+def check_int(name: str, value: Any, *, min: int = 1) -> None:
+    """ValueError unless value is an integer from min to 2^31 - 1, no bool."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not min <= int(value) <= MAX_INT:
+        raise ValueError(f"{name}={short(value)}: must be an integer from {min} to {MAX_INT}")
 
 
-def _from_hf(hf: Mapping[str, Any], max_context: int | None) -> ModelConfig:
-    family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type={family!r}: must be one of {', '.join(FAMILIES)}")
-    required = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-        "rms_norm_eps",
-    )
-    problems = [f"{name} is missing" for name in required if hf.get(name) is None]
-    problems += _unsupported(hf)
-    # transformers 5 moved rope_theta and rope_scaling together into rope_parameters.
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    scaling = None
-    try:
-        scaling = _rope_scaling(rope, hf)
-    except ValueError as error:
-        problems.append(str(error))
-    if problems:
-        raise ValueError(f"unsupported {family} config: " + "; ".join(problems))
-
-    num_heads = int(hf["num_attention_heads"])
-    config = ModelConfig(
-        family=family,
-        vocab_size=int(hf["vocab_size"]),
-        hidden_size=int(hf["hidden_size"]),
-        intermediate_size=int(hf["intermediate_size"]),
-        num_layers=int(hf["num_hidden_layers"]),
-        num_heads=num_heads,
-        num_kv_heads=int(hf.get("num_key_value_heads") or num_heads),
-        head_dim=int(hf.get("head_dim") or hf["hidden_size"] // num_heads),
-        max_context=int(hf["max_position_embeddings"]),
-        # The file format itself says 10000 where the key is absent (Llama 2 and older).
-        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-        rope_scaling=scaling,
-        rms_norm_eps=float(hf["rms_norm_eps"]),
-        # Absent means the transformers default, which is untied for all four families.
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-    )
-    if max_context is not None:
-        config = config.with_context(max_context)
-    window = _sliding_window(hf)
-    if window is not None and window < config.max_context:
-        raise ValueError(
-            f"sliding_window={window} is shorter than the context of {config.max_context} tokens, "
-            f"and the cache attends the whole context: load with max_context={window}, within "
-            "which the window changes nothing"
-        )
-    return config
-
-
-def _unsupported(hf: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if hf.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act={hf['hidden_act']!r} (only 'silu')")
-    if hf["model_type"] != "qwen2" and hf.get("attention_bias"):
-        problems.append("attention_bias=true (only Qwen2's q, k, v bias)")
-    if hf.get("mlp_bias"):
-        problems.append("mlp_bias=true")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method")
-        problems.append(f"quantization_config {method!r} (use the unquantised model or a .gguf)")
-    partial = (hf.get("rope_parameters") or hf).get("partial_rotary_factor", 1.0)
-    if partial != 1.0:
-        problems.append(f"partial_rotary_factor={partial} (only 1.0)")
-    return problems
-
-
-def _rope_scaling(rope: Mapping[str, Any], hf: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"rope scaling {kind!r} (only 'linear' and 'llama3')")
-    if rope.get("factor") is None:
-        raise ValueError(f"rope scaling {kind!r} has no factor")
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=float(rope["factor"]))
-    return RopeScaling(
-        kind="llama3",
-        factor=float(rope["factor"]),
-        low_freq_factor=rope.get("low_freq_factor"),
-        high_freq_factor=rope.get("high_freq_factor"),
-        original_max_position=rope.get(
-            "original_max_position_embeddings", hf.get("original_max_position_embeddings")
-        ),
-    )
-
-
-def _sliding_window(hf: Mapping[str, Any]) -> int | None:
-    """The window in tokens that some layer really uses, or None.
-
-    Qwen configs name a window even when `use_sliding_window` turns it off, and when on, only
-    layers from `max_window_layers` up (or those in `layer_types`) have it. Llama has none.
-    """
-    window = hf.get("sliding_window")
-    if window is None or hf["model_type"] == "llama":
-        return None
-    if hf["model_type"] in ("qwen2", "qwen3"):
-        if not hf.get("use_sliding_window", False):
-            return None
-        types = hf.get("layer_types")
-        if types is not None:
-            return int(window) if "sliding_attention" in types else None
-        if hf.get("max_window_layers", 28) >= hf["num_hidden_layers"]:
-            return None
-    return int(window)
+def check_positive(name: str, value: Any) -> None:
+    """ValueError unless value is a number above 0 that a float can hold."""
+    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not real or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name}={short(value)}: must be a positive finite number")

@@ -15,15 +15,23 @@ from flexijax.models.config import ModelConfig
 from flexijax.models.layers import Linear, RMSNorm, project, rope_tables, rotate
 
 Params: TypeAlias = Any
-# attend(layer, q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], state) -> (out [B, T, N, H], state)
-Attend: TypeAlias = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# attention_fn(layer, q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], state)
+# -> (out [B, T, N, H], state)
+AttentionFn: TypeAlias = Callable[
+    [int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
+]
 
 
 class DecoderLike(Protocol):
     """What generation needs of a model: two pure methods; bring your own or use `Decoder`."""
 
     def hidden(
-        self, params: Params, tokens: jax.Array, positions: jax.Array, attend: Attend, state: Any
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attention_fn: AttentionFn,
+        state: Any,
     ) -> tuple[jax.Array, Any]:
         """tokens, positions int32[B, T] -> (x [B, T, D], state)."""
         ...
@@ -34,7 +42,7 @@ class DecoderLike(Protocol):
 
 
 class Layer(nnx.Module):
-    """One pre-norm decoder layer: attention by the plug, then SwiGLU."""
+    """One pre-norm decoder layer: attention by attention_fn, then SwiGLU."""
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> None:
         c = config
@@ -59,7 +67,7 @@ class Layer(nnx.Module):
         layer: int,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        attend: Attend,
+        attention_fn: AttentionFn,
         state: Any,
     ) -> tuple[jax.Array, Any]:
         """x [B, T, D] -> (x [B, T, D], state)."""
@@ -69,94 +77,131 @@ class Layer(nnx.Module):
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, state = attend(layer, rotate(q, *rope), rotate(k, *rope), v, state)
+        out, state = attention_fn(layer, rotate(q, *rope), rotate(k, *rope), v, state)
         x = x + self.out(out.reshape(*x.shape[:2], c.num_heads * c.head_dim).astype(x.dtype))
         gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
         return x + self.down(nnx.silu(gate) * up), state
 
 
-class Ends(nnx.Module):
-    """What stands before the first layer and after the last: embedding, final norm, logits head."""
+class Embedding(nnx.Module):
+    """Token id to vector; a tied model's logits head too, as Flax's `nnx.Embed`."""
 
     def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> None:
         shape = (config.vocab_size, config.hidden_size)
         table = jax.random.normal(rngs.params(), shape, jnp.float32)
         self.embedding = nnx.Param((table * 0.02).astype(dtype))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        if not config.tie_embeddings:
-            head = jax.random.normal(rngs.params(), shape, jnp.float32)
-            self.head = nnx.Param((head * config.hidden_size**-0.5).astype(dtype))
-        self.tied = config.tie_embeddings
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32[B, T] -> [B, T, D]."""
         return jnp.take(self.embedding[...], tokens, axis=0, mode="clip")
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def attend(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> float32[..., V], its product with every token's vector."""
+        return _logits(x, self.embedding[...])
+
+
+class LMHead(nnx.Module):
+    """The logits of an untied model."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs: nnx.Rngs) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        kernel = jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.kernel = nnx.Param((kernel * config.hidden_size**-0.5).astype(dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> float32[..., V]."""
-        head = self.embedding[...] if self.tied else self.head[...]
-        y = project(x.reshape(1, -1, x.shape[-1]), head)
-        return y.reshape(*x.shape[:-1], head.shape[0])
+        return _logits(x, self.kernel[...])
+
+
+def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    y = project(x.reshape(1, -1, x.shape[-1]), kernel)
+    return y.reshape(*x.shape[:-1], kernel.shape[0])
+
+
+def _modules(config: ModelConfig, dtype: Any, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+    """What stands before the first layer and after the last, by its name in params."""
+    modules: dict[str, nnx.Module] = {
+        "embed": Embedding(config, dtype=dtype, rngs=rngs),
+        "norm": RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype),
+    }
+    if not config.tie_embeddings:
+        modules["lm_head"] = LMHead(config, dtype=dtype, rngs=rngs)
+    return modules
 
 
 @functools.cache
-def _graphs(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
-    """The weightless structure of `Ends` and of a `Layer`; all layers share one."""
+def _graphs(config: ModelConfig) -> dict[str, nnx.GraphDef]:
+    """The weightless structure of each module by name; all layers share that of "layer"."""
 
-    def graph(module_type):
-        make = functools.partial(module_type, config, dtype=jnp.float32)
-        return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
+    def make() -> dict[str, nnx.Module]:
+        layer = Layer(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+        return {"layer": layer, **_modules(config, jnp.float32, nnx.Rngs(0))}
 
-    return graph(Ends), graph(Layer)
+    return {name: nnx.split(module)[0] for name, module in nnx.eval_shape(make).items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _random(
-    module_type: type[Layer] | type[Ends], config: ModelConfig, dtype: Any, key: jax.Array
-) -> Any:
-    """Random weights of an `Ends` or a `Layer`, as a plain dict; one compilation for all layers."""
-    module = module_type(config, dtype=dtype, rngs=nnx.Rngs(key))
-    return nnx.to_pure_dict(nnx.state(module))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_layer(config: ModelConfig, dtype: Any, key: jax.Array) -> Any:
+    """Random weights of a layer, as a plain dict; one compilation for all layers."""
+    return nnx.to_pure_dict(nnx.state(Layer(config, dtype=dtype, rngs=nnx.Rngs(key))))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _random_rest(config: ModelConfig, dtype: Any, key: jax.Array) -> Any:
+    """Random weights of all that is no layer, as plain dicts."""
+    modules = _modules(config, dtype, nnx.Rngs(key))
+    return {name: nnx.to_pure_dict(nnx.state(module)) for name, module in modules.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """The pure functions of one model; hashable, so it can be a static argument of `jax.jit`.
 
-    params is a plain pytree, `{"ends": {...}, "layers": ({...}, ...)}`: arrays [out, in] for linear
-    maps, [vocab, D] for embedding and head. The layers are separate subtrees, and the layer loop is
-    Python's, because a scan over stacked weights copies each layer's slice (3.5 times slower decode
-    on a CPU).
+    params is a plain pytree, `{"embed": {"embedding"}, "layers": ({...}, ...), "norm": {"scale"},
+    "lm_head": {"kernel"}}`, without lm_head where the embedding is the head: kernels [out, in], the
+    embedding [V, D]. The layers are separate subtrees, and the layer loop is Python's, because a
+    scan over stacked weights copies each layer's slice (3.5 times slower decode on a CPU).
     """
 
     config: ModelConfig
 
     def hidden(
-        self, params: Params, tokens: jax.Array, positions: jax.Array, attend: Attend, state: Any
+        self,
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attention_fn: AttentionFn,
+        state: Any,
     ) -> tuple[jax.Array, Any]:
         """Runs all layers and the final norm: (x [B, T, D] in the dtype of params, state).
 
-        tokens and positions int32[B, T]; attend is called once per layer, in order, with rotated
-        q and k; state goes through it untouched.
+        tokens and positions int32[B, T]; attention_fn is called once per layer, in order, with
+        rotated q and k; state goes through it untouched.
         """
-        ends_graph, layer_graph = _graphs(self.config)
-        ends = nnx.merge(ends_graph, params["ends"])
+        graphs = _graphs(self.config)
         rope = rope_tables(positions, self.config)
-        x = ends.embed(tokens)
+        x = nnx.merge(graphs["embed"], params["embed"])(tokens)
         for index, weights in enumerate(params["layers"]):
-            x, state = nnx.merge(layer_graph, weights)(index, x, rope, attend, state)
-        return ends.norm(x), state
+            layer = nnx.merge(graphs["layer"], weights)
+            x, state = layer(index, x, rope, attention_fn, state)
+        return nnx.merge(graphs["norm"], params["norm"])(x), state
 
     def logits(self, params: Params, x: jax.Array) -> jax.Array:
         """The scores of every next token: x [..., D] -> float32[..., V]."""
-        return nnx.merge(_graphs(self.config)[0], params["ends"]).logits(x)
+        graphs = _graphs(self.config)
+        if self.config.tie_embeddings:
+            return nnx.merge(graphs["embed"], params["embed"]).attend(x)
+        return nnx.merge(graphs["lm_head"], params["lm_head"])(x)
 
     def init(self, key: jax.Array, *, dtype: Any) -> Params:
         """Random params in dtype from one PRNG key, scaled so that activations stay near one."""
         keys = jax.random.split(key, self.config.num_layers + 1)
-        layers = tuple(_random(Layer, self.config, dtype, k) for k in keys[1:])
-        return {"ends": _random(Ends, self.config, dtype, keys[0]), "layers": layers}
+        layers = tuple(_random_layer(self.config, dtype, k) for k in keys[1:])
+        return {**_random_rest(self.config, dtype, keys[0]), "layers": layers}
 
     def abstract(self, *, dtype: Any) -> Params:
         """The tree of `init` as `jax.ShapeDtypeStruct`s, for compiling without weights."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0), dtype=dtype))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rest = jax.eval_shape(functools.partial(_random_rest, self.config, dtype), key)
+        layer = jax.eval_shape(functools.partial(_random_layer, self.config, dtype), key)
+        return {**rest, "layers": (layer,) * self.config.num_layers}

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.models.config import AttentionShape
-from flexijax.models.decoder import Attend
+from flexijax.models.decoder import AttentionFn
 
 
-def dense_attend(shape: AttentionShape) -> Attend:
-    """An `attend` plug for whole sequences that start at position 0: no cache, state unused.
+def dense_attend(shape: AttentionShape) -> AttentionFn:
+    """An attention_fn for whole sequences that start at position 0: no cache, state unused.
 
     out = softmax(scale * q k^T, causal) v in float32, returned in q's dtype.
     """

@@ -12,14 +12,18 @@ import gguf
 import numpy as np
 
 from flexijax.models.config import ModelConfig, RopeScaling
+from flexijax.models.errors import LoadError
+from flexijax.models.files import short
 from flexijax.models.gguf_header import read_header
+from flexijax.models.hf_config import config_from_hf
 from flexijax.models.layers import rope_frequencies
-from flexijax.models.weights import LoadError, NameTable
+from flexijax.models.mapping import map_file
+from flexijax.models.parts import NameTable
 
 _ROWS = (
     (r"token_embd\.weight", "embedding"),
     (r"output_norm\.weight", "final_norm"),
-    (r"output\.weight", "head"),
+    (r"output\.weight", "lm_head"),
     (r"blk\.(\d+)\.attn_norm\.weight", "attention_norm"),
     (r"blk\.(\d+)\.attn_q\.weight", "q"),
     (r"blk\.(\d+)\.attn_k\.weight", "k"),
@@ -48,9 +52,9 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._data = np.memmap(path, dtype=np.uint8, mode="r")
+            self._data = map_file(path)
             self.metadata, self._tensors = read_header(self._data)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise LoadError(str(path), [f"truncated or not a GGUF file: {error}"]) from error
         size = len(self._data)
         short = {n: t.stop - size for n, t in self._tensors.items() if t.stop > size}
@@ -84,7 +88,7 @@ class GgufFile:
         problems: list[str] = []
         arch = self.metadata.get("general.architecture")
         if arch not in ("llama", "qwen2", "qwen3"):
-            problem = f"architecture {arch!r}: must be llama (Mistral too), qwen2 or qwen3"
+            problem = f"architecture {short(arch)}: must be llama (Mistral too), qwen2 or qwen3"
             raise LoadError(str(self.path), [problem])
         meta = {
             key.removeprefix(f"{arch}."): value
@@ -92,17 +96,22 @@ class GgufFile:
             if key.startswith(f"{arch}.")
         }
         if meta.get("expert_count"):
-            problems.append(f"expert_count={meta['expert_count']}: mixtures of experts")
-        embedding = self.shapes.get("token_embd.weight", (None,))
+            problems.append(f"expert_count={short(meta['expert_count'])}: mixtures of experts")
+        if meta.get("rope.scaling.attn_factor", 1.0) != 1.0:
+            factor = short(meta["rope.scaling.attn_factor"])
+            problems.append(f"rope.scaling.attn_factor={factor} (only 1.0)")
+        heads: Any = meta.get("attention.head_count")
+        width: Any = meta.get("embedding_length")
+        sizes = isinstance(heads, int) and isinstance(width, int) and heads > 0
         hf: dict[str, Any] = {
             "model_type": arch,
-            "vocab_size": embedding[0],
-            "hidden_size": meta.get("embedding_length"),
+            "vocab_size": self.shapes.get("token_embd.weight", (None,))[0],
+            "hidden_size": width,
             "intermediate_size": meta.get("feed_forward_length"),
             "num_hidden_layers": meta.get("block_count"),
-            "num_attention_heads": meta.get("attention.head_count"),
-            "num_key_value_heads": meta.get("attention.head_count_kv"),
-            "head_dim": meta.get("attention.key_length"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": meta.get("attention.head_count_kv", heads),
+            "head_dim": meta.get("attention.key_length", width // heads if sizes else None),
             "max_position_embeddings": meta.get("context_length"),
             "rope_theta": meta.get("rope.freq_base"),
             "rms_norm_eps": meta.get("attention.layer_norm_rms_epsilon"),
@@ -112,23 +121,22 @@ class GgufFile:
         if meta.get("attention.sliding_window"):
             # In these files a window is there only when it is used, as in Mistral's config.
             hf |= {"sliding_window": meta["attention.sliding_window"], "use_sliding_window": True}
-            hf["layer_types"] = ["sliding_attention"]
+            hf["max_window_layers"] = 0
             hf["model_type"] = "mistral" if arch == "llama" else arch
         for key, value in hf.items():
-            if isinstance(value, list) and key != "layer_types":
+            if isinstance(value, list):
                 problems.append(f"{key} differs from layer to layer")
         config = None
         try:
-            config = ModelConfig.from_hf(
-                {k: v for k, v in hf.items() if v is not None}, max_context=max_context
-            )
-        except (ValueError, TypeError) as error:
+            known = {key: value for key, value in hf.items() if value is not None}
+            config = config_from_hf(known, max_context=max_context)
+        except ValueError as error:
             problems.append(str(error))
         if config is not None:
             rotary = meta.get("rope.dimension_count", config.head_dim)
             if rotary != config.head_dim:
-                problems.append(f"rope.dimension_count={rotary}: must be {config.head_dim}")
-            if _ROPE_TENSOR in self.shapes and config.rope_scaling is None:
+                problems.append(f"rope.dimension_count={short(rotary)}: must be {config.head_dim}")
+            if _ROPE_TENSOR in self.shapes:
                 try:
                     config = self._with_llama3_rope(config)
                 except ValueError as error:
@@ -143,9 +151,15 @@ class GgufFile:
         The file holds frequency divisors only; their largest is the factor, and the other three
         constants are the same in every Llama 3.1, 3.2 and 3.3.
         """
-        divisors = self.rows(_ROPE_TENSOR, 0, self.shapes[_ROPE_TENSOR][0]).astype(np.float32)
+        # Before anything of the size that the metadata claims is made.
+        tensor, shape = self._tensors[_ROPE_TENSOR], (config.head_dim // 2,)
+        if tensor.kind != gguf.GGMLQuantizationType.F32 or tensor.shape != shape:
+            raise ValueError(f"{tensor.kind.name} {tensor.shape}: must be F32 {shape}")
+        divisors = self.rows(_ROPE_TENSOR, 0, shape[0])
         if np.allclose(divisors, 1.0):
             return config
+        if config.rope_scaling is not None:
+            raise ValueError("beside rope.scaling.type: only one of them")
         scaling = RopeScaling(
             kind="llama3",
             factor=float(divisors.max()),
@@ -155,7 +169,7 @@ class GgufFile:
         )
         plain = rope_frequencies(config.head_dim, config.rope_theta, None)
         ours = rope_frequencies(config.head_dim, config.rope_theta, scaling)
-        if divisors.shape != plain.shape or not np.allclose(plain / divisors, ours, rtol=1e-4):
+        if not (divisors > 0).all() or not np.allclose(plain / divisors, ours, rtol=1e-4):
             raise ValueError("rotary frequencies of a kind other than Llama 3's")
         return dataclasses.replace(config, rope_scaling=scaling)
 

@@ -18,8 +18,9 @@ class LanguageModel:
 
     decoder: the pure functions `hidden` and `logits`, hashable; params: their pytree of weights,
     one subtree per layer, in dtype. attention: what the cache needs to know. max_context in tokens.
-    tokenizer is None for a model that only speaks token ids. fingerprint names the configuration
-    that head profiles belong to; two models of one architecture share it.
+    tokenizer is None for a model that only speaks token ids; stop_ids then says which of them end a
+    generation. fingerprint names the configuration that head profiles belong to; two models of one
+    architecture share it.
     """
 
     name: str
@@ -31,6 +32,12 @@ class LanguageModel:
     dtype: Any
     tokenizer: Tokenizer | None
     fingerprint: str
+    stop_ids: frozenset[int] = frozenset()
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a generation, which the tokenizer knows where there is one."""
+        return self.stop_ids if self.tokenizer is None else self.tokenizer.stop_ids
 
 
 def fingerprint(config: ModelConfig) -> str:
@@ -51,8 +58,12 @@ def from_config(
     name: str,
     dtype: Any,
     tokenizer: Tokenizer | None,
+    stop_ids: frozenset[int] = frozenset(),
 ) -> LanguageModel:
-    """Joins a config, its params in dtype and a tokenizer (or None) into a `LanguageModel`."""
+    """Joins a config, its params in dtype and a tokenizer (or None) into a `LanguageModel`.
+
+    stop_ids: the ids that end a generation, for a model without a tokenizer.
+    """
     return LanguageModel(
         name=name,
         decoder=Decoder(config),
@@ -63,4 +74,5 @@ def from_config(
         dtype=dtype,
         tokenizer=tokenizer,
         fingerprint=fingerprint(config),
+        stop_ids=stop_ids if tokenizer is None else frozenset(),
     )

@@ -25,7 +25,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """The angle in radians that each pair of channels turns per position: float32[head_dim / 2].
+    """Radians by which a pair of channels is rotated per position: float32[head_dim / 2].
 
     theta ** (-2i / head_dim) (RoFormer, Su et al. 2021), stretched as `RopeScaling` says.
     """
@@ -41,8 +41,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
         scaling.original_max_position,
     )
     assert low is not None and high is not None and original is not None
-    turns = original * frequency / (2 * np.pi)  # in the original context
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    rotations = original * frequency / (2 * np.pi)  # in the original context
+    keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return (frequency * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
 
 
@@ -67,7 +67,7 @@ def rope_tables(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, j
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns channel i against channel i + H/2 by the position's angle (the Hugging Face pairing).
+    """Rotates channels i and i + H/2 by the position's angle (the Hugging Face pairing).
 
     x [B, T, heads, H], cos and sin float32[B, T, 1, H / 2] -> [B, T, heads, H] in x's dtype.
     """
@@ -75,7 +75,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-# The most rows for which the product is written as multiply and sum on a CPU.
+# Up to this many rows the product is written as multiply and sum on a CPU.
 _FEW_ROWS = 8
 
 

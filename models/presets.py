@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
 from flexijax.models.config import ModelConfig, RopeScaling
 from flexijax.models.decoder import Decoder, Params
 
@@ -106,8 +104,3 @@ def config(name: str) -> ModelConfig:
 def abstract_params(name: str, *, dtype: Any) -> Params:
     """The params of a preset as `jax.ShapeDtypeStruct`s, for compiling without weights."""
     return Decoder(config(name)).abstract(dtype=dtype)
-
-
-def random_params(name: str, *, dtype: Any, seed: int) -> Params:
-    """Random params of a preset in dtype: the right shapes and magnitudes, no sense."""
-    return Decoder(config(name)).init(jax.random.key(seed), dtype=dtype)

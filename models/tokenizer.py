@@ -1,210 +1,214 @@
-"""Text to token ids and back, chat templates, and text that streams out token by token."""
+"""Text to token ids and back, and what a model's folder says about both."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import datetime
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
+
+from flexijax.models import chat_template, end_of_text
+from flexijax.models.backend import added_ends, failing_as, read_backend
+from flexijax.models.files import read_json, read_text, short
+from flexijax.models.special_tokens import add_special_tokens
+from flexijax.models.text_stream import TextStream, text_stream
+
+_JINJA = "chat_template.jinja"
+_MORE_TEMPLATES = "additional_chat_templates"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """A `tokenizers` backend plus what a model's files say about using it.
 
-    bos_token and eos_token are texts or None; add_bos: `encode` puts the BOS id first; stop_ids:
-    ids that end a generation; chat_template: the model's Jinja template, or None.
+    The backend's post-processor puts BOS first or EOS last. bos_token and eos_token are texts or
+    None; stop_ids: ids that end a generation; chat_template: the model's Jinja template, or None.
+    special_tokens: all the named ones that a template sees, bos_token and eos_token if left out.
     """
 
     backend: tokenizers.Tokenizer
     bos_token: str | None
     eos_token: str | None
-    add_bos: bool
     stop_ids: frozenset[int]
     chat_template: str | None
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.add_bos and self.backend.token_to_id(self.bos_token or "") is None:
-            raise ValueError(f"bos_token={self.bos_token!r}: not in the vocabulary, needed first")
+        if not isinstance(self.chat_template, str | None):
+            raise ValueError(f"chat_template={short(self.chat_template)}: must be a text")
+        if not self.special_tokens:
+            named = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+            texts = {name: text for name, text in named.items() if text is not None}
+            object.__setattr__(self, "special_tokens", MappingProxyType(texts))
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether `encode` puts the BOS id before the ids of a text."""
+        bos = None if self.bos_token is None else self.backend.token_to_id(self.bos_token)
+        return bos is not None and self._ends[0] == [bos]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text, after BOS if the model wants it and the text does not begin with it.
 
-        Special tokens spelled out in text, as a chat template does, become their ids.
+        Special tokens spelled out in text become their ids. The prompt that `chat` made gets no
+        BOS: its template writes it where the model wants one.
         """
         if not isinstance(text, str):
-            raise ValueError(f"text={text!r}: must be a str")
+            raise ValueError(f"text={short(text)}: must be a str")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             # What the command line makes of bytes that are not UTF-8.
             raise ValueError(f"text is not Unicode: {error.reason} at {error.start}") from error
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        if self.add_bos and self.bos_token and not text.startswith(self.bos_token):
-            bos = self.backend.token_to_id(self.bos_token)
-            assert bos is not None
-            return [bos, *ids]
+        add = not isinstance(text, chat_template.ChatPrompt)
+        with failing_as("text cannot be encoded"):
+            ids = self.backend.encode(text, add_special_tokens=add).ids
+        if add and self.add_bos and ids[:2] == 2 * self._ends[0]:
+            return ids[1:]  # the text spells it too
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out, broken UTF-8 as U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        with failing_as("ids cannot be decoded"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def stream(self) -> TextStream:
-        """A fresh incremental decoder for one generation."""
-        return TextStream(self)
+        """A fresh incremental decoder for one generation; its pieces join to `decode`."""
+        return text_stream(self.backend, self._hidden)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The prompt text of a conversation, ready for the assistant's answer.
 
-        messages: dicts with "role" and "content". ValueError without a template, and for
-        messages that the template refuses.
+        messages: dicts with "role" and "content". `encode` knows it again, and gives the ids that
+        the template spells. ValueError without a template, and for messages that the template
+        refuses; `models/chat_template.py` bounds its time and memory.
         """
         if self.chat_template is None:
             raise ValueError("this model has no chat template: pass plain text instead")
-        if not messages:
-            raise ValueError("messages=[]: a chat needs at least one message")
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=messages,
-                add_generation_prompt=True,
-                bos_token=self.bos_token or "",
-                eos_token=self.eos_token or "",
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refused the messages: {error}") from error
+        return chat_template.render(self.chat_template, messages, self.special_tokens)
 
     def save(self, directory: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json."""
         self.backend.save(str(directory / "tokenizer.json"))
-        config = {
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
-            "add_bos_token": self.add_bos,
-            "chat_template": self.chat_template,
-        }
+        config = dict(self.special_tokens) | {"chat_template": self.chat_template}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
-        stop = {"eos_token_id": sorted(self.stop_ids)}
-        (directory / "generation_config.json").write_text(json.dumps(stop))
+        end_of_text.save_stop_ids(directory, self.stop_ids)
 
+    @functools.cached_property
+    def _ends(self) -> tuple[list[int], list[int]]:
+        return added_ends(self.backend)
 
-class TextStream:
-    """Turns ids into text as they come, holding back a character until all its bytes are there.
-
-    The pieces of every `push` and the final `flush` join to `decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._sent = ""  # what has gone out of the text of _ids
-
-    def push(self, token_id: int) -> str:
-        """Takes the next id, returns the text that became certain, often empty."""
-        self._ids.append(int(token_id))
-        text = self._tokenizer.decode(self._ids)
-        # An unfinished character decodes to exactly one U+FFFD, always the last.
-        unfinished = text.endswith("\ufffd")
-        certain = text[:-1] if unfinished else text
-        piece = certain[len(self._sent) :]
-        self._sent = certain
-        if not unfinished and len(self._ids) > 32:
-            # Keeps each push short; a few ids stay so that the text's start is treated as before
-            # (SentencePiece decoders strip the first space).
-            kept = self._tokenizer.decode(self._ids[-4:])
-            if "\ufffd" not in kept and text.endswith(kept):
-                self._ids, self._sent = self._ids[-4:], kept
-        return piece
-
-    def flush(self) -> str:
-        """The rest: U+FFFD if the last character never became whole, else nothing."""
-        piece = self._tokenizer.decode(self._ids)[len(self._sent) :]
-        self._ids, self._sent = [], ""
-        return piece
+    @functools.cached_property
+    def _hidden(self) -> frozenset[int]:
+        # Asked, since the library also shows special tokens whose text its normalizer changes;
+        # twice, since decoders may take a space off the beginning.
+        added = self.backend.get_added_tokens_decoder()
+        special = [index for index, token in added.items() if token.special]
+        return frozenset(index for index in special if self.decode([index, index]) == "")
 
 
 def from_directory(directory: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, or None where it has no tokenizer.json.
 
-    ValueError for files that are there but cannot be read.
+    ids and texts are those of transformers' PreTrainedTokenizerFast. ValueError, which names file
+    or key, for what cannot be read and for settings that are not followed here.
     """
     path = directory / "tokenizer.json"
-    if not path.exists():
+    if not path.is_symlink() and not path.exists():
         return None
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path}: not a readable tokenizer.json: {error}") from error
-    config = read_json(directory / "tokenizer_config.json")
-    bos, eos = _token_text(config.get("bos_token")), _token_text(config.get("eos_token"))
-    bos_id = backend.token_to_id(bos) if bos else None
-    first = backend.encode("a").ids[:1]
-    add_bos = bos_id is not None and (
-        bool(config["add_bos_token"]) if "add_bos_token" in config else first == [bos_id]
-    )
-    stop = _ids(read_json(directory / "generation_config.json").get("eos_token_id"))
-    stop |= _ids(read_json(directory / "config.json").get("eos_token_id"))
-    if eos and (eos_id := backend.token_to_id(eos)) is not None:
-        stop |= {eos_id}
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    jinja_file = directory / "chat_template.jinja"
-    if jinja_file.exists():
-        template = jinja_file.read_text(encoding="utf-8")
+    backend, pad_token = read_backend(path)
+    config_path = directory / "tokenizer_config.json"
+    config = {"pad_token": pad_token} | read_json(config_path)
+    with _named(config_path):
+        _check_settings(backend, config)
+        special_tokens = add_special_tokens(backend, directory, config)
+    with failing_as(f"{path}: encoding fails"):
+        first, last = added_ends(backend)
+    bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
+    _warn_of_ends(config, "add_bos_token", bool(first))
+    _warn_of_ends(config, "add_eos_token", bool(last))
+    stop = end_of_text.stop_ids(directory)
+    if not stop and eos is not None and (eos_id := backend.token_to_id(eos)) is not None:
+        stop = frozenset({eos_id})  # else nothing would ever end a generation
     return Tokenizer(
         backend=backend,
         bos_token=bos,
         eos_token=eos,
-        add_bos=add_bos,
-        stop_ids=frozenset(stop),
-        chat_template=template,
+        stop_ids=stop,
+        chat_template=_chat_template(directory, config),
+        special_tokens=MappingProxyType(special_tokens),
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file; ValueError for broken JSON."""
-    if not path.exists():
-        return {}
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts the file's name before a problem with one of its keys."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, holds {type(value).__name__}")
-    return value
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise error if str(path.parent) in text else ValueError(f"{path}: {text}") from error
 
 
-def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value
+def _check_settings(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """Follows what changes ids or texts in transformers, or refuses it by its key."""
+    backend.encode_special_tokens = bool(config.get("split_special_tokens"))
+    key = "clean_up_tokenization_spaces"
+    if config.get(key) and not isinstance(backend.model, tokenizers.models.BPE):
+        kind = type(backend.model).__name__
+        raise ValueError(f"{key}={short(config[key])}: not done here to the text of a {kind} model")
+    key = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    if config.get(key):
+        raise ValueError(f"{key}={short(config[key])}: not done here")
+    key = "fast_tokenizer_files"
+    if config.get(key) not in (None, [], ["tokenizer.json"]):
+        raise ValueError(f"{key}={short(config[key])}: only tokenizer.json is read")
 
 
-def _ids(value: Any) -> set[int]:
-    if value is None:
-        return set()
-    return {int(i) for i in value} if isinstance(value, list) else {int(value)}
+def _warn_of_ends(config: dict[str, Any], key: str, added: bool) -> None:
+    # transformers 4 went by the key, 5 goes by tokenizer.json alone.
+    wanted = config.get(key)
+    if wanted is not None and bool(wanted) != added:
+        does = "adds" if added else "does not add"
+        warnings.warn(
+            f"tokenizer_config.json says {key}={short(wanted)}, but tokenizer.json {does} it; "
+            "tokenizer.json is followed, as transformers 5 does",
+            stacklevel=4,
+        )
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Jinja's own filter escapes HTML, which chat templates do not expect.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    """The default template: from its own file if there is one, else from tokenizer_config.json."""
+    file, folder = directory / _JINJA, directory / _MORE_TEMPLATES
+    if file.exists() or file.is_symlink():
+        return read_text(file)
+    if any(folder.glob("*.jinja")):  # named ones replace those of the config
+        default = folder / "default.jinja"
+        return read_text(default) if default.exists() else None
+    name = f"{directory / 'tokenizer_config.json'}: chat_template"
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = _by_name(template, name)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{name}={short(template)}: must be a text")
+    return template
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _by_name(templates: list[Any], name: str) -> dict[str, Any]:
+    found = {}
+    for at, entry in enumerate(templates):
+        if not isinstance(entry, dict) or not {"name", "template"} <= entry.keys():
+            raise ValueError(f"{name}[{at}]={short(entry)}: must have a name and a template")
+        if not isinstance(entry["name"], str):
+            raise ValueError(f"{name}[{at}].name={short(entry['name'])}: must be a text")
+        found[entry["name"]] = entry["template"]
+    return found

@@ -4,138 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from flexijax.models.config import ModelConfig
-from flexijax.models.decoder import Decoder, Params
+from flexijax.models.decoder import Params
+from flexijax.models.errors import LoadError
+from flexijax.models.parts import (
+    NameTable,
+    Part,
+    TensorSource,
+    layer_parts,
+    leaf_shapes,
+    outer_parts,
+)
+from flexijax.models.placement import Placement, check_memory, placed
 
 # Rows are read and converted in blocks of about this many values, so that loading
 # needs little more memory than the weights.
 _BLOCK = 1 << 22
-
-
-# Where weights go: one sharding for all, or one for each shape; None is the default device.
-Placement: TypeAlias = (
-    jax.sharding.Sharding | Callable[[tuple[int, ...]], jax.sharding.Sharding] | None
-)
-
-
-def placed(sharding: Placement, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
-    """The sharding of one weight."""
-    return sharding(shape) if callable(sharding) else sharding
-
-
-class LoadError(ValueError):
-    """A model that could not be loaded; the message lists every problem found."""
-
-    def __init__(self, source: str, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        shown = [*self.problems[:40]]
-        if len(self.problems) > len(shown):
-            shown.append(f"... and {len(self.problems) - len(shown)} more")
-        super().__init__(f"cannot load {source}:\n" + "\n".join(f"  - {p}" for p in shown))
-
-
-T = TypeVar("T")
-
-
-def tried(problems: list[str], what: str, read: Callable[[], T]) -> T | None:
-    """What `read` returns; where it fails, None, and the reasons are added to problems.
-
-    what: put before a reason that does not say it itself.
-    """
-    try:
-        return read()
-    except LoadError as error:
-        problems += error.problems
-    except ValueError as error:
-        problems.append(f"{what}{error}")
-    except Exception as error:  # a damaged file has values of every wrong kind in every place
-        problems.append(f"{what}damaged: {type(error).__name__}: {error}")
-    return None
-
-
-class TensorSource(Protocol):
-    """A file, or several, of named tensors."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's shape, linear maps as [out, in]."""
-        ...
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop of one tensor, any float dtype; raises on unreadable data."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Where one source tensor goes: its rows become those from offset on of the leaf at path."""
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    offset: int = 0
-    heads: int | None = None  # the projections whose rows come in heads: q and k
-
-
-def end_parts(config: ModelConfig) -> dict[str, Part]:
-    """The tensors outside the layers, by the names that the tables of the formats use."""
-    table = (config.vocab_size, config.hidden_size)
-    parts = {
-        "embedding": Part(("embedding",), table),
-        "final_norm": Part(("norm", "scale"), (config.hidden_size,)),
-    }
-    if not config.tie_embeddings:
-        parts["head"] = Part(("head",), table)
-    return parts
-
-
-def layer_parts(config: ModelConfig) -> dict[str, Part]:
-    """The tensors of one layer: q, k, v share one leaf, as do gate and up."""
-    c = config
-    d, f, h = c.hidden_size, c.intermediate_size, c.head_dim
-    q_size, kv_size = c.num_heads * h, c.num_kv_heads * h
-
-    def kernel(leaf: str, out: int, into: int, offset: int = 0, heads: int | None = None) -> Part:
-        return Part((leaf, "kernel"), (out, into), offset, heads)
-
-    parts = {
-        "attention_norm": Part(("attention_norm", "scale"), (d,)),
-        "q": kernel("qkv", q_size, d, 0, c.num_heads),
-        "k": kernel("qkv", kv_size, d, q_size, c.num_kv_heads),
-        "v": kernel("qkv", kv_size, d, q_size + kv_size),
-        "out": kernel("out", d, q_size),
-        "mlp_norm": Part(("mlp_norm", "scale"), (d,)),
-        "gate": kernel("gate_up", f, d),
-        "up": kernel("gate_up", f, d, f),
-        "down": kernel("down", d, f),
-    }
-    if c.qkv_bias:
-        parts["q_bias"] = Part(("qkv", "bias"), (q_size,), 0)
-        parts["k_bias"] = Part(("qkv", "bias"), (kv_size,), q_size)
-        parts["v_bias"] = Part(("qkv", "bias"), (kv_size,), q_size + kv_size)
-    if c.qk_norm:
-        parts["q_norm"] = Part(("q_norm", "scale"), (h,))
-        parts["k_norm"] = Part(("k_norm", "scale"), (h,))
-    return parts
-
-
-@dataclasses.dataclass(frozen=True)
-class NameTable:
-    """One format's tensor names: rows of (regex, part), group 1 of the regex the layer, if any.
-
-    ignored: regexes of tensors that carry no weights of ours. interleaved_heads: q and k rows are
-    stored with the two halves of every head interleaved (GGUF's llama).
-    """
-
-    rows: tuple[tuple[str, str], ...]
-    ignored: tuple[str, ...]
-    interleaved_heads: bool = False
-
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 
 Plan = dict[tuple[int | None, tuple[str, ...]], list[tuple[str, Part]]]
 
@@ -150,8 +46,8 @@ def plan(config: ModelConfig, table: NameTable, source: TensorSource) -> tuple[P
         # A damaged count may be in the billions: not worth a line for each of their tensors.
         all_of_them = f"{len(source.shapes)} tensors in all"
         return {}, [f"the config says {config.num_layers} layers, and there are {all_of_them}"]
-    ends, layer = end_parts(config), layer_parts(config)
-    wanted: dict[tuple[int | None, str], Part] = {(None, k): spec for k, spec in ends.items()}
+    outer, layer = outer_parts(config), layer_parts(config)
+    wanted: dict[tuple[int | None, str], Part] = {(None, k): spec for k, spec in outer.items()}
     for index in range(config.num_layers):
         wanted |= {(index, part): spec for part, spec in layer.items()}
     found: dict[tuple[int | None, str], str] = {}
@@ -167,8 +63,8 @@ def plan(config: ModelConfig, table: NameTable, source: TensorSource) -> tuple[P
         key = (int(match[1]) if match.re.groups else None, part)
         spec = wanted.get(key)
         if spec is None:
-            # A tied model may still carry its head, a copy of the embedding.
-            if part != "head":
+            # A tied model may still carry its head: `untied` has compared it with the embedding.
+            if part != "lm_head":
                 problems.append(f"{name}: the config has no place for it")
         elif key in found:
             problems.append(f"{name}: the same tensor as {found[key]}")
@@ -187,6 +83,39 @@ def plan(config: ModelConfig, table: NameTable, source: TensorSource) -> tuple[P
     return leaves, problems
 
 
+def untied(config: ModelConfig, table: NameTable, source: TensorSource) -> ModelConfig:
+    """The config as the weights have it: with a head of its own where they hold another one.
+
+    transformers 5 takes `tie_word_embeddings` for wrong, too, where a checkpoint holds both arrays
+    and they differ (`PreTrainedModel.tie_weights`).
+    """
+    if not config.tie_embeddings:
+        return config
+    names = {
+        part: name
+        for name in source.shapes
+        for pattern, part in table.rows
+        if part in ("embedding", "lm_head") and re.fullmatch(pattern, name)
+    }
+    if len(names) < 2 or _equal(source, names["embedding"], names["lm_head"]):
+        return config
+    return dataclasses.replace(config, tie_embeddings=False)
+
+
+def _equal(source: TensorSource, one: str, two: str) -> bool:
+    shape = source.shapes[one]
+    return shape == source.shapes[two] != () and all(
+        np.array_equal(source.rows(one, *at), source.rows(two, *at)) for at in _blocks(shape)
+    )
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rows that are read together."""
+    step = max(1, _BLOCK // max(1, int(np.prod(shape[1:], dtype=np.int64))))
+    for start in range(0, shape[0], step):
+        yield start, min(shape[0], start + step)
+
+
 def assemble(
     config: ModelConfig,
     table: NameTable,
@@ -201,20 +130,20 @@ def assemble(
 
     progress is called with the fraction done; sharding, when given, places every leaf. Raises
     LoadError that names description and lists every problem; nothing is read unless all names and
-    shapes are right.
+    shapes are right and there is memory for all.
     """
     leaves, problems = plan(config, table, source)
     if problems:
         raise LoadError(description, problems)
-    abstract = Decoder(config).abstract(dtype=dtype)
-    params: dict[str, Any] = {"ends": {}, "layers": tuple({} for _ in range(config.num_layers))}
+    outer, layer = leaf_shapes(config)
+    shapes = {(index, path): (outer if index is None else layer)[path] for index, path in leaves}
+    check_memory(shapes.values(), dtype=dtype, sharding=sharding, description=description)
+    params: dict[str, Any] = {"layers": tuple({} for _ in range(config.num_layers))}
     for done, ((index, path), pieces) in enumerate(leaves.items()):
-        group = "ends" if index is None else "layers"
-        shape_tree = abstract[group] if index is None else abstract[group][index]
-        target = params[group] if index is None else params[group][index]
+        target = params if index is None else params["layers"][index]
         for key in path[:-1]:
-            shape_tree, target = shape_tree[key], target.setdefault(key, {})
-        leaf = np.empty(shape_tree[path[-1]].shape, dtype)
+            target = target.setdefault(key, {})
+        leaf = np.empty(shapes[index, path], dtype)
         for name, part in pieces:
             try:
                 _fill(leaf, source, name, part, table.interleaved_heads)
@@ -237,10 +166,31 @@ def _fill(leaf: np.ndarray, source: TensorSource, name: str, part: Part, interle
         # Row 2i + p of a head holds channel i of half p.
         half = count // part.heads // 2
         channel = channel.reshape(part.heads, 2, half).swapaxes(1, 2).reshape(count)
-    step = max(1, _BLOCK // int(np.prod(part.shape[1:], dtype=np.int64)))
-    for start in range(0, count, step):
-        stop = min(count, start + step)
+    for start, stop in _blocks(part.shape):
         values = source.rows(name, start, stop)
-        if not np.isfinite(values.astype(np.float32, copy=False)).all():
+        # No checkpoint of these families has such values: they would make every logit NaN.
+        if not np.isfinite(values).all():
             raise ValueError("holds values that are not finite")
-        leaf[channel[start:stop] + part.offset] = values.astype(leaf.dtype, copy=False)
+        with np.errstate(over="ignore"):
+            converted = values.astype(leaf.dtype, copy=False)
+        if _max(values.dtype) > _max(leaf.dtype) and not np.isfinite(converted).all():
+            raise ValueError(overflow(_largest(source, name), leaf.dtype))
+        leaf[channel[start:stop] + part.offset] = converted
+
+
+def overflow(largest: float, dtype: Any) -> str:
+    """Says that a magnitude of `largest` is infinite in dtype, and which dtype would hold it."""
+    with np.errstate(over="ignore"):
+        wide = [n for n, kind in DTYPES.items() if np.isfinite(np.float64(largest).astype(kind))]
+    name = np.dtype(dtype).name
+    advice = f"load with dtype={' or '.join(map(repr, wide))}" if wide else "no dtype holds it"
+    return f"its largest value, {largest:.6g}, is infinite in {name}: {advice}"
+
+
+def _largest(source: TensorSource, name: str) -> float:
+    blocks = (source.rows(name, *at) for at in _blocks(source.shapes[name]))
+    return max(float(np.abs(values.astype(np.float64)).max()) for values in blocks)
+
+
+def _max(dtype: np.dtype) -> float:
+    return float(ml_dtypes.finfo(dtype).max)

@@ -1,1 +1,1 @@
-"""The kernels: operations on plain arrays, one idea a file. The public ones are in `dispatch`."""
+"""The kernels: operations on plain arrays, a folder each. The public ones are in `dispatch`."""

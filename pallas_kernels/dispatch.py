@@ -1,23 +1,27 @@
 """The public operations: check the arguments, then choose who computes.
 
+An operation is a folder, an implementation a file in it, such as `page_scores/triton.py`.
 `implementation` is None (Pallas on a GPU, XLA elsewhere), "xla", "pallas" (on a CPU in interpret
 mode: slow, for tests) or "triton" (jax-triton, GPU only). A named one that cannot run raises.
+
+Two operations know fewer: `prefill_attention` has neither a Pallas nor a Triton kernel and maps
+those names to cuDNN or XLA, as it says; moves between the tiers are Pallas kernels only.
 """
 
+import importlib
 import importlib.util
 from types import ModuleType
+from typing import Literal, overload
 
 import jax
-import jax.numpy as jnp
 
-from flexijax.pallas_kernels import page_moves, platform
-from flexijax.pallas_kernels import page_scores as _pallas_scores
-from flexijax.pallas_kernels import sketch_scores as _pallas_sketches
-from flexijax.pallas_kernels import sparse_decode as _pallas_decode
+from flexijax.pallas_kernels import checks, platform
 from flexijax.pallas_kernels.partials import merge as merge
-from flexijax.pallas_kernels.sketches import SPACING, SketchQuery, words
-from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
+from flexijax.pallas_kernels.sketches import SketchQuery
+from flexijax.pallas_kernels.summaries import Summaries
 
+# "pallas" and "triton" are one kernel written twice for GPUs: jax deprecates Pallas through Triton,
+# and both are kept only until it is gone; then "triton" stays.
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
 
 
@@ -45,31 +49,8 @@ def page_scores(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    quantized = isinstance(summaries, QuantizedSummaries)
-    values = summaries.values if quantized else summaries
-    sizes = _sizes(
-        q=(q, "B K G H"),
-        summaries=(values, "blocks K 2 H"),
-        block_table=(block_table, "B P"),
-        lengths=(lengths, "B"),
-    )
-    if quantized:
-        groups = sizes["H"] // group_size(sizes["H"])
-        if summaries.exponents.shape != (*values.shape[:3], groups):
-            raise ValueError(
-                f"summaries.exponents has shape {summaries.exponents.shape}, expected "
-                f"{(*values.shape[:3], groups)} beside summaries.values of shape {values.shape}"
-            )
-        _check_dtype("summaries.values", values, jnp.int8)
-        _check_dtype("summaries.exponents", summaries.exponents, jnp.uint8)
-    else:
-        _check_float("summaries", values)
-    _check_float("q", q)
-    _check_dtype("block_table", block_table, jnp.int32)
-    _check_dtype("lengths", lengths, jnp.int32)
-    _check_page(page_size)
-    chosen = _choose(implementation)
-    module = _pallas_scores if chosen == "pallas" else _module(chosen, "page_scores_triton")
+    checks.check_page_scores(q, summaries, block_table, lengths, page_size)
+    module = _module("page_scores", _choose(implementation))
     return module.page_scores(q, summaries, block_table, lengths, page_size=page_size)
 
 
@@ -95,32 +76,8 @@ def sketch_scores(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    sizes = _sizes(
-        weights=(query.weights, "B K G H"),
-        offset=(query.offset, "B K G"),
-        unit=(query.unit, "B K G"),
-        codes=(codes, f"blocks K bits {words(query.weights.shape[-1])} {page_size}"),
-        block_table=(block_table, "B P"),
-        lengths=(lengths, "B"),
-    )
-    if sizes["bits"] not in SPACING:
-        raise ValueError(
-            f"codes has shape {codes.shape}: bits must be one of {tuple(SPACING)}, "
-            f"got {sizes['bits']}"
-        )
-    _check_dtype("weights", query.weights, jnp.int8)
-    _check_dtype("offset", query.offset, jnp.float32)
-    _check_dtype("unit", query.unit, jnp.float32)
-    _check_dtype("codes", codes, jnp.uint32)
-    _check_dtype("block_table", block_table, jnp.int32)
-    _check_dtype("lengths", lengths, jnp.int32)
-    _check_page(page_size)
-    chosen = _choose(implementation)
-    module = (
-        _pallas_sketches
-        if chosen == "pallas"
-        else _module(chosen, "sketch_scores_triton", xla="sketch_scores_xla")
-    )
+    checks.check_sketch_scores(query, codes, block_table, lengths, page_size)
+    module = _module("sketch_scores", _choose(implementation))
     return module.sketch_scores(query, codes, block_table, lengths, page_size=page_size)
 
 
@@ -147,19 +104,8 @@ def paged_decode(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    _sizes(
-        q=(q, "B K G H"),
-        k_pages=(k_pages, "blocks K page H"),
-        v_pages=(v_pages, "blocks K page H"),
-        block_ids=(block_ids, "B K n"),
-        token_counts=(token_counts, "B K n"),
-    )
-    _check_attention(q, k_pages, v_pages, scale)
-    _check_page(k_pages.shape[2])
-    _check_dtype("block_ids", block_ids, jnp.int32)
-    _check_dtype("token_counts", token_counts, jnp.int32)
-    chosen = _choose(implementation)
-    module = _pallas_decode if chosen == "pallas" else _module(chosen, "sparse_decode_triton")
+    checks.check_paged_decode(q, k_pages, v_pages, block_ids, token_counts, scale)
+    module = _module("sparse_decode", _choose(implementation))
     return module.paged_decode(q, k_pages, v_pages, block_ids, token_counts, scale=scale)
 
 
@@ -184,18 +130,73 @@ def slot_decode(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    _sizes(
-        q=(q, "B K G H"),
-        k_slots=(k_slots, "B K H S page"),
-        v_slots=(v_slots, "B K S page H"),
-        token_counts=(token_counts, "B K S"),
-    )
-    _check_attention(q, k_slots, v_slots, scale)
-    _check_page(k_slots.shape[4])
-    _check_dtype("token_counts", token_counts, jnp.int32)
-    chosen = _choose(implementation)
-    module = _pallas_decode if chosen == "pallas" else _module(chosen, "sparse_decode_triton")
+    checks.check_slot_decode(q, k_slots, v_slots, token_counts, scale)
+    module = _module("sparse_decode", _choose(implementation))
     return module.slot_decode(q, k_slots, v_slots, token_counts, scale=scale)
+
+
+@overload
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
+    return_lse: Literal[False] = False,
+) -> jax.Array: ...
+
+
+@overload
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    *,
+    scale: float,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(scale * q k^T, causal) v, where query t stands at position start + t.
+
+    Prefill has no kernel in Pallas or Triton, only cuDNN's and XLA. `implementation` therefore maps
+    by this rule: "xla" is XLA; None, "pallas" and "triton" are cuDNN where it is installed and
+    takes the queries, on a GPU in 16 bits (see `prefill/cudnn.py`), and XLA everywhere else.
+
+    Args:
+      q: float[T, K, G, H]; k: float[K, H, S], channels before tokens; v: float[K, S, H].
+      start: int32[], tokens before the chunk; keys at start .. start + T - 1 are the chunk's own,
+        and what lies beyond them weighs nothing but must be finite.
+      scale: factor of the logits, usually H ** -0.5.
+      return_lse: whether the log-sum-exp is returned too; static. XLA then computes both, since jax
+        rounds the one of cuDNN to the 16 bits of `q`.
+    Returns:
+      out [T, K, G, H] in the dtype of q, accumulated in float32; with `return_lse` (out, lse), lse
+      float32[T, K, G], the log of the sum of exponentiated logits.
+    Raises:
+      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
+    """
+    checks.check_prefill_attention(q, k, v, scale)
+    named, cudnn = _choose(implementation), _module("prefill", "cudnn")
+    if named != "xla" and not return_lse and cudnn.fits(q):
+        return cudnn.prefill_attention(q, k, v, start, scale=scale)
+    xla = _module("prefill", "xla")
+    out, lse = xla.prefill_attention(q, k, v, start, scale=scale, return_lse=return_lse)
+    return (out, lse) if return_lse else out
 
 
 def promote(
@@ -204,26 +205,23 @@ def promote(
     host_k: jax.Array,
     host_v: jax.Array,
     load: jax.Array,
-    *,
-    transfer: str = "zero_copy",
 ) -> tuple[jax.Array, jax.Array]:
     """Pages from the host tier into device slots: slots[b, h, s] = host[load[b, h, s], h].
 
     The kernel reads pinned host memory directly and writes the slots in place (donate them); only
-    the pages that `load` names move.
+    the pages that `load` names move. Staged moves are a floor above, in `flexijax.cache.tiers`.
 
     Args:
       slots_k: float[B, K, H, S, page]; slots_v: float[B, K, S, page, H], in device memory.
       host_k, host_v: float[blocks, K, page, H], in pinned host memory on a GPU.
       load: int32[B, K, S], the block to load into each slot, negative where the slot stays.
-      transfer: "zero_copy"; staged moves are made a floor above, in `flexijax.cache.tiers`.
     Returns:
       The new slots_k and slots_v.
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
-    _check_moves(slots_k, slots_v, host_k, host_v, transfer)
-    _sizes(slots_v=(slots_v, "B K S page H"), load=(load, "B K S"))
-    _check_dtype("load", load, jnp.int32)
-    return page_moves.promote(slots_k, slots_v, host_k, host_v, load)
+    checks.check_promote(slots_k, slots_v, host_k, host_v, load)
+    return _module("page_moves", "pallas").promote(slots_k, slots_v, host_k, host_v, load)
 
 
 def offload(
@@ -233,12 +231,13 @@ def offload(
     slots_v: jax.Array,
     store_block: jax.Array,
     store_slot: jax.Array,
-    *,
-    transfer: str = "zero_copy",
 ) -> tuple[jax.Array, jax.Array]:
     """Pages from device slots into the host tier: host[store_block[b, e], h] = slots[b, h, slot].
 
-    The kernel writes pinned host memory directly, in place (donate it).
+    The kernel writes pinned host memory directly, in place (donate it). To XLA, though, a Pallas
+    kernel's outputs lie in device memory, aliased to a host argument or not: a caller whose results
+    must stay in pinned host memory moves them there within the same program,
+    `jax.device_put(x, jax.memory.Space.Host)`.
 
     Args:
       host_k, host_v: float[blocks, K, page, H], in pinned host memory on a GPU.
@@ -246,19 +245,14 @@ def offload(
       store_block: int32[B, E], the block each entry is written to, negative for none.
       store_slot: int32[B, K, E], the slot it is read from, negative for none. Two entries that name
         one block must come from shared pages, equal in content.
-      transfer: as in `promote`.
     Returns:
-      The new host_k and host_v.
+      The new host_k and host_v, in device memory as far as the program is concerned, see above.
+    Raises:
+      ValueError: shapes or dtypes do not fit.
     """
-    _check_moves(slots_k, slots_v, host_k, host_v, transfer)
-    _sizes(
-        slots_v=(slots_v, "B K S page H"),
-        store_block=(store_block, "B E"),
-        store_slot=(store_slot, "B K E"),
-    )
-    _check_dtype("store_block", store_block, jnp.int32)
-    _check_dtype("store_slot", store_slot, jnp.int32)
-    return page_moves.offload(host_k, host_v, slots_k, slots_v, store_block, store_slot)
+    checks.check_offload(host_k, host_v, slots_k, slots_v, store_block, store_slot)
+    module = _module("page_moves", "pallas")
+    return module.offload(host_k, host_v, slots_k, slots_v, store_block, store_slot)
 
 
 def _choose(implementation: str | None) -> str:
@@ -275,69 +269,6 @@ def _choose(implementation: str | None) -> str:
     return chosen
 
 
-def _module(chosen: str, twin: str, *, xla: str = "xla") -> ModuleType:
-    """XLA's module or the named Triton twin, imported when first used: triton is optional."""
-    name = xla if chosen == "xla" else twin
-    return importlib.import_module(f"flexijax.pallas_kernels.{name}")
-
-
-def _sizes(**arrays: tuple[jax.Array, str]) -> dict[str, int]:
-    """The size of every named axis; raises where an array contradicts itself or an earlier one."""
-    sizes: dict[str, int] = {}
-    origin: dict[str, str] = {}
-    for name, (array, axes) in arrays.items():
-        letters = axes.split()
-        described = f"{name}[{', '.join(letters)}]"
-        if len(array.shape) != len(letters):
-            raise ValueError(f"{described} has {len(letters)} axes, got shape {array.shape}")
-        for axis, size in zip(letters, array.shape, strict=True):
-            expected = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
-            if size != expected:
-                other = f" as in {origin[axis]}" if axis in origin else ""
-                raise ValueError(
-                    f"{described} has shape {array.shape}, but {axis} is {expected}{other}"
-                )
-            if size == 0:
-                raise ValueError(f"{described} has shape {array.shape}: {axis} must not be 0")
-            origin.setdefault(axis, f"{described} of shape {array.shape}")
-    return sizes
-
-
-def _check_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
-    for name, array in (("q", q), ("keys", k), ("values", v)):
-        _check_float(name, array)
-    if k.dtype != v.dtype:
-        raise ValueError(f"keys and values must have one dtype, got {k.dtype} and {v.dtype}")
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-
-
-def _check_moves(
-    slots_k: jax.Array, slots_v: jax.Array, host_k: jax.Array, host_v: jax.Array, transfer: str
-) -> None:
-    if transfer != "zero_copy":
-        raise ValueError(f"transfer must be 'zero_copy' here, got {transfer!r}")
-    _sizes(
-        slots_k=(slots_k, "B K H S page"),
-        slots_v=(slots_v, "B K S page H"),
-        host_k=(host_k, "blocks K page H"),
-        host_v=(host_v, "blocks K page H"),
-    )
-    dtypes = {str(x.dtype) for x in (slots_k, slots_v, host_k, host_v)}
-    if len(dtypes) > 1:
-        raise ValueError(f"slots and host pages must have one dtype, got {sorted(dtypes)}")
-
-
-def _check_float(name: str, array: jax.Array) -> None:
-    if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
-
-
-def _check_dtype(name: str, array: jax.Array, dtype: type) -> None:
-    if array.dtype != dtype:
-        raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {array.dtype}")
-
-
-def _check_page(page_size: int) -> None:
-    if page_size < 1 or page_size & (page_size - 1):
-        raise ValueError(f"page size must be a power of two, got {page_size}")
+def _module(operation: str, name: str) -> ModuleType:
+    """An operation's implementation, imported when first used: Triton and cuDNN are optional."""
+    return importlib.import_module(f"flexijax.pallas_kernels.{operation}.{name}")

@@ -1,9 +1,9 @@
 """What is kept of a page to score it by its tokens: every key element in 1, 2 or 4 bits.
 
-Keys are turned by a Hadamard matrix, which spreads outlier channels and the sinusoids of rotary
+Keys are rotated by a Hadamard matrix, which spreads outlier channels and the sinusoids of rotary
 embeddings over all channels until each looks Gaussian, then rounded per channel to 2**bits evenly
 spaced levels about its mean. The spacing is the best one for a Gaussian; on real keys the best
-uneven levels gained nothing over it. A query is turned the same way and rounded to 6 bits, with
+uneven levels gained nothing over it. A query is rotated the same way and rounded to 6 bits, with
 which its products with codes are whole numbers: exact, and the same, in every implementation.
 
 Codes are bit planes packed along channels: uint32[..., bits, W, page], W = ceil(H / 32), where bit
@@ -36,7 +36,7 @@ _TINY = 1e-30
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SketchCode:
-    """How the turned keys of a head are rounded: level c is mean + step * (c - (2**bits - 1) / 2).
+    """How the rotated keys of a head are rounded: level c is mean + step * (c - (2**bits - 1) / 2).
 
     mean, step: float32[..., H].
     """
@@ -77,14 +77,14 @@ def rotate(x: jax.Array) -> jax.Array:
     """x float[..., H] times an orthogonal, symmetric matrix, in float32."""
     width = x.shape[-1]
     signs = jnp.asarray(_signs(width), x.dtype)
-    turned = jnp.einsum(
+    rotated = jnp.einsum(
         "...H,HI->...I",
         x,
         signs,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    return turned * float(width & -width) ** -0.5
+    return rotated * float(width & -width) ** -0.5
 
 
 def fit(k_pages: jax.Array, length: jax.Array, *, bits: int) -> SketchCode:
@@ -100,9 +100,9 @@ def fit(k_pages: jax.Array, length: jax.Array, *, bits: int) -> SketchCode:
     position = jnp.arange(pages * page, dtype=jnp.int32).reshape(pages, 1, page, 1)
     valid = position < length
     count = jnp.maximum(length, 1).astype(jnp.float32)
-    turned = rotate(k_pages)
-    mean = jnp.where(valid, turned, 0.0).sum((0, 2)) / count
-    apart = jnp.where(valid, turned - mean[None, :, None], 0.0)
+    rotated = rotate(k_pages)
+    mean = jnp.where(valid, rotated, 0.0).sum((0, 2)) / count
+    apart = jnp.where(valid, rotated - mean[None, :, None], 0.0)
     deviation = jnp.sqrt((apart * apart).sum((0, 2)) / count)
     return SketchCode(mean, jnp.maximum(deviation * SPACING[bits], _TINY))
 
@@ -135,11 +135,11 @@ def prepare(q: jax.Array, code: SketchCode, *, bits: int, scale: float) -> Sketc
 
     scale: factor of the logits, usually H ** -0.5.
     """
-    turned = rotate(q) * scale
-    exact = turned * code.step[:, :, None]
+    rotated = rotate(q) * scale
+    exact = rotated * code.step[:, :, None]
     unit = jnp.maximum(jnp.abs(exact).max(-1), _TINY) / _LARGEST
     whole = jnp.round(exact / unit[..., None])
     # Rounding errors multiply levels counted from their middle, not from the lowest.
     middle = unit * whole.sum(-1) * ((2**bits - 1) / 2)
-    offset = (turned * code.mean[:, :, None]).sum(-1) - middle
+    offset = (rotated * code.mean[:, :, None]).sum(-1) - middle
     return SketchQuery(whole.astype(jnp.int8), offset, unit)

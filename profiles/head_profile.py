@@ -1,12 +1,15 @@
 """Which KV heads of one model are unstable, how that was measured, and JSON in and out."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from flexijax.profiles import checks
+from flexijax.profiles.regular_file import read_text
+
 FORMAT = "flexijax-head-profile-1"
+MAX_BYTES = 16 << 20  # the largest shipped one has 11 thousand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,24 +42,23 @@ class HeadProfile:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "page_size", "budget_pages"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
-        if not self.model or not self.source:
-            raise ValueError(f"model={self.model!r} and source={self.source!r} must not be empty")
-        pairs = tuple(sorted((int(layer), int(head)) for layer, head in self.unstable))
-        for layer, head in pairs:
-            if not (0 <= layer < self.num_layers and 0 <= head < self.num_kv_heads):
-                raise ValueError(
-                    f"unstable holds [{layer}, {head}], outside of {self.num_layers} layers "
-                    f"and {self.num_kv_heads} KV heads"
-                )
-        if len(set(pairs)) != len(pairs):
-            raise ValueError("unstable names a head twice")
+            checks.check_size(name, getattr(self, name))
+        for name in ("model", "source"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                raise ValueError(f"{name}={checks.shown(value)} must be a string, and not empty")
+        if not isinstance(self.fingerprint, str | None):
+            shown = checks.shown(self.fingerprint)
+            raise ValueError(f"fingerprint={shown} must be None or a string")
+        shape = (self.num_layers, self.num_kv_heads)
         # Frozen values are hashable and compare equal after a round trip only with one spelling.
-        object.__setattr__(self, "unstable", pairs)
+        object.__setattr__(self, "unstable", checks.heads("unstable", self.unstable, shape))
         if self.rco is not None:
-            object.__setattr__(self, "rco", _checked_rco(self))
+            object.__setattr__(self, "rco", checks.rco("rco", self.rco, shape))
+        if not isinstance(self.measured, Mapping):
+            raise ValueError(f"measured={checks.shown(self.measured)} must be an object")
+        checks.check_plain("measured", self.measured)
+        if (at_lag := self.measured.get("rco_at_lag")) is not None:
+            checks.check_lags("measured.rco_at_lag", at_lag, shape)
 
     def __hash__(self) -> int:
         return hash((self.model, self.num_layers, self.num_kv_heads, self.unstable))
@@ -103,26 +105,23 @@ class HeadProfile:
     def load(path: str | Path) -> "HeadProfile":
         """Reads what `save` wrote; raises ValueError naming the file when it is anything else."""
         try:
-            return HeadProfile.from_json(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, TypeError) as error:
+            return HeadProfile.from_json(read_text(path, MAX_BYTES))
+        except ValueError as error:
             raise ValueError(f"{path} is not a head profile: {error}") from error
 
     @staticmethod
     def from_json(text: str) -> "HeadProfile":
-        """The profile in JSON text; raises ValueError or TypeError when it holds none."""
-        fields = json.loads(text)
-        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        """The profile in JSON text; raises ValueError, naming the field, when it holds none."""
+        try:
+            values = json.loads(text)
+        except RecursionError:
+            raise ValueError("lists and objects nested without end") from None
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise ValueError(f'"format" must be {FORMAT!r}')
-        return HeadProfile(**fields)
-
-
-def _checked_rco(profile: HeadProfile) -> tuple[tuple[float | None, ...], ...]:
-    rows = tuple(tuple(row) for row in profile.rco or ())
-    if len(rows) != profile.num_layers or any(len(row) != profile.num_kv_heads for row in rows):
-        raise ValueError(
-            f"rco must hold {profile.num_layers} rows of {profile.num_kv_heads} numbers"
-        )
-    known = [value for row in rows for value in row if value is not None]
-    if any(not math.isfinite(value) or value > 1 + 1e-6 for value in known):
-        raise ValueError("rco must hold finite numbers of at most 1")
-    return rows
+        known = {entry.name for entry in fields(HeadProfile)}
+        if unknown := values.keys() - known:
+            raise ValueError(f"unknown field {checks.shown(min(unknown))}")
+        optional = {"fingerprint", "rco", "measured"}
+        if absent := known - optional - values.keys():
+            raise ValueError(f"missing field {min(absent)!r}")
+        return HeadProfile(**values)

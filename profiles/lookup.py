@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
+from flexijax.profiles.checks import check_size, shown
 from flexijax.profiles.head_profile import HeadProfile
 
 
@@ -35,11 +36,16 @@ def load(name: str | Path) -> HeadProfile:
     """
     if str(name) in names():
         return _shipped(str(name))
-    if Path(name).is_file():
+    try:
+        found = Path(name).exists()
+    except OSError:  # longer than the name of a file can be
+        found = False
+    if found:
         return HeadProfile.load(name)
-    near = get_close_matches(str(name), names(), cutoff=0)
+    near = get_close_matches(str(name)[:100], names(), cutoff=0)
     raise ValueError(
-        f"profile={str(name)!r} is neither a file nor a shipped profile, such as {', '.join(near)}"
+        f"profile={shown(str(name))} is neither a file nor a shipped profile, such as "
+        f"{', '.join(near)}"
     )
 
 
@@ -50,8 +56,7 @@ def find(model: str | NamedModel, budget_pages: int) -> HeadProfile | None:
         its fingerprint first. A profile of the same name and another fingerprint is no match.
     budget_pages: pages a head will attend to; nearest by ratio, the smaller one of two equals.
     """
-    if budget_pages <= 0:
-        raise ValueError(f"budget_pages={budget_pages} must be a positive integer")
+    check_size("budget_pages", budget_pages)
     name, fingerprint = (model, None) if isinstance(model, str) else (model.name, model.fingerprint)
     ranked = []
     for shipped in names():

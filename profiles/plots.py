@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from flexijax.profiles import stability
+from flexijax.profiles.averages import Averages
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiling.measure import Averages
 
 _UNSTABLE, _STABLE = "#c4452f", "#2f6fc4"
 _RCO = "mean RCO (1: same pages, 0: at random)"

@@ -5,6 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flexijax.profiles.regular_file import read_text
+
+MAX_BYTES = 1 << 30  # a long run's are a hundredth of that
+
 
 class Records:
     """Values by key; each is in the file as soon as it is added.
@@ -17,12 +21,19 @@ class Records:
         self._path = path
         self._values: dict[str, Any] = {}
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in read_text(path, MAX_BYTES).splitlines():
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError:
                     continue
-                if not isinstance(record, dict) or not {"key", "value"} <= record.keys():
+                except (RecursionError, ValueError):
+                    record = None
+                # A key that is no string is none of ours, and might not even be hashable.
+                if (
+                    not isinstance(record, dict)
+                    or not {"key", "value"} <= record.keys()
+                    or not isinstance(record["key"], str)
+                ):
                     raise ValueError(f"{path} is not a file of records: name another one")
                 self._values[record["key"]] = record["value"]
 

@@ -31,8 +31,8 @@ class HeadStability(NamedTuple):
 class ProfileFit:
     """How well a profile describes a text.
 
-    observed, expected: mean RCO of the compared heads. difference: root mean square of observed less
-    expected, over heads. stale: the difference is more than `MAX_DIFFERENCE`.
+    observed, expected: mean RCO of the compared heads. difference: root mean square of observed
+    less expected, over heads. stale: the difference is more than `MAX_DIFFERENCE`.
     """
 
     observed: float

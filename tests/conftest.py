@@ -31,7 +31,7 @@ def own_compilation_cache(tmp_path_factory):
 def few_executables():
     """Programs of one file are no use to the next; all together hold too many memory maps."""
     yield
-    from flexijax.engine.program import forget_compiled
+    from flexijax.engine.jit_cache import forget_compiled
 
     forget_compiled()
     gc.collect()

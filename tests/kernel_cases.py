@@ -112,11 +112,11 @@ def decode_inputs(case: DecodeCase) -> dict[str, np.ndarray]:
     """Arguments of `paged_decode`: a pool of NaN in which only what must be read is a number."""
     rng = np.random.default_rng(len(case.name))
     batch, dtype = len(case.lengths), numpy_dtype(case.dtype)
-    most = max(1, *(-(-length // case.page) for length in case.lengths)) + 1
-    blocks = batch * most + 3
-    ids = rng.permutation(blocks - 1)[: batch * most].reshape(batch, 1, most) + 1
-    ids = np.broadcast_to(ids, (batch, case.heads, most)).astype(np.int32).copy()
-    counts = np.zeros((batch, case.heads, most), np.int32)
+    pages = max(1, *(-(-length // case.page) for length in case.lengths)) + 1
+    blocks = batch * pages + 3
+    ids = rng.permutation(blocks - 1)[: batch * pages].reshape(batch, 1, pages) + 1
+    ids = np.broadcast_to(ids, (batch, case.heads, pages)).astype(np.int32).copy()
+    counts = np.zeros((batch, case.heads, pages), np.int32)
     for b, length in enumerate(case.lengths):
         whole, rest = divmod(length, case.page)
         for h in range(case.heads):
@@ -126,7 +126,7 @@ def decode_inputs(case: DecodeCase) -> dict[str, np.ndarray]:
             if rest:
                 counts[b, h, whole] = rest
             # Another order for every head, and pages that nobody reads in between.
-            order = rng.permutation(most)
+            order = rng.permutation(pages)
             ids[b, h], counts[b, h] = ids[b, h, order], counts[b, h, order]
             if case.repeat:
                 ids[b, h, 0], counts[b, h, 0] = ids[b, h, 1], max(1, counts[b, h, 1] - 3)
@@ -160,9 +160,9 @@ def score_inputs(case: ScoreCase) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(len(case.name))
     batch, dtype = len(case.lengths), numpy_dtype(case.dtype)
     used = [-(-length // case.page) for length in case.lengths]
-    most = max(used) + 1
-    blocks = batch * most + 2
-    table = rng.permutation(blocks)[: batch * most].reshape(batch, most).astype(np.int32)
+    pages = max(used) + 1
+    blocks = batch * pages + 2
+    table = rng.permutation(blocks)[: batch * pages].reshape(batch, pages).astype(np.int32)
     low_high = np.full((blocks, case.heads, 2, case.width), np.nan, dtype)
     for b, count in enumerate(used):
         for block in table[b, :count]:
@@ -178,9 +178,9 @@ def sketch_inputs(case: SketchCase) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(len(case.name))
     batch = len(case.lengths)
     full = [length // case.page for length in case.lengths]
-    most = max(full) + 2
-    blocks = batch * most + 2
-    table = rng.permutation(blocks)[: batch * most].reshape(batch, most).astype(np.int32)
+    pages = max(full) + 2
+    blocks = batch * pages + 2
+    table = rng.permutation(blocks)[: batch * pages].reshape(batch, pages).astype(np.int32)
     shape = (blocks, case.heads, case.bits, -(-case.width // 32), case.page)
     heads = (batch, case.heads, case.group)
     inputs = {

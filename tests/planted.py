@@ -23,12 +23,12 @@ class PlantedDecoder:
 
     num_layers: int
 
-    def hidden(self, params, tokens, positions, attend, state):
-        """Calls the plug with the planted arrays; what it attends to changes nothing."""
+    def hidden(self, params, tokens, positions, attention_fn, state):
+        """Calls the attention function with the planted arrays; what it returns changes nothing."""
         k = params["keys"][positions]
         x = jnp.zeros((*tokens.shape, 1))
         for layer in range(self.num_layers):
-            _, state = attend(layer, params["queries"][positions, layer], k, k, state)
+            _, state = attention_fn(layer, params["queries"][positions, layer], k, k, state)
         return x, state
 
     def logits(self, params, x):
@@ -44,7 +44,6 @@ def words_tokenizer():
         backend=backend,
         bos_token=None,
         eos_token=None,
-        add_bos=False,
         stop_ids=frozenset({5}),
         chat_template="w1 {{ messages[0].content }} w2",
     )

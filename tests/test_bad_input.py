@@ -1,13 +1,17 @@
 """Law 8: bad input is refused, by name, before anything is traced."""
 
+import dataclasses
 import math
-import sys
 
 import numpy as np
 import pytest
 
 import flexijax
-from flexijax.engine.program import num_compiled
+from flexijax.engine import plan
+from flexijax.engine.jit_cache import num_compiled
+from flexijax.policies.base import HeadGroup, Policy, Tier
+from flexijax.policies.minmax import MinMax
+from flexijax.policies.quest import Quest
 from tests.tiny_models import tiny_model
 
 
@@ -28,6 +32,16 @@ def profile_of(layers):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Heads(Policy):
+    """Keeps the named heads densely, whether the model has them or not."""
+
+    heads: tuple[int, ...]
+
+    def groups(self, layer, run):
+        return (HeadGroup(self.heads, (Tier(None),)),)
+
+
 BAD_CALLS = {
     "empty prompt": (dict(prompts=[[1], []]), r"prompts\[1\] is empty"),
     "text without tokenizer": (dict(prompts="hello"), r"prompts\[0\] is text"),
@@ -40,9 +54,7 @@ BAD_CALLS = {
     "float new tokens": (dict(max_new_tokens=2.0), r"max_new_tokens=2\.0"),
     "prompts that are none": (dict(prompts=None), "prompts=None must be a list"),
     "a number of prompts": (dict(prompts=5), "prompts=5 must be a list"),
-    "negative seed": (dict(seed=-1), "seed=-1 must be at least 0"),
-    "fractional seed": (dict(seed=1.5), r"seed=1\.5 must be an integer"),
-    "a mode for a cache": (dict(cache="full"), "cache='full' must be None or a"),
+    "a policy for a cache": (dict(cache="full"), "cache='full' must be None or a"),
     "a word for a sampling": (dict(sampling="greedy"), "sampling='greedy' must be a Sampling"),
     "words for samplings": (dict(sampling=["greedy"]), r"sampling=\['greedy'\] must be"),
     "stop token of no vocabulary": (
@@ -68,8 +80,27 @@ BAD_CALLS = {
     "no batch": (dict(max_batch=0), "max_batch=0"),
     "bool batch": (dict(max_batch=True), "max_batch=True"),
     "float batch": (dict(max_batch=1.5), r"max_batch=1\.5"),
-    "foreign profile": (dict(profile=profile_of(3)), "num_layers is 3 in the profile and 2"),
-    "no profile": (dict(profile=None), "profile=None"),
+    "foreign profile": (
+        dict(cache=flexijax.CacheConfig(profile=profile_of(3))),
+        "num_layers is 3 in the profile and 2",
+    ),
+    "no profile": (dict(cache=flexijax.CacheConfig(profile=None)), "profile=None"),
+    "a budget that the prompt's window fills": (
+        dict(cache=flexijax.CacheConfig(policy="snapkv", budget_tokens=64)),
+        "budget_tokens=64 must be more than window=64 of policy='snapkv'",
+    ),
+    "a policy that forgets a head": (
+        dict(cache=flexijax.CacheConfig(policy=Heads((0,)))),
+        r"head groups of layer 0 name heads \[0\]; each of 0 \.\. 1 must",
+    ),
+    "a policy of a head too many": (
+        dict(cache=flexijax.CacheConfig(policy=Heads((0, 1, 2)))),
+        r"head groups of layer 0 name heads \[0, 1, 2\]",
+    ),
+    "summaries that end before the keys": (
+        dict(cache=flexijax.CacheConfig(policy=Quest(MinMax("float16")))),
+        "dtype='float16' end at 65504, and keys in float32 do not",
+    ),
     "fewer samplings": (dict(sampling=[]), "sampling has 0 entries for 1 prompts"),
     "flat ids": (dict(prompts=[1, 2, 3]), r"prompts\[0\]=1 must be"),
     "fractional token": (dict(prompts=[[1.5]]), r"prompts\[0\]=\[1\.5\] must be"),
@@ -80,7 +111,8 @@ BAD_CALLS = {
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_calls_are_refused_before_any_tracing(name, lm):
     changes, message = BAD_CALLS[name]
-    call = dict(prompts=[[1, 2]], max_new_tokens=20, profile=profile_of(2)) | changes
+    cache = flexijax.CacheConfig(profile=profile_of(2))
+    call = dict(prompts=[[1, 2]], max_new_tokens=20, cache=cache) | changes
     before = num_compiled()
     with pytest.raises(ValueError, match=message):
         flexijax.generate(lm, call.pop("prompts"), **call)
@@ -93,16 +125,18 @@ def test_a_name_is_no_model():
 
 
 def test_more_than_the_memory_is_refused_before_any_tracing(lm, monkeypatch):
-    running = sys.modules["flexijax.generate"]  # the name in flexijax is the function
-    monkeypatch.setattr(running, "available_bytes", lambda: (10_000, 10_000))
+    monkeypatch.setattr(plan, "available_bytes", lambda: (10_000, 10_000))
+    cache = flexijax.CacheConfig(profile=profile_of(2))
     before = num_compiled()
     with pytest.raises(ValueError, match=r"66 tokens of context need .* GB on the device \(free: "):
-        flexijax.generate(lm, [[1, 2]], max_new_tokens=64, profile=profile_of(2))
+        flexijax.generate(lm, [[1, 2]], max_new_tokens=64, cache=cache)
     assert num_compiled() == before
 
 
 BAD_CONFIGS = (
-    (dict(mode="dense"), "mode='dense'"),
+    (dict(policy="dense"), "policy='dense' must be one of .*'flexi', 'full'.* or a Policy object"),
+    (dict(policy=Quest), "policy=<class .*Quest'> must be a name or a Policy object"),
+    (dict(profile=3), "profile=3 must be None, a name or a HeadProfile"),
     (dict(page_size=0), "page_size=0"),
     (dict(page_size=-16), "page_size=-16"),
     (dict(page_size=True), "page_size=True"),
@@ -125,6 +159,8 @@ BAD_SAMPLINGS = (
     (dict(min_p=2.0), r"min_p=2\.0"),
     (dict(stop=("",)), "stop="),
     (dict(stop_ids=(-1,)), "stop_ids="),
+    (dict(seed=-1), "seed=-1 must be None or an integer of at least 0"),
+    (dict(seed=1.5), r"seed=1\.5 must be None or an integer"),
     (dict(logprobs="yes"), "logprobs='yes' must be True or False"),
     (dict(ignore_eos=1), "ignore_eos=1 must be True or False"),
 )
@@ -142,8 +178,8 @@ def test_bad_settings_are_refused_where_they_are_made(kind, fields, message):
 
 def test_numbers_of_numpy_are_numbers(lm):
     """And a temperature beyond float32 is no warning: it draws evenly, as it would in the limit."""
-    wish = flexijax.Sampling(temperature=1e300, top_k=np.int64(5), seed=np.int32(7))
-    numpys = dict(max_new_tokens=np.int64(3), max_batch=np.int8(1), seed=np.uint8(9))
-    cache = flexijax.CacheConfig(mode="full")
-    out = flexijax.generate(lm, [np.array([1, 2])], sampling=wish, cache=cache, **numpys)
+    sampling = flexijax.Sampling(temperature=1e300, top_k=np.int64(5), seed=np.uint8(7))
+    numpys = dict(max_new_tokens=np.int64(3), max_batch=np.int8(1))
+    cache = flexijax.CacheConfig(policy="full", budget_tokens=np.int64(64), page_size=np.int8(16))
+    out = flexijax.generate(lm, [np.array([1, 2])], sampling=sampling, cache=cache, **numpys)
     assert len(out[0].token_ids) == 3

@@ -7,9 +7,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexijax.config import CacheConfig
+from flexijax.engine.plan import make_program
 from flexijax.pallas_kernels import summaries
-from flexijax.policies.base import make
 from flexijax.policies.minmax import MinMax
+from flexijax.policies.page_score import PageTable
+from flexijax.policies.quest import Quest
+from tests.tiny_models import tiny_model
 
 PAGE, WIDTH = 4, 40  # five groups of eight channels share an exponent each
 # float32 keys, magnitudes that a float32 product can still hold.
@@ -24,9 +27,9 @@ DTYPES = ["float32", "bfloat16", "float16"]
 
 def page_of(numbers, dtype):
     """The numbers as one page of one head in `dtype`, and what they came to, in float64."""
-    most = 65504.0 if dtype == "float16" else np.inf
+    largest = 65504.0 if dtype == "float16" else np.inf
     tiny = 2.0**-14 if dtype == "float16" else 0.0  # subnormal numbers may be taken for zero
-    numbers = np.clip(np.asarray(numbers, np.float64), -most, most)
+    numbers = np.clip(np.asarray(numbers, np.float64), -largest, largest)
     numbers = np.where(np.abs(numbers) < tiny, 0.0, numbers)
     keys = jnp.asarray(numbers.reshape(1, 1, PAGE, WIDTH), dtype)
     return keys, np.asarray(keys.astype(jnp.float32), np.float64)[0, 0]
@@ -52,9 +55,7 @@ def test_bounds_hold_for_any_keys(dtype, kept, numbers, query):
         jnp.asarray(q),
         found,
         (),
-        jnp.zeros((1, 1), jnp.int32),
-        jnp.asarray([PAGE], jnp.int32),
-        page_size=PAGE,
+        PageTable(jnp.zeros((1, 1), jnp.int32), jnp.asarray([PAGE], jnp.int32), PAGE),
         scale=1.0,
         implementation="xla",
     )
@@ -70,17 +71,18 @@ def test_bounds_are_close(dtype):
     rng = np.random.default_rng(0)
     keys, exact = page_of(rng.normal(size=PAGE * WIDTH), dtype)
     ends = np.stack([exact.min(0), exact.max(0)])
-    for kept, most in (("int8", 2 / 64), ("bfloat16", 2**-7)):
+    for kept, allowed in (("int8", 2 / 64), ("bfloat16", 2**-7)):
         found = np.asarray(summaries.dequantize(MinMax(kept).summarize(keys)), np.float64)[0, 0]
         size = np.abs(ends).reshape(2, -1, 8).max(-1).repeat(8, -1)
-        assert (np.abs(found - ends) <= most * size).all()
+        assert (np.abs(found - ends) <= allowed * size).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_float16_summaries_of_wider_keys_are_refused(dtype):
     """A key of 70,000 would have the bound infinity, and 0 times that is no number."""
     assert np.isinf(np.asarray(jnp.float32(70000.0).astype(jnp.float16)))
-    config = CacheConfig(mode="quest", score="minmax", summary_dtype="float16")
-    with pytest.raises(ValueError, match=f"summary_dtype='float16' ends at 65504.*{dtype}"):
-        make(config, profile=None, num_layers=1, dtype=dtype)
-    assert make(config, profile=None, num_layers=1, dtype="float16").score == MinMax("float16")
+    lm, policy = tiny_model(), Quest(MinMax("float16"))
+    with pytest.raises(ValueError, match=f"dtype='float16' end at 65504, and keys in {dtype} do"):
+        make_program(lm, CacheConfig(policy=policy, dtype=dtype), max_tokens=64)
+    layout = make_program(lm, CacheConfig(policy=policy, dtype="float16"), max_tokens=64).layout
+    assert [group.score for *_, group in layout.all_groups()] == [MinMax("float16")] * 2

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexijax.models import placement
 from flexijax.models.checkpoint import MARKER, save
+from flexijax.models.errors import LoadError
 from flexijax.models.load import load
-from flexijax.models.weights import LoadError
 from tests import tiny_models
 from tests.model_files import tensors, write_hf
 from tests.test_tokenizer import byte_tokenizer
@@ -86,7 +87,7 @@ def test_weights_are_sharded_over_devices(tmp_path):
 class Foreign:
     """A user's own decoder."""
 
-    def hidden(self, params, tokens, positions, attend, state):
+    def hidden(self, params, tokens, positions, attention_fn, state):
         return tokens, state
 
     def logits(self, params, x):
@@ -118,7 +119,7 @@ def test_damaged_checkpoints_are_one_clear_error(tmp_path):
     layers = [f"layers/{layer}" for layer in range(2)]
     assert sorted(caught.value.problems) == sorted(
         [
-            "ends/head: the config has no place for it",
+            "lm_head/kernel: the config has no place for it",
             *(f"missing array: {layer}/{norm}/scale" for layer in layers for norm in QK_NORMS),
             *(f"{at}/gate_up/kernel: shape (160, 48), the config says (128, 48)" for at in layers),
             *(f"{at}/down/kernel: shape (48, 80), the config says (48, 64)" for at in layers),
@@ -131,10 +132,31 @@ def test_damaged_checkpoints_are_one_clear_error(tmp_path):
     assert len(caught.value.problems) == 2 + 1  # the marker's JSON, its content, the tokenizer
 
 
+def test_values_that_overflow_the_dtype_are_refused(tmp_path):
+    lm = tiny_models.tiny_model("llama")
+    head = lm.params["lm_head"]["kernel"].at[3, 4].set(-70000.0)
+    params = lm.params | {"lm_head": {"kernel": head}}
+    save(dataclasses.replace(lm, params=params), tmp_path / "m")
+    with pytest.raises(LoadError) as caught:
+        load(tmp_path / "m", dtype="float16")
+    assert caught.value.problems == (
+        "lm_head/kernel: its largest value, 70000, is infinite in float16: "
+        "load with dtype='float32' or 'bfloat16'",
+    )
+    assert float(load(tmp_path / "m").params["lm_head"]["kernel"][3, 4]) == -70000.0
+
+
+def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    save(tiny_models.tiny_model("llama"), tmp_path / "m")
+    monkeypatch.setattr(placement, "available_host_bytes", lambda: 1000)
+    with pytest.raises(LoadError, match="host memory: the weights take .* 1,000 bytes are avail"):
+        load(tmp_path / "m")
+
+
 DAMAGED = """
 import sys
 from flexijax.models.load import load
-from flexijax.models.weights import LoadError
+from flexijax.models.errors import LoadError
 
 try:
     load(sys.argv[1])

@@ -13,14 +13,18 @@ from typing import Any
 
 import pytest
 
+from flexijax import policies
 from flexijax.cli import generate as cli_generate
-from flexijax.cli.main import main as cli
+from flexijax.cli import main as cli
 from flexijax.cli.terminal import Progress, megabytes, table, write_json
+from flexijax.compare import Answers
 from flexijax.config import CacheConfig
-from flexijax.engine.program import num_compiled
+from flexijax.engine.jit_cache import num_compiled
 from flexijax.engine.sampling import Sampling
 from flexijax.models.load import load
-from flexijax.profiles.staleness import Fit
+from flexijax.policies.minmax import MinMax
+from flexijax.policies.quest import Quest
+from flexijax.profiles.staleness import ProfileFit
 from flexijax.results import Generation, Metrics
 
 METRICS: dict[str, Any] = {
@@ -37,6 +41,7 @@ METRICS: dict[str, Any] = {
     "summary_bytes": 3_200_000,
     "promoted_pages": 7,
     "promoted_bytes": 114_688,
+    "evicted_tokens": 0,
     "offloaded_bytes": 4096,
     "reranks": 2,
     "mean_overlap": 0.25,
@@ -44,7 +49,7 @@ METRICS: dict[str, Any] = {
     "mean_interval": 16.0,
     "head_rco": ((0, 1, 0.5),),
     "profile": "shipped for toy",
-    "profile_fit": Fit(0.51, 0.62, 0.11, False),
+    "profile_fit": ProfileFit(0.51, 0.62, 0.11, False),
 }
 
 
@@ -78,7 +83,7 @@ class Model:
         if stream is not None:
             for piece in ("Hel", "lo", ""):
                 stream(0, piece)
-        full = rest["cache"].mode == "full"
+        full = rest["cache"].policy == "full"
         return [
             Generation(
                 text="Hello",
@@ -89,6 +94,16 @@ class Model:
             )
         ]
 
+    def compare(self, lm, prompt, caches, *, stream, **rest):
+        def answer(name, cache):
+            def show(_, piece):
+                stream(name, piece)
+
+            return self.generate(lm, [prompt], cache=cache, stream=show, **rest)[0]
+
+        answers = {name: answer(name, cache) for name, cache in caches.items()}
+        return Answers(answers, {name: 2 for name in list(caches)[:-1]})
+
 
 @pytest.fixture
 def model(monkeypatch) -> Model:
@@ -96,7 +111,7 @@ def model(monkeypatch) -> Model:
     monkeypatch.setenv("FLEXIJAX_CACHE_DIR", "")
     monkeypatch.setattr(cli_generate, "load", model.load)
     monkeypatch.setattr(cli_generate, "generate", model.generate)
-    monkeypatch.setattr(cli_generate, "agreeing_tokens", lambda *_, **__: 2)
+    monkeypatch.setattr(cli_generate, "compare", model.compare)
     return model
 
 
@@ -109,6 +124,7 @@ def test_text_streams_and_the_table_follows(model, capsys):
     out, err = capsys.readouterr()
     text, rows = out.split("\n\n")
     assert text == "Hello"
+    rows = re.sub("  +", "  ", rows)
     assert "mean RCO (of the profile)  0.51 (0.62)" in rows
     for words in ("4,812", "6.21 s", "48.3 ms", "52.1 MB", "41.0 MB", "174.2 MB", "3.2 MB"):
         assert words in rows
@@ -121,8 +137,8 @@ def test_text_streams_and_the_table_follows(model, capsys):
 def test_every_option_arrives(model, tmp_path):
     file = tmp_path / "out.json"
     options = (
-        "--prompt Hi --mode quest --budget-tokens 256 --page-size 32 --rerank-interval 8 "
-        "--cache-dtype bfloat16 --score minmax --summary-dtype int8 --implementation xla "
+        "--prompt Hi --policy quest --budget-tokens 256 --page-size 32 --rerank-interval 8 "
+        "--cache-dtype bfloat16 --score minmax8 --implementation xla "
         "--transfer staged "
         "--profile llama-3.1-8b-instruct.gov_report.64 --temperature 0.5 --top-k 4 --top-p 0.9 "
         f"--min-p 0.1 --stop A --stop B --logprobs --seed 7 --json {file} --quiet "
@@ -131,27 +147,27 @@ def test_every_option_arrives(model, tmp_path):
     assert run(*options.split()) == 0
     call = model.calls[0]
     cache = CacheConfig(
-        mode="quest",
+        policy=Quest(MinMax("int8")),
         page_size=32,
         budget_tokens=256,
         rerank_interval=8,
+        profile=call["cache"].profile,
         dtype="bfloat16",
-        score="minmax",
-        summary_dtype="int8",
         implementation="xla",
         transfer="staged",
     )
     asked = Sampling(
         temperature=0.5, top_k=4, top_p=0.9, min_p=0.1, stop=("A", "B"), logprobs=True, seed=7
     )
-    assert (call["cache"], call["sampling"], call["seed"]) == (cache, asked, 7)
-    assert call["profile"].model == "meta-llama/Llama-3.1-8B-Instruct"
+    assert (call["cache"], call["sampling"]) == (cache, asked)
+    assert call["cache"].profile.model == "meta-llama/Llama-3.1-8B-Instruct"
     assert model.loaded == {"source": "toy", "dtype": "bfloat16", "max_context": 4096}
     written = json.loads(file.read_text())
     assert (written["text"], written["token_ids"]) == ("Hello", [5, 6, 7])
     as_lists = {"head_overlap": [[0, 1, None]], "head_rco": [[0, 1, 0.5]]}
-    fit = {"seen": 0.51, "promised": 0.62, "difference": 0.11, "stale": False}
+    fit = {"observed": 0.51, "expected": 0.62, "difference": 0.11, "stale": False}
     assert written["metrics"] == {**METRICS, **as_lists, "profile_fit": fit}
+    assert written["cache"]["policy"] == "Quest(score=MinMax(dtype='int8'))"
     assert written["cache"]["page_size"] == 32 and written["environment"]["jax"]
 
 
@@ -164,10 +180,10 @@ def test_comparison_with_full(model, capsys, tmp_path):
     file = tmp_path / "out.json"
     assert run("--prompt", "Hi", "--compare-full", "--json", str(file)) == 0
     rows = re.sub(" +", " ", capsys.readouterr().out)
-    assert "mode flexi" in rows and "mode full" in rows
+    assert "policy flexi" in rows and "policy full" in rows
     assert "tokens equal from the start 2 of 3" in rows
     assert "tokens of full that agree 2 of 3" in rows
-    assert [call["cache"].mode for call in model.calls] == ["flexi", "full"]
+    assert [call["cache"].policy for call in model.calls] == ["flexi", "full"]
     written = json.loads(file.read_text())
     assert (written["token_ids"], written["full"]["token_ids"]) == ([5, 6, 7], [5, 6, 9])
     assert written["full_tokens_chosen"] == 2
@@ -201,7 +217,8 @@ BAD = {
     "--page-size -16": "page_size=-16",
     "--rerank-interval 0": "rerank_interval=0",
     "--rerank-interval often": "invalid interval value: 'often'",
-    "--mode flexy": "flexy",
+    "--policy full --score minmax": "scores no pages",
+    "--policy flexy": "flexy",
     "--max-new-tokens 0": "--max-new-tokens=0",
     "--max-new-tokens many": "many",
     "--profile unheard": "unheard",
@@ -359,4 +376,14 @@ def test_json_is_standard(tmp_path):
     path = Path(tmp_path / "x.json")
     write_json(path, {"a": float("inf"), "b": (1, {2}), "c": CacheConfig(), "d": path})
     read = json.loads(path.read_text())
-    assert read["a"] is None and read["b"] == [1, [2]] and read["c"]["mode"] == "flexi"
+    assert read["a"] is None and read["b"] == [1, [2]] and read["c"]["policy"] == "flexi"
+
+
+def test_policies_are_listed(capsys, tmp_path):
+    file = tmp_path / "policies.json"
+    assert cli.main(["policies", "--json", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(policies.names())
+    assert "Options: window, kernel." in next(line for line in lines if line.startswith("snapkv"))
+    written = json.loads(file.read_text())["policies"]
+    assert [row["policy"] for row in written] == list(policies.names())

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from flexijax.cli import main as cli
 from flexijax.cli import profile as cli_profile
-from flexijax.cli.main import main as cli
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.report import TALK_OVERLAP
 from tests.planted import planted_model, text_document

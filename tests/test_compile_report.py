@@ -14,20 +14,22 @@ from flexijax.aot.footprint import (
     step_bytes,
 )
 from flexijax.aot.targets import target
-from flexijax.cache import cache as kv
+from flexijax.cache.cache import abstract
+from flexijax.cache.memory import nbytes
 from flexijax.cli import compile_report as cli_compile_report
-from flexijax.cli.main import main as cli
+from flexijax.cli import main as cli
 from flexijax.config import CacheConfig
 from flexijax.models import presets
+from flexijax.policies.flexi import Flexi
+from flexijax.policies.minmax import MinMax
+from flexijax.policies.sketch import Sketch
 
 LLAMA = presets.config("llama-3.1-8b")
 
 
-def program(mode, *, summary_dtype=None, config=LLAMA):
-    score = CacheConfig().score if summary_dtype is None else "minmax"
-    cache = CacheConfig(mode=mode, score=score, summary_dtype=summary_dtype)
-    profile = shipped_profile("llama-3.1-8b", 64) if mode == "flexi" else None
-    return make_program(config, cache, profile=profile, context=32768, batch=16)
+def program(policy, *, config=LLAMA):
+    cache = CacheConfig(policy=policy, profile=shipped_profile("llama-3.1-8b", 64))
+    return make_program(config, cache, context=32768, batch=16)
 
 
 @pytest.mark.parametrize("preset", presets.NAMES)
@@ -60,22 +62,20 @@ def test_bytes_of_a_step_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "least", "most"),
-    [(None, 0.33, 0.345), ("bfloat16", 0.33, 0.345), ("int8", 0.30, 0.31)],
+    ("score", "least", "most"),
+    [(Sketch(2), 0.33, 0.345), (MinMax("bfloat16"), 0.33, 0.345), (MinMax("int8"), 0.30, 0.31)],
     ids=["sketch", "16", "8"],
 )
-def test_the_cache_lies_where_it_should(dtype, least, most):
-    found = program("flexi", summary_dtype=dtype)
-    cache = kv.abstract(found.layout, found.policy.score)
-    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(cache.host)} == {"pinned_host"}
-    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(cache.layers)} == {"device"}
-    full = 256 * found.layout.blocks * found.layout.page_bytes
-    held = [
-        leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(cache.layers)
-        if leaf.dtype != jnp.int32
-    ]
-    assert least < sum(held) / full <= most
+def test_the_cache_lies_where_it_should(score, least, most):
+    found = program(Flexi(score))
+    cache, sizes = abstract(found.layout, found.policy), found.layout.sizes
+    host = [layer.host for layer in cache.layers]
+    groups = [layer.groups for layer in cache.layers]
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(host)} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(groups)} == {"device"}
+    full = 256 * sizes.blocks * sizes.page_bytes
+    held = [leaf for leaf in jax.tree.leaves(groups) if leaf.dtype != jnp.int32]
+    assert least < nbytes(held) / full <= most
 
 
 def test_a_bad_size_is_refused_before_compiling():
@@ -85,8 +85,7 @@ def test_a_bad_size_is_refused_before_compiling():
             compile_report(
                 LLAMA,
                 name="llama",
-                cache=CacheConfig(mode="quest"),
-                profile=None,
+                cache=CacheConfig(policy="quest"),
                 target=target("h100"),
                 **sizes,
             )

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax.config import MODES
+from flexijax import policies
 from flexijax.engine.continuation import Continuation, read
-from flexijax.generate import make_program
+from flexijax.engine.plan import make_program
+from flexijax.policies.snapkv import SnapKV
 from tests.tiny_models import tiny_model
 
 PAGE, STEPS, TOKENS = 4, 8, 24
@@ -24,6 +25,10 @@ PROFILE = flexijax.HeadProfile(
 )
 
 
+# The default window is more than these budgets.
+POLICIES = {name: name for name in policies.names()} | {"snapkv": SnapKV(window=4)}
+
+
 @pytest.fixture(scope="module")
 def lm():
     return tiny_model()
@@ -31,47 +36,52 @@ def lm():
 
 @pytest.fixture(scope="module")
 def config():
-    return flexijax.CacheConfig(page_size=PAGE, budget_tokens=4 * PAGE, rerank_interval=STEPS)
+    return flexijax.CacheConfig(
+        page_size=PAGE, budget_tokens=4 * PAGE, rerank_interval=STEPS, profile=PROFILE
+    )
 
 
 @pytest.fixture(scope="module")
 def made(lm, config):
-    """A program per mode, all for the same number of tokens; "flexi" in a batch of two."""
+    """A program per policy, all for the same number of tokens; "flexi" in a batch of two."""
     return {
-        mode: make_program(
+        name: make_program(
             lm,
-            dataclasses.replace(config, mode=mode),
-            profile=PROFILE,
+            dataclasses.replace(config, policy=policy),
             max_tokens=len(PROMPT) + TOKENS,
-            rows=2 if mode == "flexi" else 1,
+            max_new_tokens=TOKENS,
+            batch=2 if name == "flexi" else 1,
         )
-        for mode in MODES
+        for name, policy in POLICIES.items()
     }
 
 
 @pytest.fixture(scope="module")
 def reading(lm, made):
-    return read(lm, made["full"], PROMPT)
+    """One reading for all of them, whatever each observes of the prompt."""
+    return read(lm, list(made.values()), PROMPT)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_program_says_what_generate_says(mode, lm, config, made, reading):
-    cache = dataclasses.replace(config, mode=mode)
-    out = flexijax.generate(
-        lm, [PROMPT], max_new_tokens=TOKENS, cache=cache, profile=PROFILE, max_batch=1
-    )[0]
-    greedy = Continuation(lm, made[mode], reading)
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_program_says_what_generate_says(name, lm, config, made, reading):
+    cache = dataclasses.replace(config, policy=POLICIES[name])
+    out = flexijax.generate(lm, [PROMPT], max_new_tokens=TOKENS, cache=cache, max_batch=1)[0]
+    greedy = Continuation(lm, made[name], reading)
     said = greedy.greedy(STEPS) + greedy.greedy(TOKENS - STEPS)
     assert said == list(out.token_ids)
 
-    fed = Continuation(lm, made[mode], reading)
+    fed = Continuation(lm, made[name], reading)
     first = fed.first_logits.argmax()
     logits = np.concatenate([fed.feed(said[:STEPS]), fed.feed(said[STEPS:])])
     assert [first, *logits.argmax(-1)[:-1]] == said
     assert logits.shape == (TOKENS, lm.vocab_size)
     # All were promoted in as many reranks, of which generate needs one less for its last token.
-    assert fed.promoted == greedy.promoted >= out.metrics.promoted_pages
-    assert (fed.promoted > 0) == (mode == "flexi")
+    assert fed.stats == greedy.stats
+    assert fed.stats.promoted_pages >= out.metrics.promoted_pages
+    assert (fed.stats.promoted_pages > 0) == (name == "flexi")
+    assert fed.stats.chunks == TOKENS // STEPS
+    evicts = name in ("streaming_llm", "snapkv", "h2o")
+    assert (fed.stats.evicted_tokens > 0) == (out.metrics.evicted_tokens > 0) == evicts
     assert fed.length == greedy.length == len(PROMPT) + TOKENS
 
 
@@ -85,7 +95,7 @@ def test_feeding_and_greed_may_take_turns(lm, made, reading):
 
 def test_what_does_not_fit_is_refused_by_name(lm, config, made, reading):
     with pytest.raises(ValueError, match="0 tokens, it must have 1 to"):
-        read(lm, made["full"], [])
+        read(lm, [made["full"]], [])
     fed = Continuation(lm, made["full"], reading)
     with pytest.raises(ValueError, match="9 tokens are not whole chunks of rerank_interval=8"):
         fed.feed([1] * 9)
@@ -94,11 +104,26 @@ def test_what_does_not_fit_is_refused_by_name(lm, config, made, reading):
     with pytest.raises(ValueError, match=r"61 \+ 800 tokens are more than the cache's"):
         fed.greedy(800)
 
-    for change in ({"page_size": 8}, {"dtype": "bfloat16"}):
-        other = dataclasses.replace(config, mode="full", **change)
-        program = make_program(lm, other, profile=None, max_tokens=85, rows=1)
-        with pytest.raises(ValueError, match=f"a prompt read with {next(iter(change))}="):
+    for change, field in (({"dtype": "bfloat16"}, "dtype"), ({"page_size": 32}, "tokens")):
+        other = dataclasses.replace(config, policy="full", **change)
+        program = make_program(lm, other, max_tokens=85)
+        with pytest.raises(ValueError, match=f"a prompt read with {field}="):
             Continuation(lm, program, reading)
     stranger = dataclasses.replace(made["full"], decoder=tiny_model(rope_theta=1e3).decoder)
     with pytest.raises(ValueError, match="by one decoder cannot be continued by another"):
         Continuation(lm, stranger, reading)
+
+
+def test_what_was_not_observed_is_refused_by_name(lm, made):
+    """A reading holds what its programs asked for; another policy may need more of the prompt."""
+    plain = read(lm, [made["full"]], PROMPT)
+    for name in ("snapkv", "h2o"):
+        with pytest.raises(ValueError, match=r"observes queries that were not kept: name its prog"):
+            Continuation(lm, made[name], plain)
+    Continuation(lm, made["streaming_llm"], plain)
+
+
+def test_programs_that_cannot_share_a_reading_are_refused_by_name(lm, config, made):
+    wide = dataclasses.replace(config, policy="full", dtype="bfloat16")
+    with pytest.raises(ValueError, match="one reading of a prompt serves programs of one model"):
+        read(lm, [made["full"], make_program(lm, wide, max_tokens=85)], PROMPT)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax.evaluate import agreeing_tokens, evaluate
+from flexijax.engine.continuation import Continuation, read
+from flexijax.engine.plan import make_program
+from flexijax.evaluate import evaluate
 from flexijax.policies.adaptive import Adaptive
 from flexijax.policies.flexi import Flexi
 from flexijax.policies.minmax import MinMax
@@ -285,12 +287,20 @@ def test_full_attention_compiles_its_steps_once(lm, documents):
 
 def test_agreement_counts_choices_on_a_given_text(lm, documents):
     prompt = prompt_ids(documents[0], lm.tokenizer, max_tokens=120)
-    full = config(policy="full")
+    full, roomy = config(policy="full"), config(budget_tokens=256)
     tokens = flexijax.generate(lm, [prompt], max_new_tokens=11, cache=full)[0].token_ids
-    assert agreeing_tokens(lm, prompt, tokens, cache=full) == 11
-    assert agreeing_tokens(lm, prompt, tokens, cache=config(budget_tokens=256)) == 11
-    assert agreeing_tokens(lm, prompt, [(tokens[0] + 1) % 60], cache=full) == 0
-    assert agreeing_tokens(lm, prompt, [], cache=full) == 0
+
+    def agreeing(cache, tokens):
+        program = make_program(lm, cache, max_tokens=len(prompt) + 16, max_new_tokens=16)
+        return Continuation(lm, program, read(lm, [program], prompt)).agreeing(tokens)
+
+    assert agreeing(full, tokens) == 11
+    assert agreeing(roomy, tokens) == 11
+    assert agreeing(full, [(tokens[0] + 1) % 60]) == 0
+    assert agreeing(full, []) == 0
+    answers = flexijax.compare(lm, prompt, {"roomy": roomy, "full": full}, max_new_tokens=11)
+    assert answers.agreement == {"roomy": 11}
+    assert answers.answers["roomy"].token_ids == answers.answers["full"].token_ids == tokens
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_summary_by_hand():
     assert sketch.task_ratios == pytest.approx({"a": 0.5, "b": 0.25})
     assert sketch.worst_task_ratio == pytest.approx(0.5)
     assert sketch.ratio_low is not None and sketch.ratio_high is not None
+    assert sketch.kl_low is not None and sketch.kl_high is not None
     assert 0.25 <= sketch.ratio_low < 0.375 < sketch.ratio_high <= 0.5
     assert sketch.kl_low < sketch.kl < sketch.kl_high
     assert (sketch.documents, sketch.tokens, sketch.device_bytes) == (4, 240, 2e6)

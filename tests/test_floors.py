@@ -21,6 +21,7 @@ FLOORS = (
     "flexijax/engine",
     "flexijax/profiling",
     "flexijax/generate.py",
+    "flexijax/compare.py",
     "flexijax/evaluation.py",
     "flexijax/evaluate.py",
     "flexijax/aot",

@@ -9,14 +9,25 @@ import numpy as np
 import pytest
 
 import flexijax
-from flexijax.engine.program import forget_compiled, num_compiled
+from flexijax.engine.jit_cache import forget_compiled, num_compiled
 from flexijax.models.dense import dense_attend
 from tests.planted import WORDS, words_tokenizer
 from tests.tiny_models import tiny_model
 
 PAGE, NEW = 4, 20
-FLEXI = flexijax.CacheConfig(page_size=PAGE, budget_tokens=4 * PAGE, rerank_interval=8)
-FULL = dataclasses.replace(FLEXI, mode="full")
+PROFILE = flexijax.HeadProfile(
+    model="tiny-llama",
+    num_layers=2,
+    num_kv_heads=2,
+    unstable=((0, 1),),
+    page_size=PAGE,
+    budget_pages=4,
+    source="by hand",
+)
+FLEXI = flexijax.CacheConfig(
+    page_size=PAGE, budget_tokens=4 * PAGE, rerank_interval=8, profile=PROFILE
+)
+FULL = dataclasses.replace(FLEXI, policy="full")
 # Between 17 and 24 pages with what is drawn: one bucket of shapes, so one set of programs.
 LENGTHS = (50, 61, 54)
 
@@ -30,16 +41,7 @@ def lm():
 @pytest.fixture(scope="module")
 def run(lm):
     """`generate` with two requests at once, on the prompts unless others are named."""
-    profile = flexijax.HeadProfile(
-        model="tiny-llama",
-        num_layers=2,
-        num_kv_heads=2,
-        unstable=((0, 1),),
-        page_size=PAGE,
-        budget_pages=4,
-        source="by hand",
-    )
-    defaults = dict(max_new_tokens=NEW, cache=FLEXI, profile=profile, max_batch=2)
+    defaults = dict(max_new_tokens=NEW, cache=FLEXI, max_batch=2)
     return lambda prompts, **changes: flexijax.generate(lm, prompts, **(defaults | changes))
 
 
@@ -158,14 +160,18 @@ def test_seeds_make_draws_come_again(run, prompts, results):
 
     first = [out.token_ids for out in results]
     assert tokens(sampling=DRAWN) == first
-    assert tokens(sampling=DRAWN, seed=1) != first
+    assert tokens(sampling=drawn_as(seed=0)) == first
+    assert tokens(sampling=drawn_as(seed=1)) != first
     own = [drawn_as(seed=seed) for seed in (7, 8, 9)]
-    assert tokens(sampling=own) == tokens(sampling=own, seed=1)
+    assert tokens(sampling=own) == tokens(sampling=own)
     same = run([prompts[0]] * 3, sampling=[drawn_as(seed=3), drawn_as(seed=3), drawn_as(seed=4)])
     assert same[0].token_ids == same[1].token_ids != same[2].token_ids
-    # Without a seed of its own, the place in the list makes the draws differ.
-    unnamed = run([prompts[0]] * 2, sampling=DRAWN)
-    assert unnamed[0].token_ids != unnamed[1].token_ids
+    # Without a seed of its own, the place in the list makes the draws differ; and so it does where
+    # prompts share one `Sampling`, whose seed then changes all of them.
+    for shared in (DRAWN, [DRAWN, DRAWN], drawn_as(seed=3)):
+        unnamed = run([prompts[0]] * 2, sampling=shared)
+        assert unnamed[0].token_ids != unnamed[1].token_ids
+    assert unnamed[0].token_ids == same[0].token_ids
 
 
 def test_other_lengths_of_one_bucket_compile_nothing(run, results):
@@ -202,7 +208,7 @@ def test_decoding_is_compiled_once_and_before_there_is_a_cache(run):
     run([prompt_of(50)], progress=saw)
     assert stages.count("compiling decode") == 1
     assert stages.index("compiling decode") < stages.index("compiling prefill")
-    reranks = [at for at, stage in enumerate(stages) if stage == "compiling rerank"]
+    reranks = [at for at, stage in enumerate(stages) if stage == "compiling end of a chunk"]
     assert reranks and max(reranks) < stages.index("compiling commit")
     # A request that ends with the prompt's own token needs none of it.
     stages.clear()
@@ -225,7 +231,7 @@ def test_metrics_agree_with_the_sizes_of_the_cache(run, prompts, results):
         m = dense.metrics
         assert m.device_kv_bytes == m.full_kv_bytes == 4 * pages * page_bytes
         assert m.host_kv_bytes == m.summary_bytes == m.promoted_bytes == m.offloaded_bytes == 0
-        assert (m.reranks, m.mean_overlap, m.head_overlap) == (0, None, ())
+        assert (m.reranks, m.mean_overlap, m.head_overlap, m.evicted_tokens) == (0, None, (), 0)
 
         m = flexi.metrics
         slots = 4 + 2  # the budget and the pages that can begin in eight steps

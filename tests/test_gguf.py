@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flexijax.models.decoder import Decoder
+from flexijax.models.errors import LoadError
 from flexijax.models.load import load
-from flexijax.models.weights import LoadError
 from tests import tiny_models
 from tests.model_files import tensors, write_gguf, write_hf
 from tests.test_tokenizer import BYTES, byte_metadata
@@ -66,7 +66,7 @@ def test_every_type_that_gguf_can_write_is_read(kind, tmp_path):
     write_gguf(tmp_path / "m.gguf", config, named, kind=kind)
     lm = load(tmp_path / "m.gguf")
     expected = gguf.dequantize(gguf.quantize(named["lm_head.weight"], kind), kind)
-    np.testing.assert_array_equal(np.asarray(lm.params["ends"]["head"]), expected)
+    np.testing.assert_array_equal(np.asarray(lm.params["lm_head"]["kernel"]), expected)
 
 
 @pytest.mark.parametrize("kind", sorted(set(READ) - set(WRITTEN)), ids=lambda kind: kind.name)
@@ -77,7 +77,7 @@ def test_types_that_gguf_only_reads_are_read(kind, tmp_path):
     del named["lm_head.weight"]
     rows = packed_rows(kind, config.vocab_size, config.hidden_size)
     write_gguf(tmp_path / "m.gguf", config, named, packed={"output.weight": (rows, kind)})
-    head = np.asarray(load(tmp_path / "m.gguf").params["ends"]["head"])
+    head = np.asarray(load(tmp_path / "m.gguf").params["lm_head"]["kernel"])
     np.testing.assert_array_equal(head, gguf.dequantize(rows, kind))
     assert np.abs(head).max() > 0
 
@@ -189,9 +189,12 @@ def test_metadata_of_the_wrong_kind_is_one_clear_error(tmp_path):
         load(path)
     config_problem, tokenizer_problem = caught.value.problems
     assert "rope.dimension_count=4" in config_problem
-    assert tokenizer_problem.startswith("tokenizer: damaged: ")
+    assert tokenizer_problem.startswith("tokenizer: tokenizer.ggml: ")
+    assert "no-such" in tokenizer_problem
     write_gguf(path, config, named, words=byte_metadata(tokens=[1, 2], token_type=None))
-    with pytest.raises(LoadError, match="tokenizer: damaged: TypeError"):
+    with pytest.raises(
+        LoadError, match=r"tokenizer: tokenizer.ggml.tokens=\[1, 2\]: must be texts"
+    ):
         load(path)
 
 
@@ -200,9 +203,9 @@ def test_a_count_of_layers_in_the_billions_is_refused_at_once(tmp_path):
     write_gguf(path, config, tensors(config))
     key = b"llama.block_count" + struct.pack("<II", 4, 2)
     assert key in path.read_bytes()
-    huge = key[:-4] + struct.pack("<I", 2**31 + 2)
+    huge = key[:-4] + struct.pack("<I", 2**30 + 2)
     path.write_bytes(path.read_bytes().replace(key, huge))
-    with pytest.raises(LoadError, match="the config says 2147483650 layers, and there are 21 tens"):
+    with pytest.raises(LoadError, match="the config says 1073741826 layers, and there are 21 tens"):
         load(path)
 
 
@@ -213,5 +216,5 @@ def test_nesting_without_end_is_refused(tmp_path):
     path.write_bytes(
         b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string + struct.pack("<I", 9) + nested
     )
-    with pytest.raises(LoadError, match="truncated or not a GGUF file: .*recursion"):
+    with pytest.raises(LoadError, match="truncated or not a GGUF file: arrays nested deeper"):
         load(path)

@@ -1,6 +1,7 @@
 """Head profiles: their rules, their JSON, and finding the one that fits a model."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -75,6 +76,61 @@ def test_other_files_are_refused_by_name(text, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("page_size", "1" + "0" * 400, "page_size=1000.* must be a positive integer"),
+        ("page_size", "16.0", "page_size=16.0 must be a positive integer"),
+        ("budget_pages", "true", "budget_pages=True must be a positive integer"),
+        ("model", "[1]", r"model=\[1\] must be a string"),
+        ("fingerprint", "5", "fingerprint=5 must be None or a string"),
+        ("unstable", "[[Infinity, 0]]", r"unstable holds \[inf, 0\]"),
+        ("unstable", '[["1", 0]]', "unstable holds"),
+        ("unstable", "[[0]]", "unstable holds"),
+        ("unstable", "7", "unstable=7 must be a list"),
+        ("rco", "[[0, NaN], [0, 0], [0, 0]]", "rco must hold finite numbers .* has nan"),
+        ("rco", "[[0, 1e999], [0, 0], [0, 0]]", "rco must hold finite numbers .* has inf"),
+        ("rco", "[[0, 1" + "0" * 400 + "], [0, 0], [0, 0]]", "rco must hold finite .* has 100"),
+        ("rco", '[["0", 0], [0, 0], [0, 0]]', "rco must hold finite numbers .* has '0'"),
+        ("rco", "[1, 2, 3]", "rco must hold 3 rows of 2"),
+        ("measured", "[]", r"measured=\[\] must be an object"),
+        ("measured", '{"steps": [NaN]}', r"measured.steps=nan must be"),
+        ("measured", '{"a": ' + "[" * 30 + "]" * 30 + "}", "measured.a is nested deeper"),
+        ("measured", "[" * 100_000, "is not a head profile"),
+        ("measured", '{"rco_at_lag": [1]}', r"measured.rco_at_lag=\[1\] must be an object"),
+        ("measured", '{"rco_at_lag": {"0": []}}', "measured.rco_at_lag has the key '0'"),
+        ("measured", '{"rco_at_lag": {"x": []}}', "measured.rco_at_lag has the key 'x'"),
+        ("measured", '{"rco_at_lag": {"4": [[1]]}}', "measured.rco_at_lag.4 must hold 3 rows"),
+        ("extra", "1", "unknown field 'extra'"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_values_of_the_wrong_kind_are_refused_by_field(profile, field, value, words, tmp_path):
+    """When read, and not after all tokens are made."""
+    path = tmp_path / "wrong.json"
+    fields = json.loads(profile.to_json())
+    fields[field] = "HERE"
+    path.write_text(json.dumps(fields).replace('"HERE"', value))
+    with pytest.raises(ValueError, match=words) as caught:
+        HeadProfile.load(path)
+    assert "wrong.json is not a head profile" in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(path))
+
+
+def test_files_that_never_end_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("fifo", "zero"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            profiles.load(tmp_path / name)
+    with pytest.raises(ValueError, match="neither a file nor a shipped profile"):
+        profiles.load("x" * 100_000)
+    (tmp_path / "huge").write_bytes(b"")
+    os.truncate(tmp_path / "huge", 1 << 40)
+    with pytest.raises(ValueError, match="longer than"):
+        profiles.load(tmp_path / "huge")
+
+
+@pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"unstable": ((3, 0),)}, r"\[3, 0\], outside of 3 layers"),
@@ -82,7 +138,7 @@ def test_other_files_are_refused_by_name(text, tmp_path):
         ({"unstable": ((0, 1), (0, 1))}, "twice"),
         ({"page_size": 0}, "page_size=0 must be a positive integer"),
         ({"budget_pages": -1}, "budget_pages=-1 must be a positive integer"),
-        ({"source": ""}, "source='' must not be empty"),
+        ({"source": ""}, "source='' must be a string, and not empty"),
         ({"rco": ((0.1, 0.2),)}, "3 rows of 2"),
         ({"rco": ((0.1, float("nan")), (0.0, 0.0), (0.0, 0.0))}, "finite"),
         ({"rco": ((0.1, 1.5), (0.0, 0.0), (0.0, 0.0))}, "at most 1"),

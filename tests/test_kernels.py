@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexijax.pallas_kernels import dispatch, reference
-from flexijax.pallas_kernels.partials import merge
-from flexijax.pallas_kernels.sparse_decode import TuningConfig, paged_decode
+from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels.page_scores import reference as score_reference
+from flexijax.pallas_kernels.sparse_decode import pallas as pallas_decode
+from flexijax.pallas_kernels.sparse_decode import reference
+from flexijax.pallas_kernels.sparse_decode.tuning import TuningConfig
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, group_size
 from tests.kernel_cases import (
     DECODE_CASES,
@@ -35,7 +37,7 @@ def arrays(inputs):
 def quantized(low_high: np.ndarray) -> QuantizedSummaries:
     """Rounded outward; pages that are NaN become the largest numbers of the format."""
     unread = np.isnan(low_high.astype(np.float32)).any(axis=(2, 3))
-    values, exponents = reference.quantize(
+    values, exponents = score_reference.quantize(
         np.where(unread[..., None, None], 0, low_high.astype(np.float32)),
         group=group_size(low_high.shape[-1]),
     )
@@ -90,7 +92,7 @@ def test_zeros_would_fail(case):
 def test_any_split_gives_the_same(config):
     """Six pages divided in several ways, the last part partly or wholly empty."""
     inputs = decode_inputs(DECODE_CASES[0])
-    out, lse = paged_decode(**arrays(inputs), scale=0.25, config=config)
+    out, lse = pallas_decode.paged_decode(**arrays(inputs), scale=0.25, config=config)
     expected, expected_lse = reference.paged_decode(**inputs, scale=0.25)
     assert_rows_close(out, expected, 1e-5)
     assert_numbers_close(lse, expected_lse, 1e-5)
@@ -99,7 +101,9 @@ def test_any_split_gives_the_same(config):
 def test_a_split_that_leaves_pages_out_is_refused():
     inputs = decode_inputs(DECODE_CASES[0])
     with pytest.raises(ValueError, match="covers 80 tokens, fewer than the 96"):
-        paged_decode(**arrays(inputs), scale=0.25, config=TuningConfig(16, 5, 1, 1, 1))
+        pallas_decode.paged_decode(
+            **arrays(inputs), scale=0.25, config=TuningConfig(16, 5, 1, 1, 1)
+        )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -110,12 +114,12 @@ def test_page_scores(case, implementation):
     summaries, read_back = jnp.asarray(low_high), low_high
     if case.quantized:
         summaries = quantized(low_high)
-        read_back = reference.dequantize(summaries.values, summaries.exponents)
+        read_back = score_reference.dequantize(summaries.values, summaries.exponents)
     run = jax.jit(
         functools.partial(dispatch.page_scores, page_size=case.page, implementation=implementation)
     )
     scores = run(summaries=summaries, **arrays(inputs))
-    expected = reference.page_scores(**inputs, summaries=read_back, page_size=case.page)
+    expected = score_reference.page_scores(**inputs, summaries=read_back, page_size=case.page)
     assert scores.dtype == jnp.float32
     # The inputs are exact and sums are float32 in every dtype.
     assert_numbers_close(scores, expected, 1e-5)
@@ -130,10 +134,10 @@ def test_page_scores_are_upper_bounds():
     q = rng.normal(size=(1, 2, 4, 64))
     table, lengths = np.arange(6)[None], np.array([96])
     true = np.einsum("bkgh,pkth->bkptg", q, keys).max(axis=(3, 4))
-    low_high = reference.summarize(keys, np.full((6, 2), 16))
-    tight = reference.page_scores(q, low_high, table, lengths, page_size=16)
-    small = reference.dequantize(*reference.quantize(low_high, group=32))
-    loose = reference.page_scores(q, small, table, lengths, page_size=16)
+    low_high = score_reference.summarize(keys, np.full((6, 2), 16))
+    tight = score_reference.page_scores(q, low_high, table, lengths, page_size=16)
+    small = score_reference.dequantize(*score_reference.quantize(low_high, group=32))
+    loose = score_reference.page_scores(q, small, table, lengths, page_size=16)
     assert (tight >= true).all()
     assert (loose >= tight).all()
     assert (loose - tight).max() < 0.05 * np.abs(tight).max()
@@ -148,7 +152,7 @@ def test_reference_by_hand():
     np.testing.assert_allclose(out[0, 0, 0], [1.0, 6.0])
     np.testing.assert_allclose(lse[0, 0, 0], np.log(4))
     summaries = np.array([[[[-1.0, 2.0], [3.0, 4.0]]]])
-    scores = reference.page_scores([[[[2.0, -1.0]]]], summaries, [[0, 0]], [2], page_size=2)
+    scores = score_reference.page_scores([[[[2.0, -1.0]]]], summaries, [[0, 0]], [2], page_size=2)
     np.testing.assert_array_equal(scores[0, 0], [2 * 3 - 1 * 2, -np.inf])
 
 
@@ -163,7 +167,7 @@ def test_merge_of_parts_is_the_whole():
     whole, whole_lse = reference.paged_decode(**inputs, scale=0.25)
     for merged, merged_lse in (
         reference.merge(outs, lses),
-        merge(jnp.asarray(outs, jnp.float32), jnp.asarray(lses, jnp.float32)),
+        dispatch.merge(jnp.asarray(outs, jnp.float32), jnp.asarray(lses, jnp.float32)),
     ):
         assert_rows_close(merged, whole, 1e-5)
         assert_numbers_close(merged_lse, whole_lse, 1e-5)
@@ -215,3 +219,23 @@ def test_triton_that_cannot_run_raises():
     inputs = arrays(decode_inputs(DECODE_CASES[0]))
     with pytest.raises(ValueError, match="implementation='triton'"):
         dispatch.paged_decode(**inputs, scale=0.25, implementation="triton")
+
+
+# The implementations of each operation.
+FILES = {
+    "page_scores": {"pallas", "triton", "xla"},
+    "sketch_scores": {"pallas", "triton", "xla"},
+    "sparse_decode": {"pallas", "triton", "xla"},
+    "prefill": {"cudnn", "xla"},
+    "page_moves": {"pallas"},
+}
+
+
+def test_each_operation_is_a_folder_with_equal_file_names(repository):
+    """`dispatch` finds an implementation by these names; each operation has an oracle."""
+    folders = [path.parent for path in (repository / "pallas_kernels").glob("*/__init__.py")]
+    found = {folder.name: {path.stem for path in folder.glob("*.py")} for folder in folders}
+    optional = {"__init__", "tuning"}
+    assert {name: files - optional for name, files in found.items()} == {
+        name: files | {"reference"} for name, files in FILES.items()
+    }

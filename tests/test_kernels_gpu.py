@@ -9,8 +9,8 @@ import pytest
 
 from flexijax.aot import compile as aot
 from flexijax.aot.targets import target, targets
-from flexijax.pallas_kernels import dispatch, platform, prefill_cudnn
-from flexijax.pallas_kernels.prefill import prefill_attention
+from flexijax.pallas_kernels import dispatch, platform
+from flexijax.pallas_kernels.prefill import cudnn
 from flexijax.pallas_kernels.sketches import SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, group_size
 
@@ -178,9 +178,9 @@ def test_moves_are_zero_copy(width, gpu):
 def test_prefill_takes_cudnn_where_it_is():
     q, k, v = shape(256, 2, 4, 128), shape(2, 128, 1024), shape(2, 1024, 128)
     with platform.compiling_for("gpu"):
-        there = prefill_cudnn.fits(jnp.zeros((1, 128), jnp.bfloat16))
+        there = cudnn.fits(jnp.zeros((1, 128), jnp.bfloat16))
     report = aot.compile_for(
-        functools.partial(prefill_attention, scale=0.1),
+        functools.partial(dispatch.prefill_attention, scale=0.1),
         (q, k, v, integers()),
         target=target("h100"),
     )

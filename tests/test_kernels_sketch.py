@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexijax.pallas_kernels import dispatch, reference, sketches
+from flexijax.pallas_kernels import dispatch, sketches
+from flexijax.pallas_kernels.sketch_scores import reference
 from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery
 from flexijax.policies.sketch import Sketch, log_mass
 from tests.kernel_cases import SKETCH_CASES, assert_numbers_close, sketch_inputs
@@ -73,13 +74,13 @@ def test_codes_are_the_nearest_levels(bits, width):
 
 
 @pytest.mark.parametrize("width", [1, 4, 24, 64])
-def test_turning_is_orthogonal(width):
+def test_rotation_is_orthogonal(width):
     x = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
-    turned = sketches.rotate(jnp.asarray(x))
-    np.testing.assert_allclose(turned, x @ reference.hadamard(width), atol=1e-5)
-    np.testing.assert_allclose(sketches.rotate(turned), x, atol=1e-5)
+    rotated = sketches.rotate(jnp.asarray(x))
+    np.testing.assert_allclose(rotated, x @ reference.hadamard(width), atol=1e-5)
+    np.testing.assert_allclose(sketches.rotate(rotated), x, atol=1e-5)
     np.testing.assert_allclose(
-        np.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5
+        np.linalg.norm(rotated, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5
     )
 
 

@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from flexijax.pallas_kernels import reference
+from flexijax.pallas_kernels.page_scores import reference as score_reference
+from flexijax.pallas_kernels.sketch_scores import reference as sketch_reference
+from flexijax.pallas_kernels.sparse_decode import reference as decode_reference
 from tests.kernel_cases import (
     DECODE_CASES,
     SCORE_CASES,
@@ -27,11 +29,9 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, Triton's own included
 pytest.importorskip("triton")
 
-from flexijax.pallas_kernels import (  # noqa: E402
-    page_scores_triton,
-    sketch_scores_triton,
-    sparse_decode_triton,
-)
+from flexijax.pallas_kernels.page_scores import triton as page_scores_triton  # noqa: E402
+from flexijax.pallas_kernels.sketch_scores import triton as sketch_scores_triton  # noqa: E402
+from flexijax.pallas_kernels.sparse_decode import triton as sparse_decode_triton  # noqa: E402
 from flexijax.pallas_kernels.summaries import group_size  # noqa: E402
 
 # bfloat16 is not one of NumPy's types, and the interpreter is slow: a few cases of each kind.
@@ -52,7 +52,7 @@ def test_decode(kind, case):
     k, v = (arrays[n] for n in (("k_slots", "v_slots") if slots else ("k_pages", "v_pages")))
     counts = arrays["token_counts"]
     batch, heads, group, width = inputs["q"].shape
-    config, grid, numbers = sparse_decode_triton.options(
+    config, grid, constants = sparse_decode_triton.options(
         batch=batch,
         heads=heads,
         group=group,
@@ -73,14 +73,14 @@ def test_decode(kind, case):
         counts,
         out,
         lse,
-        **numbers,
+        **constants,
         SCALE=scale,
         SLOTS=slots,
         PRECISION="tf32x3" if case.dtype == "float32" else "ieee",
     )
-    oracle = reference.slot_decode if slots else reference.paged_decode
+    oracle = decode_reference.slot_decode if slots else decode_reference.paged_decode
     expected, expected_lse = oracle(**inputs, scale=scale)
-    found, found_lse = reference.merge(out.cpu().numpy(), lse.cpu().numpy())
+    found, found_lse = decode_reference.merge(out.cpu().numpy(), lse.cpu().numpy())
     assert_rows_close(found, expected, 1e-5 if case.dtype == "float32" else 1e-2)
     assert_numbers_close(found_lse, expected_lse, 1e-5)
 
@@ -92,46 +92,46 @@ def test_page_scores(case):
     values, exponents, read_back = low_high, np.zeros(1, np.uint8), low_high
     if case.quantized:
         unread = np.isnan(low_high).any(axis=(2, 3))
-        values, exponents = reference.quantize(
+        values, exponents = score_reference.quantize(
             np.where(unread[..., None, None], 0, low_high), group=group_size(case.width)
         )
         values[unread], exponents[unread] = 127, 255
-        read_back = reference.dequantize(values, exponents)
+        read_back = score_reference.dequantize(values, exponents)
     pages = inputs["block_table"].shape[1]
     batch, heads, group, width = inputs["q"].shape
-    numbers = page_scores_triton.options(
+    constants = page_scores_triton.options(
         group=group, width=width, pages=pages, page=case.page, quantized=case.quantized
     )
     scores = torch.full((batch, heads, pages), torch.nan, device=DEVICE)
-    page_scores_triton.flexijax_scores[(-(-pages // numbers["BLOCK"]), heads, batch)](
+    page_scores_triton.flexijax_scores[(-(-pages // constants["BLOCK"]), heads, batch)](
         tensor(inputs["q"]),
         tensor(inputs["block_table"]),
         tensor(inputs["lengths"]),
         tensor(values),
         tensor(exponents),
         scores,
-        **numbers,
+        **constants,
         PRECISION="tf32x3" if case.dtype == "float32" else "ieee",
     )
-    expected = reference.page_scores(**inputs, summaries=read_back, page_size=case.page)
+    expected = score_reference.page_scores(**inputs, summaries=read_back, page_size=case.page)
     assert_numbers_close(scores.cpu().numpy(), expected, 1e-5)
 
 
 @pytest.mark.parametrize("case", [c for c in SKETCH_CASES if max(c.lengths) < 100], ids=str)
 def test_sketch_scores(case):
     inputs = sketch_inputs(case)
-    expected = reference.sketch_scores(**inputs, page_size=case.page)
+    expected = sketch_reference.sketch_scores(**inputs, page_size=case.page)
     # PyTorch has few operations for uint32, and the kernel reads the bits alone.
     inputs["codes"] = inputs["codes"].view(np.int32)
     pages = inputs["block_table"].shape[1]
     batch, heads, group, width = inputs["weights"].shape
-    numbers = sketch_scores_triton.options(
+    constants = sketch_scores_triton.options(
         group=group, width=width, pages=pages, page=case.page, bits=case.bits
     )
     scores = torch.full((batch, heads, group, pages), torch.nan, device=DEVICE)
     names = ("weights", "offset", "unit", "codes", "block_table", "lengths")
-    sketch_scores_triton.flexijax_sketches[(-(-pages // numbers["TILE"]), heads, batch)](
-        *(tensor(inputs[name]) for name in names), scores, **numbers
+    sketch_scores_triton.flexijax_sketches[(-(-pages // constants["TILE"]), heads, batch)](
+        *(tensor(inputs[name]) for name in names), scores, **constants
     )
     assert_numbers_close(scores.cpu().numpy(), expected, 1e-5)
 
@@ -158,8 +158,8 @@ arguments = (shape(2, 2, 4, 128), shape(64, 2, 2, 128), table, lengths)
 report = aot.compile_for(scores, arguments, target=target("a100"))
 assert "triton_kernel_call" in report.hlo
 from flexijax.pallas_kernels.sketches import SketchQuery
-numbers = shape(2, 2, 4, dtype=jnp.float32)
-query = SketchQuery(shape(2, 2, 4, 128, dtype=jnp.int8), numbers, numbers)
+floats = shape(2, 2, 4, dtype=jnp.float32)
+query = SketchQuery(shape(2, 2, 4, 128, dtype=jnp.int8), floats, floats)
 sketches = functools.partial(dispatch.sketch_scores, page_size=16, implementation="triton")
 arguments = (query, shape(64, 2, 2, 4, 16, dtype=jnp.uint32), table, lengths)
 report = aot.compile_for(sketches, arguments, target=target("h100"))

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from flexijax.models import presets
-from flexijax.models.config import AttentionShape, ModelConfig, RopeScaling
+from flexijax.models.config import AttentionShape, RopeScaling
 from flexijax.models.decoder import Decoder
+from flexijax.models.hf_config import config_from_hf
 from flexijax.models.language_model import fingerprint
 from flexijax.models.layers import rope_frequencies
 
@@ -137,7 +138,7 @@ PARAMETERS = {  # in billions, as the models' cards say
 @pytest.mark.parametrize("name", presets.NAMES)
 def test_a_preset_is_the_published_config(name):
     config = presets.config(name)
-    assert ModelConfig.from_hf(HUB[name]) == config
+    assert config_from_hf(HUB[name]) == config
     leaves = jax.tree.leaves(presets.abstract_params(name, dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
     count = sum(leaf.size for leaf in leaves)
@@ -154,14 +155,14 @@ def test_random_params_are_reproducible():
     one, two = (Decoder(config).init(jax.random.key(3), dtype=jnp.float32) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
     other = Decoder(config).init(jax.random.key(4), dtype=jnp.float32)
-    assert not np.array_equal(one["ends"]["embedding"], other["ends"]["embedding"])
+    assert not np.array_equal(one["embed"]["embedding"], other["embed"]["embedding"])
 
 
 def test_transformers_5_keeps_rope_in_one_place():
     old = HUB["llama-3.1-8b"]
     rope = {"rope_theta": old["rope_theta"], **old["rope_scaling"]}
     new = {k: v for k, v in old.items() if not k.startswith("rope_")} | {"rope_parameters": rope}
-    assert ModelConfig.from_hf(new) == presets.config("llama-3.1-8b")
+    assert config_from_hf(new) == presets.config("llama-3.1-8b")
 
 
 @pytest.mark.parametrize(
@@ -178,9 +179,14 @@ def test_transformers_5_keeps_rope_in_one_place():
         ("llama-3.1-8b", dict(rope_scaling=dict(type="llama3", factor=8.0)), "low_freq_factor"),
         ("llama-3.1-8b", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
         ("llama-3.1-8b", dict(quantization_config=dict(quant_method="gptq")), "'gptq'"),
-        ("llama-3.1-8b", dict(hidden_size=None, vocab_size=None), "vocab_size is missing; hidden"),
+        (
+            "llama-3.1-8b",
+            dict(hidden_size=None, vocab_size=None),
+            "vocab_size is null; hidden",
+        ),
         ("llama-3.1-8b", dict(num_key_value_heads=5), "multiple of num_kv_heads=5"),
         ("llama-3.1-8b", dict(head_dim=63), "head_dim=63"),
+        ("llama-3.1-8b", dict(sliding_window=64), "sliding_window=64.*max_context=64"),
         ("mistral-7b-v0.2", dict(sliding_window=4096), "sliding_window=4096.*max_context=4096"),
         (
             "qwen2.5-32b",
@@ -189,37 +195,39 @@ def test_transformers_5_keeps_rope_in_one_place():
         ),
         (
             "qwen3-8b",
-            dict(use_sliding_window=True, sliding_window=64, layer_types=["sliding_attention"]),
+            dict(
+                use_sliding_window=True, sliding_window=64, layer_types=["sliding_attention"] * 36
+            ),
             "sliding_window=64",
         ),
     ],
 )
 def test_what_the_decoder_does_not_do_is_refused(name, change, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(HUB[name] | change)
+        config_from_hf(HUB[name] | change)
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("llama-3.1-8b", dict(sliding_window=64)),  # not a part of Llama
+        ("llama-3.1-8b", dict(sliding_window=131072)),
         ("qwen2.5-32b", dict(use_sliding_window=True, sliding_window=4096)),  # no layer has it
         (
             "qwen3-8b",
-            dict(use_sliding_window=True, sliding_window=64, layer_types=["full_attention"]),
+            dict(use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 36),
         ),
         ("mistral-7b-v0.2", dict(sliding_window=32768)),
     ],
 )
 def test_a_window_that_no_layer_feels_changes_nothing(name, change):
-    assert ModelConfig.from_hf(HUB[name] | change) == presets.config(name)
+    assert config_from_hf(HUB[name] | change) == presets.config(name)
 
 
 def test_a_shorter_context_makes_a_window_exact():
     windowed = HUB["mistral-7b-v0.2"] | {"sliding_window": 4096}
-    assert ModelConfig.from_hf(windowed, max_context=4096).max_context == 4096
+    assert config_from_hf(windowed, max_context=4096).max_context == 4096
     with pytest.raises(ValueError, match="max_context=40000: must be from 1 to the model's 32768"):
-        ModelConfig.from_hf(windowed, max_context=40000)
+        config_from_hf(windowed, max_context=40000)
 
 
 def test_fingerprints_tell_architectures_apart():

@@ -48,7 +48,7 @@ def test_third_party_imports_are_declared(repository, project):
             top = module.split(".")[0]
             name = CARRIED.get(top, ON_PYPI.get(top, top))
             # A Triton twin is a file that only a chosen implementation imports, see dispatch.
-            optional = line in nested or file.endswith("_triton.py")
+            optional = line in nested or file.endswith("/triton.py")
             known = hard | extras if optional else hard
             if top != "flexijax" and top not in sys.stdlib_module_names and name not in known:
                 wrong.append(f"{file}:{line} imports {top}")

@@ -19,6 +19,7 @@ from tests.tiny_models import tiny_model
 PAGE, BUDGET = 4, 8
 SIZES = dict(page_size=PAGE, budget_pages=BUDGET)
 CACHE = flexijax.CacheConfig(page_size=PAGE, budget_tokens=PAGE * BUDGET, rerank_interval=8)
+AUTO = dataclasses.replace(CACHE, profile="auto")
 GREEDY = flexijax.Sampling(ignore_eos=True)
 
 
@@ -38,8 +39,7 @@ def test_auto_finds_the_planted_heads_and_says_where_they_come_from(planted):
         lm,
         [prompt_of(30), prompt_of(150), prompt_of(170)],
         max_new_tokens=9,
-        cache=CACHE,
-        profile="auto",
+        cache=AUTO,
         sampling=GREEDY,
         progress=lambda *call: seen.append(call),
     )
@@ -58,18 +58,17 @@ def test_auto_gives_what_its_profile_gives_when_passed_on():
     """A model whose words depend on what is attended, with prompts of more than the budget."""
     lm = tiny_model(vocab_size=len(WORDS))
     prompts = [prompt_of(130, seed) for seed in range(2)]
-    asked = dict(max_new_tokens=20, cache=CACHE, sampling=GREEDY)
-    measured = flexijax.generate(lm, prompts, profile="auto", **asked)
+    asked = dict(max_new_tokens=20, sampling=GREEDY)
+    measured = flexijax.generate(lm, prompts, cache=AUTO, **asked)
     assert measured[0].profile is not None
     assert measured[0].profile == dataclasses.replace(
         profile_prompt(lm, prompts[0], **SIZES), source=measured[0].profile.source
     )
-    again = flexijax.generate(lm, prompts, profile=measured[0].profile, **asked)
+    given = dataclasses.replace(CACHE, profile=measured[0].profile)
+    again = flexijax.generate(lm, prompts, cache=given, **asked)
     assert [out.token_ids for out in measured] == [out.token_ids for out in again]
     assert again[0].metrics.profile == "given by the caller"
-    full = flexijax.generate(
-        lm, prompts, **(asked | {"cache": dataclasses.replace(CACHE, mode="full")})
-    )
+    full = flexijax.generate(lm, prompts, cache=dataclasses.replace(AUTO, policy="full"), **asked)
     assert full[0].profile is None and full[0].metrics.profile is None
 
 
@@ -77,12 +76,12 @@ def test_prompts_that_say_nothing_leave_every_head_choosing_at_every_step():
     lm = tiny_model(vocab_size=len(WORDS))
     prompts = [prompt_of(20), prompt_of(47)]
     asked = dict(max_new_tokens=60, sampling=GREEDY)
-    out = flexijax.generate(lm, prompts, cache=CACHE, profile="auto", **asked)
+    out = flexijax.generate(lm, prompts, cache=AUTO, **asked)
     assert out[0].profile is not None and out[0].metrics.profile is not None
     assert out[0].profile.unstable == ((0, 0), (0, 1), (1, 0), (1, 1))
     assert out[0].metrics.profile.startswith("not measured: none of tiny-llama is shipped, and no ")
     assert (out[1].metrics.reranks, out[1].metrics.host_kv_bytes) == (0, 0)
-    quest = dataclasses.replace(CACHE, mode="quest")
+    quest = dataclasses.replace(CACHE, policy="quest")
     same = flexijax.generate(lm, prompts, cache=quest, **asked)
     assert [made.token_ids for made in out] == [made.token_ids for made in same]
 
@@ -93,15 +92,16 @@ def test_a_shipped_profile_is_taken_and_nothing_is_measured(planted, monkeypatch
     monkeypatch.setattr(lookup, "names", lambda: ("planted",))
     monkeypatch.setattr(lookup, "_shipped", lambda name: shipped)
     monkeypatch.setattr(module, "profile_prompt", None)
-    for wish in ("auto", None, "planted"):
-        choice = choose(lm, wish, prompts=[prompt_of(150)], **SIZES)
+    for asked in ("auto", None, "planted"):
+        cache = dataclasses.replace(CACHE, profile=asked)
+        choice = choose(lm, cache, prompts=[prompt_of(150)])
         assert choice.profile == shipped
         assert choice.origin.startswith("shipped ")
 
 
 def test_a_prompt_that_fills_the_model_is_cut(planted):
     lm, unstable = planted
-    choice = choose(lm, "auto", prompts=[[7] * 690], **SIZES)
+    choice = choose(lm, AUTO, prompts=[[7] * 690])
     assert choice.profile.unstable == unstable
     assert "636 tokens" in choice.origin  # 64 steps fit behind them in 700
 
@@ -109,15 +109,16 @@ def test_a_prompt_that_fills_the_model_is_cut(planted):
 def test_what_cannot_be_found_is_refused(planted, tmp_path):
     lm, _ = planted
     with pytest.raises(ValueError, match="no profile of 'planted' is shipped; pass profile='auto'"):
-        choose(lm, None, **SIZES)
+        choose(lm, CACHE)
     with pytest.raises(ValueError, match="measures on a prompt"):
-        choose(lm, "auto", **SIZES)
+        choose(lm, AUTO)
     other = dataclasses.replace(profile_prompt(lm, prompt_of(150), **SIZES), fingerprint="other")
     with pytest.raises(ValueError, match="fingerprint is other"):
-        choose(lm, other, **SIZES)
+        choose(lm, dataclasses.replace(CACHE, profile=other))
     file = tmp_path / "mine.json"
     dataclasses.replace(other, fingerprint="planted").save(file)
-    assert choose(lm, str(file), **SIZES).origin == f"read from the file {file}"
+    of_file = dataclasses.replace(CACHE, profile=str(file))
+    assert choose(lm, of_file).origin == f"read from the file {file}"
 
 
 def test_auto_on_the_command_line(planted, monkeypatch, capsys, tmp_path):

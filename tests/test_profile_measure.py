@@ -14,13 +14,14 @@ from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
 from flexijax.models.dense import dense_attend
 from flexijax.models.language_model import from_config
-from flexijax.pallas_kernels import reference
+from flexijax.pallas_kernels.sketch_scores import reference
 from flexijax.pallas_kernels.sketches import SPACING
 from flexijax.profiles.documents import prompt_ids, read_documents
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiling import measure
-from flexijax.profiling.measure import Settings
-from flexijax.profiling.recorder import record
+from flexijax.profiling.profile import make_profile
+from flexijax.profiling.record import record
+from flexijax.profiling.settings import Settings
 from tests.planted import WORDS, planted_model, text_document, words_tokenizer
 
 PAGE, STEPS, BUDGETS = 4, 16, (3, 6)
@@ -135,9 +136,9 @@ def sketch_score(q, keys, length):
     """
     mean, step = reference.sketch_code(keys[:length], spacing=SPACING[2])
     levels = reference.sketch_levels(keys, mean, step, bits=2) - 1.5
-    turned = q @ reference.hadamard(q.shape[1])
-    unit = np.abs(turned * step).max(axis=1, keepdims=True) / 31
-    logits = unit * (np.round(turned * step / unit) @ levels.T) + (turned @ mean)[:, None]
+    rotated = q @ reference.hadamard(q.shape[1])
+    unit = np.abs(rotated * step).max(axis=1, keepdims=True) / 31
+    logits = unit * (np.round(rotated * step / unit) @ levels.T) + (rotated @ mean)[:, None]
     full = len(keys) // PAGE
     pages = np.exp(logits[:, : full * PAGE]).reshape(len(q), full, PAGE).sum(axis=2)
     return np.log((pages / pages.sum(axis=1, keepdims=True)).mean(axis=0))
@@ -182,7 +183,7 @@ def test_planted_heads_are_classified_without_error(planted):
     documents = [text_document(task, seed) for task in "ab" for seed in range(2)]
     records = measure.measure_documents(lm, documents, settings)
     for budget in settings.budgets:
-        profile = measure.make_profile(lm, records, settings, budget=budget)
+        profile = make_profile(lm, records, settings, budget=budget)
         assert profile.unstable == unstable
         assert profile.budget_pages == budget
         assert profile.measured["mean_cross_task_overlap"] == 1.0
@@ -200,9 +201,7 @@ def test_order_of_documents_and_tasks_does_not_matter(planted):
     settings = Settings(page_size=4, budgets=(8,), steps=32, max_tokens=300)
     documents = [text_document(task, seed) for task in "ab" for seed in range(2)]
     records = measure.measure_documents(lm, documents, settings)
-    profiles = [
-        measure.make_profile(lm, order, settings, budget=8) for order in (records, records[::-1])
-    ]
+    profiles = [make_profile(lm, order, settings, budget=8) for order in (records, records[::-1])]
     assert profiles[0].unstable == profiles[1].unstable
     np.testing.assert_allclose(
         np.array(profiles[0].rco, float), np.array(profiles[1].rco, float), atol=1e-4
@@ -227,7 +226,7 @@ def test_an_interrupted_measurement_goes_on(planted, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure_prompt", counted)
     resumed = measure.measure_documents(lm, documents, settings, records=path)
     assert calls == [1, 2]
-    first, again = (measure.make_profile(lm, r, settings, budget=8) for r in (whole, resumed))
+    first, again = (make_profile(lm, r, settings, budget=8) for r in (whole, resumed))
     assert first == again
     measure.measure_documents(lm, documents, settings, records=path)
     assert calls == [1, 2]

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from flexijax.cli.main import main as cli
+from flexijax.cli import main as cli
 
 
 @pytest.fixture(scope="module")

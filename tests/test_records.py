@@ -30,7 +30,9 @@ def test_without_a_file_nothing_is_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("line", ['{"text": "a document"}', "3"])
+@pytest.mark.parametrize(
+    "line", ['{"text": "a document"}', "3", '{"key": [], "value": 1}', "[" * 100_000]
+)
 def test_a_file_of_other_things_is_refused_and_left_alone(tmp_path, line):
     path = tmp_path / "documents.jsonl"
     path.write_text(line)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexijax.engine.requests import make_requests
 from flexijax.engine.sampling import (
     Sampling,
     SamplingRows,
@@ -16,6 +17,7 @@ from flexijax.engine.sampling import (
     sample,
     step_keys,
 )
+from tests.tiny_models import tiny_model
 
 VOCAB = 1000  # no multiple of the block of the running sum
 jit_sample = jax.jit(sample)
@@ -143,8 +145,8 @@ def test_a_row_does_not_see_its_neighbours():
     alone, _ = run(logits[:1], [request], step_keys(seeds[:1], steps[:1]))
     others = [request, Sampling(), Sampling(temperature=9.0, top_k=3), request]
     batch, _ = run(logits, others, step_keys(seeds, steps))
-    turned, _ = run(logits[::-1], others[::-1], step_keys(seeds[::-1], steps[::-1]))
-    assert int(alone[0]) == int(batch[0]) == int(turned[-1])
+    reverse, _ = run(logits[::-1], others[::-1], step_keys(seeds[::-1], steps[::-1]))
+    assert int(alone[0]) == int(batch[0]) == int(reverse[-1])
     assert int(batch[1]) == int(jnp.argmax(logits[1]))
 
 
@@ -164,9 +166,27 @@ def test_steps_and_seeds_change_the_draw():
 
 def test_request_seeds():
     free, own = Sampling(temperature=1.0), Sampling(temperature=1.0, seed=5)
-    derived = [request_seed(free, seed=seed, index=i) for seed in (0, 1) for i in (0, 1)]
+    derived = [request_seed(one, place=place) for one in (free, own) for place in (0, 1)]
     assert len(set(derived)) == 4 and all(0 <= value < 2**32 for value in derived)
-    assert request_seed(own, seed=0, index=0) == request_seed(own, seed=1, index=7)
+    assert derived == [request_seed(one, place=place) for one in (free, own) for place in (0, 1)]
+    assert request_seed(free, place=3) == request_seed(replace(free, seed=0), place=3)
+
+
+def test_prompts_draw_alike_where_each_names_the_same_seed():
+    """One `Sampling` for all draws anew for each; one for each with the same seed draws alike."""
+    lm, prompts = tiny_model(), [[1, 2], [1, 2], [1, 2]]
+
+    def seeds(sampling):
+        return [made.seed for made in make_requests(lm, prompts, 5, sampling)]
+
+    own = Sampling(seed=5)
+    shared = seeds(own)
+    assert len(set(shared)) == 3
+    assert seeds([own] * 3) == [shared[0]] * 3
+    assert seeds([replace(own, temperature=1.0)] * 2 + [Sampling(seed=6)])[:2] == [shared[0]] * 2
+    # Without a seed of its own, the place in the list makes the draws differ.
+    assert seeds([Sampling()] * 3) == seeds(Sampling()) == seeds(None)
+    assert len({*seeds(None), *shared}) == 6
 
 
 @pytest.mark.parametrize(

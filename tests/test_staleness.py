@@ -9,14 +9,19 @@ import pytest
 import flexijax
 from flexijax.cli import generate as cli_generate
 from flexijax.cli.main import main as cli
-from flexijax.profiles.staleness import Fit, HeadStability, fit, promised_rco
+from flexijax.policies.flexi import Flexi
+from flexijax.policies.minmax import MinMax
+from flexijax.profiles.staleness import HeadStability, ProfileFit, expected_rco, profile_fit
 from flexijax.profiling.measure import profile_prompt
 from tests.planted import WORDS, planted_model
 
 PAGE, BUDGET = 4, 8
 # The score that the profiles here are measured with.
 CACHE = flexijax.CacheConfig(
-    page_size=PAGE, budget_tokens=PAGE * BUDGET, rerank_interval=8, score="minmax"
+    policy=Flexi(score=MinMax()),
+    page_size=PAGE,
+    budget_tokens=PAGE * BUDGET,
+    rerank_interval=8,
 )
 
 
@@ -43,7 +48,9 @@ def prompt_of(length, seed=0):
 
 def run(lm, profile, **changes):
     asked = dict(max_new_tokens=60, cache=CACHE, sampling=flexijax.Sampling(ignore_eos=True))
-    return flexijax.generate(lm, [prompt_of(200, 1)], profile=profile, **(asked | changes))[0]
+    asked |= changes
+    asked["cache"] = dataclasses.replace(asked["cache"], profile=profile)
+    return flexijax.generate(lm, [prompt_of(200, 1)], **asked)[0]
 
 
 def by_hand(lags):
@@ -60,35 +67,35 @@ def by_hand(lags):
     )
 
 
-def test_promises_are_read_between_the_measured_offsets():
+def test_expectations_are_read_between_the_measured_offsets():
     profile = by_hand({"4": [[0.1, 0.8]], "16": [[0.1, 0.6]], "32": [[0.1, None]]})
-    assert promised_rco(profile, 0, 1, 4) == 0.8
-    assert promised_rco(profile, 0, 1, 8) == pytest.approx(0.7)  # half way in the logarithm
-    assert promised_rco(profile, 0, 1, 16) == 0.6
-    assert promised_rco(profile, 0, 1, 1) == 0.8 and promised_rco(profile, 0, 1, 64) == 0.6
-    assert promised_rco(by_hand(None), 0, 1, 16) is None
+    assert expected_rco(profile, 0, 1, 4) == 0.8
+    assert expected_rco(profile, 0, 1, 8) == pytest.approx(0.7)  # half way in the logarithm
+    assert expected_rco(profile, 0, 1, 16) == 0.6
+    assert expected_rco(profile, 0, 1, 1) == 0.8 and expected_rco(profile, 0, 1, 64) == 0.6
+    assert expected_rco(by_hand(None), 0, 1, 16) is None
 
 
 def test_a_fit_by_hand():
     profile = by_hand({"16": [[0.1, 0.6]]})
 
-    def seen(rco, reranks=3, **changes):
+    def of(rco, reranks=3, **changes):
         run = dict(page_size=16, budget_pages=4, score="minmax") | changes
-        return fit(profile, [HeadStability(0, 1, rco, 16, reranks)], **run)
+        return profile_fit(profile, [HeadStability(0, 1, rco, 16, reranks)], **run)
 
-    assert seen(0.5) == Fit(0.5, 0.6, pytest.approx(0.1), False)
-    assert seen(0.4) == Fit(0.4, 0.6, pytest.approx(0.2), True)
-    # A promise holds for what it was measured with alone.
+    assert of(0.5) == ProfileFit(0.5, 0.6, pytest.approx(0.1), False)
+    assert of(0.4) == ProfileFit(0.4, 0.6, pytest.approx(0.2), True)
+    # An expectation holds for what it was measured with alone.
     for changes in ({"page_size": 8}, {"budget_pages": 8}, {"score": "sketch2"}):
-        assert seen(0.4, **changes) is None
-    better = seen(0.9)
+        assert of(0.4, **changes) is None
+    better = of(0.9)
     assert better is not None and better.stale, (
         "a text that leaves the profile's order is not described by it either"
     )
-    assert seen(0.4, reranks=2) is None
+    assert of(0.4, reranks=2) is None
     sizes = dict(page_size=16, budget_pages=4, score="minmax")
-    assert fit(by_hand(None), [HeadStability(0, 1, 0.4, 16, 3)], **sizes) is None
-    assert fit(profile, [], **sizes) is None
+    assert profile_fit(by_hand(None), [HeadStability(0, 1, 0.4, 16, 3)], **sizes) is None
+    assert profile_fit(profile, [], **sizes) is None
 
 
 def test_a_profile_that_describes_the_text_is_not_stale(planted):
@@ -103,7 +110,7 @@ def test_a_profile_that_describes_the_text_is_not_stale(planted):
     ]
     rco = np.array([rco for *_, rco in found.head_rco])
     assert rco.min() > 0.7
-    assert found.profile_fit.seen == pytest.approx(rco.mean())
+    assert found.profile_fit.observed == pytest.approx(rco.mean())
     assert found.mean_interval == 8
 
 
@@ -120,7 +127,9 @@ def test_a_profile_of_other_heads_is_stale_and_says_so(planted):
 def test_too_few_reranks_say_nothing(planted):
     lm, _, wrong = planted
     assert run(lm, wrong, max_new_tokens=20).metrics.profile_fit is None
-    assert run(lm, None, cache=dataclasses.replace(CACHE, mode="full")).metrics.profile_fit is None
+    assert (
+        run(lm, None, cache=dataclasses.replace(CACHE, policy="full")).metrics.profile_fit is None
+    )
 
 
 # In so long a run of so small pages, the context grows to several times what was profiled.

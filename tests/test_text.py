@@ -7,17 +7,17 @@ import pytest
 from flexijax.engine.text import RunningText
 
 
-class Letters:
+class Characters:
     """A tokenizer whose token ids are code points; `late` ids appear one push later."""
 
     def __init__(self, late=()):
         self.late = late
 
     def stream(self):
-        return _LetterStream(self.late)
+        return _CharacterStream(self.late)
 
 
-class _LetterStream:
+class _CharacterStream:
     def __init__(self, late):
         self.late, self.held = late, ""
 
@@ -32,9 +32,9 @@ class _LetterStream:
 
 
 def run(text, stop, tokenizer=None):
-    """(pieces, the rest at the end, the text itself) of a text pushed letter by letter."""
-    running = RunningText(tokenizer or Letters(), stop)
-    pieces = [running.push(ord(letter)) for letter in text]
+    """(pieces, the rest at the end, the text itself) of a text pushed character by character."""
+    running = RunningText(tokenizer or Characters(), stop)
+    pieces = [running.push(ord(character)) for character in text]
     return pieces, running.finish(), running
 
 
@@ -64,16 +64,16 @@ def test_the_beginnings_of_several_stop_strings_overlap():
     assert (running.text, running.stopped) == ("xa", True)
 
 
-def test_a_stop_string_that_comes_with_the_last_letters():
-    running = RunningText(Letters(late={ord("d")}), ("nd",))
-    assert [running.push(ord(letter)) for letter in "and"] == ["a", "", ""]
+def test_a_stop_string_that_comes_with_the_last_characters():
+    running = RunningText(Characters(late={ord("d")}), ("nd",))
+    assert [running.push(ord(character)) for character in "and"] == ["a", "", ""]
     assert running.finish() == ""
     assert (running.text, running.stopped) == ("a", True)
 
 
 def test_nothing_follows_a_stop_string():
-    running = RunningText(Letters(), ("b",))
-    assert [running.push(ord(letter)) for letter in "abcab"] == ["a", "", "", "", ""]
+    running = RunningText(Characters(), ("b",))
+    assert [running.push(ord(character)) for character in "abcab"] == ["a", "", "", "", ""]
     assert (running.finish(), running.text) == ("", "a")
 
 
@@ -85,10 +85,10 @@ def test_a_model_without_a_tokenizer_has_no_text():
 @pytest.mark.parametrize("stop", [("aab",), ("aab", "ba"), ("abab", "b" * 3), ("a",)])
 def test_every_short_text_is_cut_where_searching_the_whole_would_cut_it(stop):
     """And pieces join to the text, of which none is ever taken back."""
-    for letters in itertools.product("ab", repeat=7):
-        text = "".join(letters)
+    for characters in itertools.product("ab", repeat=7):
+        text = "".join(characters)
         pieces, rest, running = run(text, stop)
-        # The first letter that completes a stop string ends it; the earliest of those it
+        # The first character that completes a stop string ends it; the earliest of those it
         # completes cuts.
         ends = [n for n in range(1, 8) if any(text[:n].endswith(s) for s in stop)]
         expected = text

@@ -64,21 +64,19 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class CompiledReport:
-    """A program compiled for `target`: memory by tier, its kernels, and its optimized HLO text."""
+    """A program compiled for `target`: memory by tier, its kernels, and its optimized HLO text.
+
+    aliased_arguments: which arguments (index among the flattened leaves) are updated in place.
+    """
 
     target: Target
     device: MemoryReport
     host: MemoryReport
     kernels: tuple[KernelReport, ...]
     hlo: str
+    aliased_arguments: frozenset[int]
     lower_seconds: float
     compile_seconds: float
-
-    @property
-    def aliased_arguments(self) -> frozenset[int]:
-        """Which arguments (index among the flattened leaves) are updated in place."""
-        header = self.hlo.partition("entry_computation_layout")[0]
-        return frozenset(map(int, _ALIASED.findall(header)))
 
     @property
     def host_callbacks(self) -> int:
@@ -122,22 +120,19 @@ def prepare() -> None:
 
 
 def compile_for(
-    function: Callable[..., Any],
+    make: Callable[[], Any],
     shapes: Sequence[Any],
     *,
     target: Target,
-    donate_argnums: tuple[int, ...] = (),
-    out_shardings: Any = None,
     kernels_named: str = "",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CompiledReport:
-    """Compiles `function` for `target` and reports on it.
+    """Compiles a jitted function for `target` and reports on it.
 
     Args:
-      function: traced here anew, with `platform.is_gpu()` true.
-      shapes: one pytree of `jax.ShapeDtypeStruct` per argument; memory kinds are taken from
-        shardings made by `platform.sharding` ("device" for a leaf that has none).
-      donate_argnums, out_shardings: as in `jax.jit`; outputs in host memory must be named.
+      make: called with `platform.is_gpu()` true; returns the object of `jax.jit`, as it would run.
+      shapes: one pytree of arrays or `jax.ShapeDtypeStruct` per argument; memory kinds are taken
+        from shardings made by `platform.sharding` ("device" for a leaf that has none).
       kernels_named: report only on kernels that have this in their name.
       progress: called with (stage, done, total) while tracing, compiling and assembling.
     Raises:
@@ -151,12 +146,6 @@ def compile_for(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device),
         tuple(shapes),
     )
-    options = {} if out_shardings is None else {"out_shardings": out_shardings}
-
-    def traced_anew(*args):
-        return function(*args)
-
-    jitted = jax.jit(traced_anew, donate_argnums=donate_argnums, keep_unused=True, **options)
     checks = [export.DisabledSafetyCheck.custom_call(name) for name in _UNSTABLE_CALLS]
     tell("tracing", 0, 1)
     started = time.perf_counter()
@@ -165,7 +154,7 @@ def compile_for(
         platform.compiling_for("gpu", compute_capability=10 * major + minor),
         platform.abstract_gpu(target.description),
     ):
-        lowered = export.export(jitted, platforms=["cuda"], disabled_checks=checks)(*placed)
+        lowered = export.export(make(), platforms=["cuda"], disabled_checks=checks)(*placed)
     lower_seconds = time.perf_counter() - started
     tell("tracing", 1, 1)
     tell("compiling", 0, 1)
@@ -181,12 +170,17 @@ def compile_for(
             progress=functools.partial(tell, "assembling kernels of"),
         )
     stats = executable.get_compiled_memory_stats()
+    hlo = executable.hlo_modules()[0].to_string()
+    # Arguments that the program does not read are not among the compiler's.
+    kept = lowered.module_kept_var_idx
+    header = hlo.partition("entry_computation_layout")[0]
     return CompiledReport(
         target=target,
         device=_memory(stats, ""),
         host=_memory(stats, "host_"),
         kernels=kernels,
-        hlo=executable.hlo_modules()[0].to_string(),
+        hlo=hlo,
+        aliased_arguments=frozenset(kept[int(at)] for at in _ALIASED.findall(header)),
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
     )

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from flexijax.aot import compile as aot
 from flexijax.aot.compile import CompiledReport, MemoryReport
 from flexijax.aot.disassembly import KernelReport
-from flexijax.aot.footprint import (
-    Footprint,
-    abstract_params,
-    abstract_workspace,
-    footprint,
-    nbytes,
-)
+from flexijax.aot.footprint import Footprint, abstract_params, footprint
 from flexijax.aot.targets import Target
-from flexijax.cache import cache as kv
+from flexijax.cache.memory import nbytes
 from flexijax.config import CacheConfig
-from flexijax.engine.decode import decode_chunk
-from flexijax.engine.engine import free_rows
-from flexijax.engine.prefill import Program, prefill_chunk
+from flexijax.engine.inventory import ProgramCall, decode_calls, prompt_calls
+from flexijax.engine.program import Program
 from flexijax.models.config import ModelConfig
-from flexijax.pallas_kernels import platform
 from flexijax.profiles.head_profile import HeadProfile
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -37,19 +28,22 @@ OURS = "flexijax_"
 
 @dataclasses.dataclass(frozen=True)
 class ProgramReport:
-    """One compiled program. kernels: ours, every one that differs in more than its name.
+    """One stage of a run; of those with a program for each kind of layer, all of them together.
 
-    staging_copies: instructions other than kernels that touch host memory.
-    pool_copies: copies of at least the smallest array of keys or values. unaliased: cache leaves
-    that are not updated in place.
+    programs: how many there are; calls: of them in a prompt or a chunk of decode steps. device,
+    host: of the largest. kernels: ours, every one that differs in more than its name.
+    staging_copies: instructions other than kernels that touch host memory. pool_copies: copies of
+    at least the smallest array of keys or values. unaliased: donated leaves that are not updated in
+    place.
     """
 
+    programs: int
+    calls: int
     lower_seconds: float
     compile_seconds: float
     device: MemoryReport
     host: MemoryReport
     pool_copies: int
-    pool_bytes: int
     staging_copies: int
     host_callbacks: int
     collectives: int
@@ -59,7 +53,10 @@ class ProgramReport:
 
 @dataclasses.dataclass(frozen=True)
 class CompileReport:
-    """A model's decode and prefill chunk on one GPU, at one context, batch and policy."""
+    """Every program that a model runs on one GPU, at one context, batch and policy.
+
+    stages: by name, in the order in which a request meets them.
+    """
 
     model: str
     target: str
@@ -68,8 +65,7 @@ class CompileReport:
     context: int
     batch: int
     counted: Footprint
-    decode: ProgramReport
-    prefill: ProgramReport
+    stages: dict[str, ProgramReport]
 
 
 def compile_report(
@@ -77,40 +73,51 @@ def compile_report(
     *,
     name: str,
     cache: CacheConfig,
-    profile: HeadProfile | None,
     context: int,
     batch: int,
     target: Target,
     progress: Progress | None = None,
 ) -> CompileReport:
-    """Compiles the decode chunk and the prefill chunk of a model for `target` and reports on both.
+    """Compiles what `generate` runs, by the same functions, for `target`, and reports on it.
 
-    context: tokens of each of `batch` requests, new ones included. profile: for mode "flexi".
-    progress: called with (stage, done, total).
+    context: tokens of each of `batch` requests, new ones included. cache: with a `HeadProfile`
+    where its policy needs one. progress: called with (stage, done, total).
     Raises ValueError for sizes that cannot be, RuntimeError without the `aot` extra.
     """
     counted, program = footprint(
-        config,
-        name=name,
-        cache=cache,
-        profile=profile,
-        context=context,
-        batch=batch,
-        target=target,
+        config, name=name, cache=cache, context=context, batch=batch, target=target
     )
     aot.prepare()
-    params = abstract_params(config)
+    profile = cache.profile if program.policy.needs_profile else None
     return CompileReport(
         model=name,
         target=target.name,
-        profile=describe(profile) if profile is not None and cache.mode == "flexi" else None,
+        profile=describe(profile) if isinstance(profile, HeadProfile) else None,
         cache=cache,
         context=context,
         batch=batch,
         counted=counted,
-        decode=_decode(program, params, target, progress),
-        prefill=_prefill(program, params, target, progress),
+        stages=compile_program(program, abstract_params(config), target, progress),
     )
+
+
+def compile_program(
+    program: Program, params: Any, target: Target, progress: Progress | None = None
+) -> dict[str, ProgramReport]:
+    """Every program of a run, compiled for `target`; params: shapes of the model's weights."""
+    calls = [*prompt_calls(program, params), *decode_calls(program, params)]
+    smallest = min(nbytes(leaf) for leaf in _keys_and_values(calls))
+    found: dict[str, list[ProgramReport]] = {}
+    for call in calls:
+        compiled = aot.compile_for(
+            call.jitted,
+            call.args,
+            target=target,
+            kernels_named=OURS,
+            progress=_named(progress, call.stage),
+        )
+        found.setdefault(call.stage, []).append(_program_report(call, compiled, smallest))
+    return {stage: _together(reports) for stage, reports in found.items()}
 
 
 def describe(profile: HeadProfile) -> str:
@@ -118,69 +125,37 @@ def describe(profile: HeadProfile) -> str:
     return f"{profile.model}, {profile.budget_pages} pages ({profile.source})"
 
 
-def _decode(
-    program: Program, params: Any, target: Target, progress: Progress | None
-) -> ProgramReport:
-    cache = kv.abstract(program.layout, program.policy.score)
-    rows = platform.placed(jax.eval_shape(functools.partial(free_rows, program.layout.rows)))
-    device = platform.sharding()
-    compiled = aot.compile_for(
-        functools.partial(decode_chunk, program),
-        (params, cache, rows),
-        target=target,
-        donate_argnums=(1,),
-        kernels_named=OURS,
-        progress=_named(progress, "decode chunk"),
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), device, device),
-    )
-    pools = [
-        getattr(layer, name)
-        for layer in (*cache.layers, *cache.host)
-        for name in ("pages_k", "slots_k", "k")
-        if getattr(layer, name, None) is not None
+def _keys_and_values(calls: Iterable[ProgramCall]) -> list[Any]:
+    """The key arrays that the programs update in place: of each head group."""
+    return [
+        group.k
+        for call in calls
+        if call.stage == "decode"
+        for groups in call.args[1]
+        for group in groups
     ]
-    return _program_report(compiled, params, cache, min(map(nbytes, pools)))
 
 
-def _prefill(
-    program: Program, params: Any, target: Target, progress: Progress | None
-) -> ProgramReport:
-    workspace = abstract_workspace(program)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((1, program.chunk), jnp.int32)
-
-    def chunk(params, workspace, tokens, start, last):
-        return prefill_chunk(program, params, tokens, start, last, workspace)
-
-    compiled = aot.compile_for(
-        chunk,
-        (params, workspace, tokens, scalar, scalar),
-        target=target,
-        donate_argnums=(1,),
-        kernels_named=OURS,
-        progress=_named(progress, "prefill chunk"),
-    )
-    return _program_report(compiled, params, workspace, nbytes(workspace.k[0]))
-
-
-def _program_report(
-    compiled: CompiledReport, params: Any, donated: Any, pool_bytes: int
-) -> ProgramReport:
-    """donated: the argument that stands behind the params, to be updated in place."""
-    first = len(jax.tree.leaves(params))
-    leaves = jax.tree_util.tree_leaves_with_path(donated)
+def _program_report(call: ProgramCall, compiled: CompiledReport, pool_bytes: int) -> ProgramReport:
+    starts = [0]
+    for argument in call.args:
+        starts.append(starts[-1] + len(jax.tree.leaves(argument)))
     missing = [
-        jax.tree_util.keystr(path)
-        for at, (path, _) in enumerate(leaves, start=first)
+        f"{call.stage}{jax.tree_util.keystr(path)}"
+        for donated in call.donate
+        for at, (path, _) in enumerate(
+            jax.tree_util.tree_leaves_with_path(call.args[donated]), start=starts[donated]
+        )
         if at not in compiled.aliased_arguments
     ]
     return ProgramReport(
+        programs=1,
+        calls=call.calls,
         lower_seconds=compiled.lower_seconds,
         compile_seconds=compiled.compile_seconds,
         device=compiled.device,
         host=compiled.host,
         pool_copies=compiled.copies(at_least=pool_bytes),
-        pool_bytes=pool_bytes,
         staging_copies=compiled.staging_copies,
         host_callbacks=compiled.host_callbacks,
         collectives=compiled.collectives,
@@ -189,7 +164,29 @@ def _program_report(
     )
 
 
+def _together(reports: list[ProgramReport]) -> ProgramReport:
+    """One report of all programs of a stage."""
+
+    def total(name: str) -> Any:
+        values = [getattr(report, name) for report in reports]
+        return sum(values[1:], start=values[0])
+
+    largest = max(reports, key=lambda report: report.device.peak)
+    return dataclasses.replace(
+        largest,
+        **{
+            field.name: total(field.name)
+            for field in dataclasses.fields(ProgramReport)
+            if field.name not in ("device", "host")
+        },
+    )
+
+
 def _named(progress: Progress | None, program: str) -> Progress | None:
     if progress is None:
         return None
-    return lambda stage, done, total: progress(f"{stage} the {program}", done, total)
+    return functools.partial(_tell, progress, program)
+
+
+def _tell(progress: Progress, program: str, stage: str, done: int, total: int) -> None:
+    progress(f"{stage} the program: {program}", done, total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -11,16 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.aot.targets import Target
-from flexijax.cache import cache as kv
-from flexijax.cache.attention import Workspace
-from flexijax.cache.memory import summary_bytes
+from flexijax.cache.cache import abstract
+from flexijax.cache.layout import slots_of
+from flexijax.cache.memory import nbytes, summary_bytes
+from flexijax.cache.prefill_kv import empty_prefill_kv
 from flexijax.config import CacheConfig
-from flexijax.engine.prefill import Program, new_workspace
-from flexijax.generate import make_layout
+from flexijax.engine.plan import make_layout
+from flexijax.engine.program import Program
 from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
-from flexijax.pallas_kernels import platform
-from flexijax.policies.base import make
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
 
@@ -33,6 +31,8 @@ _PROFILED = {
     "smollm2-135m": "SmolLM2-135M-Instruct",
 }
 DTYPE = "bfloat16"
+# Of each request, where a policy keeps what is generated in a buffer of its own.
+NEW_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sizes:
     slots: int
     summaries: int  # of pages, and what the score keeps of requests
     tables: int  # block table, lengths, slot pages, counters
-    workspace: int  # keys and values of one prompt while it is read
+    prefill_kv: int  # keys and values of one prompt while it is read
     host_pages: int
 
 
@@ -54,7 +54,7 @@ class StepBytes:
 
     pages: int
     slots: int
-    scoring: int  # every step's of paged heads, and a rerank's share of slotted heads
+    scoring: int  # every step's of selected heads, and a rerank's share of offloaded ones
 
     @property
     def total(self) -> int:
@@ -71,8 +71,8 @@ class Roofline:
     """The least time of one decode step: bytes over bandwidth, or flops over the peak.
 
     Host traffic is apart, since what a rerank brings depends on the text. stored_bytes: written to
-    the host per step, a rerank's share. page_seconds: per step, for every page that each slotted
-    head of each request brings at a rerank, over the link to the host.
+    the host per step, a rerank's share. page_seconds: per step, for every page that each
+    offloaded head of each request brings at a rerank, over the link to the host.
     """
 
     weight_bytes: int
@@ -104,7 +104,6 @@ def footprint(
     *,
     name: str,
     cache: CacheConfig,
-    profile: HeadProfile | None,
     context: int,
     batch: int,
     target: Target,
@@ -118,15 +117,11 @@ def footprint(
             raise ValueError(f"{argument}={value!r} must be a positive integer")
     if context > config.max_context:
         raise ValueError(f"context={context} is more than the {config.max_context} of {name}")
-    if cache.mode != "flexi":
-        profile = None
-    elif profile is not None:
-        profile.check(num_layers=config.num_layers, num_kv_heads=config.num_kv_heads)
-    program = make_program(config, cache, profile=profile, context=context, batch=batch)
-    dense = dataclasses.replace(cache, mode="full")
-    full = make_program(config, dense, profile=None, context=context, batch=batch)
-    sizes = _sizes(config, program)
-    full_kv = full.layout.num_slotted * full.layout.blocks * full.layout.page_bytes
+    program = make_program(config, cache, context=context, batch=batch)
+    dense = dataclasses.replace(cache, policy="full", profile=None)
+    full = make_program(config, dense, context=context, batch=batch)
+    sizes, of = _sizes(config, program), full.layout.sizes
+    full_kv = full.layout.heads_of("dense") * of.blocks * of.page_bytes
     on_device = sizes.kv_pages + sizes.slots
     counted = Footprint(
         sizes=sizes,
@@ -160,28 +155,26 @@ def assumed_profile(config: ModelConfig, cache: CacheConfig) -> HeadProfile:
     )
 
 
-def make_program(
-    config: ModelConfig,
-    cache: CacheConfig,
-    *,
-    profile: HeadProfile | None,
-    context: int,
-    batch: int,
-) -> Program:
-    """As `generate.make_program`, for a GPU's memory instead of this machine's."""
-    shape = config.attention_shape
-    dtype = cache.dtype or DTYPE
-    policy = make(cache, profile=profile, num_layers=shape.num_layers, dtype=dtype)
-    return Program(
-        decoder=Decoder(config),
-        layout=make_layout(
-            policy, shape, page_size=cache.page_size, max_tokens=context, rows=batch, dtype=dtype
-        ),
-        policy=policy,
-        rerank_interval=cache.chunk_steps,
-        implementation=cache.implementation,
-        transfer=cache.transfer,
+def make_program(config: ModelConfig, cache: CacheConfig, *, context: int, batch: int) -> Program:
+    """As `engine.plan.make_program`, for a GPU's memory instead of this machine's.
+
+    Raises ValueError where the policy needs a profile and `cache.profile` is no `HeadProfile` of
+    such a model.
+    """
+    policy, shape, profile = cache.find_policy(), config.attention_shape, None
+    if policy.needs_profile and isinstance(cache.profile, HeadProfile):
+        profile = cache.profile
+        profile.check(num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads)
+    layout = make_layout(
+        cache,
+        shape,
+        profile=profile,
+        dtype=cache.dtype or DTYPE,
+        max_tokens=context,
+        max_new_tokens=min(context, NEW_TOKENS),
+        batch=batch,
     )
+    return Program(Decoder(config), layout, policy, cache.implementation, cache.transfer)
 
 
 def abstract_params(config: ModelConfig) -> Any:
@@ -189,71 +182,72 @@ def abstract_params(config: ModelConfig) -> Any:
     return Decoder(config).abstract(dtype=jnp.dtype(DTYPE))
 
 
-def abstract_workspace(program: Program) -> Workspace:
-    """The prefill workspace as `jax.ShapeDtypeStruct`s."""
-    return platform.placed(jax.eval_shape(functools.partial(new_workspace, program.layout)))
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all leaves."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _sizes(config: ModelConfig, program: Program) -> Sizes:
-    cache = kv.abstract(program.layout, program.policy.score)
-
-    def of(*names: str) -> int:
-        return nbytes([[getattr(layer, name) for name in names] for layer in cache.layers])
-
+    layout = program.layout
+    cache = abstract(layout, program.policy)
+    pages = slots = summaries = 0
+    for layer, at, group in layout.all_groups():
+        arrays = cache.layers[layer].groups[at]
+        held = nbytes((arrays.k, arrays.v))
+        pages += held if group.kind == "selected" else 0
+        slots += held if group.kind != "selected" else 0
+        if group.score is not None:
+            summaries += nbytes((arrays.summaries, arrays.score_state))
+    host = nbytes([layer.host for layer in cache.layers])
+    kv = jax.eval_shape(lambda: empty_prefill_kv(program.prefill_spec()))
     return Sizes(
         weights=nbytes(abstract_params(config)),
-        kv_pages=of("pages_k", "pages_v"),
-        slots=of("slots_k", "slots_v"),
-        summaries=of("paged_summaries", "paged_state", "slotted_summaries", "slotted_state"),
-        tables=of("slot_page", "pace") + nbytes((cache.block_table, cache.lengths, cache.counters)),
-        workspace=nbytes(abstract_workspace(program)),
-        host_pages=nbytes(cache.host),
+        kv_pages=pages,
+        slots=slots,
+        summaries=summaries,
+        tables=nbytes(cache) - host - pages - slots - summaries,
+        prefill_kv=nbytes((kv.k, kv.v)),
+        host_pages=host,
     )
 
 
 def step_bytes(program: Program) -> StepBytes:
     """What attention reads in a step when every request fills its pages; from the layout alone."""
-    layout, policy = program.layout, program.policy
-    scores = jax.ShapeDtypeStruct((1, 1, layout.pages), jnp.float32)
-    chosen = jax.eval_shape(policy.select, scores).shape[-1] if layout.num_paged else 0
-    scored = layout.num_paged
-    if layout.offloads:
-        scored += layout.num_slotted / program.rerank_interval
-    summaries = scored * layout.pages * summary_bytes(layout, policy)
+    layout, sizes = program.layout, program.layout.sizes
+    pages = slots = 0
+    scoring = 0.0
+    for *_, group in layout.all_groups():
+        heads = len(group.heads)
+        scored = heads * sizes.pages * summary_bytes(layout, group)
+        if group.kind == "selected":
+            pages += heads * min(group.attends or 0, sizes.pages)
+            scoring += scored
+        else:
+            slots += heads * slots_of(group, sizes)
+            scoring += scored / sizes.chunk_steps
     return StepBytes(
-        pages=layout.rows * layout.num_paged * chosen * layout.page_bytes,
-        slots=layout.rows * layout.num_slotted * layout.slots * layout.page_bytes,
-        scoring=round(layout.rows * summaries),
+        pages=sizes.batch * pages * sizes.page_bytes,
+        slots=sizes.batch * slots * sizes.page_bytes,
+        scoring=round(sizes.batch * scoring),
     )
 
 
 def _roofline(config: ModelConfig, program: Program, target: Target) -> Roofline:
-    layout = program.layout
-    read = step_bytes(program)
+    sizes, read = program.layout.sizes, step_bytes(program)
     # Of the embedding a step reads one row a request, unless it is the head as well.
     table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     leaves = jax.tree.leaves(abstract_params(config))
     weights = sum(math.prod(leaf.shape) for leaf in leaves) - table
-    attended = (read.pages + read.slots) // layout.page_bytes * layout.page_size
-    per_token = 4 * layout.shape.group_size * layout.shape.head_dim  # q.k and weight.v
-    flops = 2 * weights * layout.rows + attended * per_token
+    attended = (read.pages + read.slots) // sizes.page_bytes * sizes.page_size
+    per_token = 4 * sizes.shape.group_size * sizes.shape.head_dim  # q.k and weight.v
+    flops = 2 * weights * sizes.batch + attended * per_token
     weight_bytes = weights * jnp.dtype(DTYPE).itemsize
     seconds = max(
         (weight_bytes + read.total) / target.device_bytes_per_second,
         flops / target.bfloat16_flops_per_second,
     )
-    # All slotted heads of all requests, one page each.
-    page_bytes = layout.rows * layout.num_slotted * layout.page_bytes if layout.offloads else 0
+    # All offloaded heads of all requests, one page each.
+    page_bytes = sizes.batch * program.layout.heads_of("offloaded") * sizes.page_bytes
     return Roofline(
         weight_bytes=weight_bytes,
         attention=read,
         flops=flops,
         seconds=seconds,
-        stored_bytes=page_bytes // layout.page_size,
-        page_seconds=page_bytes / program.rerank_interval / target.host_bytes_per_second,
+        stored_bytes=page_bytes // sizes.page_size,
+        page_seconds=page_bytes / sizes.chunk_steps / target.host_bytes_per_second,
     )

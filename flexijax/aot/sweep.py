@@ -10,7 +10,6 @@ from flexijax.aot.footprint import footprint
 from flexijax.aot.targets import Target
 from flexijax.config import CacheConfig
 from flexijax.models.config import ModelConfig
-from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.plots import pyplot
 
 
@@ -33,13 +32,13 @@ class Point:
     full_seconds: float
 
 
-def default_contexts(most: int) -> list[int]:
-    """Powers of two from 1,024 up to the model's most, and that one.
+def default_contexts(max_context: int) -> list[int]:
+    """Powers of two from 1,024 up to the model's own, and that one.
 
-    most = 40960 -> [1024, 2048, 4096, 8192, 16384, 32768, 40960]
+    max_context = 40960 -> [1024, 2048, 4096, 8192, 16384, 32768, 40960]
     """
-    powers = (1 << power for power in range(10, most.bit_length()))
-    return sorted({most, *(context for context in powers if context <= most)})
+    powers = (1 << power for power in range(10, max_context.bit_length()))
+    return sorted({max_context, *(context for context in powers if context <= max_context)})
 
 
 def sweep(
@@ -48,7 +47,6 @@ def sweep(
     *,
     name: str,
     cache: CacheConfig,
-    profile: HeadProfile | None,
     batch: int,
     target: Target,
 ) -> list[Point]:
@@ -59,7 +57,6 @@ def sweep(
             config,
             name=name,
             cache=cache,
-            profile=profile,
             context=context,
             batch=batch,
             target=target,

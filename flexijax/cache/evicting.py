@@ -142,7 +142,8 @@ def end_chunk(
     position = jnp.where(taken, group.position, -1)
     k = group.k.reshape(batch, heads, width, places)
     v = group.v.reshape(batch, heads, places, width)
-    state = group.state
+    came = taken & (position >= chunk.before[:, None, None])
+    state = _forgotten(program, group.state, came)
     if policy.observes_decode:
         state = observe_chunk(program, state, k, v, position, chunk)
 
@@ -152,9 +153,11 @@ def end_chunk(
 
     of_heads = jax.vmap(rank, in_axes=(0, 0, 0, 0, None))
     ranks = jax.vmap(of_heads)(state, k, v, position, chunk.lengths)
-    # Of the lowest ranked at most R must go, since no more have come.
+    # Of the lowest ranked at most R must go, since no more have come. A token of rank +inf still
+    # goes before a place that has none.
     moves = min(program.sizes.chunk_steps, places)
-    _, lowest = lax.top_k(jnp.where(taken, -ranks, -jnp.inf), moves)
+    lowness = jnp.maximum(-ranks, jnp.finfo(ranks.dtype).min)
+    _, lowest = lax.top_k(jnp.where(taken, lowness, -jnp.inf), moves)
     evicted = jnp.maximum(group.count - room, 0)  # [B, K]
     goes = jnp.arange(moves, dtype=jnp.int32) < evicted[..., None]
     count = group.count - evicted
@@ -168,6 +171,16 @@ def end_chunk(
     source = jnp.sort(jnp.where(stays, behind, places), axis=-1)
     group = _moved(program, dataclasses.replace(group, count=count, state=state), source, gap)
     return group, None, EvictionStats(stats.evicted + evicted)
+
+
+def _forgotten(program: GroupProgram, state: PolicyState, fresh: jax.Array) -> PolicyState:
+    """As before anything was observed at the places bool[B, K, T], where others stood before."""
+    empty = program.policy.init_state(fresh.shape[-1])
+
+    def leaf(kept: jax.Array, initial: jax.Array) -> jax.Array:
+        return jnp.where(fresh.reshape(*fresh.shape, *(1,) * (initial.ndim - 1)), initial, kept)
+
+    return PolicyState(jax.tree.map(leaf, state.tokens, empty.tokens), state.head)
 
 
 def _moved(

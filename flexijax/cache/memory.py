@@ -7,7 +7,6 @@ import ctypes
 import dataclasses
 import functools
 import math
-import os
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax
 from flexijax.cache.cache import abstract
 from flexijax.cache.layout import CacheLayout, slots_of
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.host_memory import available_host_bytes
 from flexijax.policies.base import HOST, HeadGroup, Policy
 from flexijax.policies.page_score import PageScore, PageShape
 
@@ -80,17 +80,9 @@ def _score_bytes(score: PageScore, page: PageShape) -> tuple[int, int]:
 
 def available_bytes() -> tuple[int, int]:
     """(device, host) bytes that can still be taken; both the same memory where there is no GPU."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            facts = dict(line.split(":", 1) for line in lines)
-        pages = int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        pass  # not Linux: what the C library calls free is the next best
-    stats = jax.devices()[0].memory_stats() if platform.is_gpu() else None
-    if stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"], pages
-    return pages, pages
+    host = available_host_bytes()
+    device = platform.free_device_bytes()
+    return (host if device is None else device), host
 
 
 def trim_heap() -> None:

@@ -12,7 +12,7 @@ from jax import lax
 from flexijax.cache.arrays import zeros
 from flexijax.cache.observe import observe_all
 from flexijax.models.config import AttentionShape
-from flexijax.pallas_kernels.prefill import prefill_attention
+from flexijax.pallas_kernels import dispatch
 from flexijax.policies.base import Policy, PolicyState
 
 
@@ -99,7 +99,7 @@ class PrefillAttention:
         new_v = v[0].astype(values.dtype).transpose(1, 0, 2)
         keys = lax.dynamic_update_slice_in_dim(keys, new_k, state.start, axis=2)
         values = lax.dynamic_update_slice_in_dim(values, new_v, state.start, axis=1)
-        out = prefill_attention(
+        out = dispatch.prefill_attention(
             grouped,
             keys,
             values,

@@ -11,9 +11,9 @@ from flexijax.aot import targets
 from flexijax.aot.compile_report import compile_report, describe
 from flexijax.aot.footprint import assumed_profile, shipped_profile
 from flexijax.aot.sweep import default_contexts, draw, sweep
+from flexijax.cli.cache_options import add_cache_options, cache_config
 from flexijax.cli.compile_text import as_json, sweep_table, text
 from flexijax.cli.terminal import Progress, check_writable, write_json
-from flexijax.config import IMPLEMENTATIONS, MODES, SCORES, SUMMARY_DTYPES, TRANSFERS, CacheConfig
 from flexijax.models import presets
 from flexijax.profiles import lookup
 
@@ -23,23 +23,12 @@ HELP = "compile a preset for a GPU that need not be here: memory, kernels, time 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    add, default = parser.add_argument, CacheConfig()
+    add = parser.add_argument
     add("--model", required=True, choices=presets.NAMES)
     add("--context", type=int, default=32768, metavar="N", help="of each request (%(default)s)")
     add("--batch", type=int, default=16, metavar="B", help="(%(default)s)")
-    add("--mode", choices=MODES, default=default.mode, help="(%(default)s)")
     known = sorted(targets.targets())
     add("--target", choices=known, default="h100", help="the GPU (%(default)s)")
-    for option, value in (
-        ("--budget-tokens", default.budget_tokens),
-        ("--page-size", default.page_size),
-        ("--rerank-interval", default.rerank_interval),
-    ):
-        add(option, type=int, default=value, metavar="N", help="(%(default)s)")
-    add("--score", choices=SCORES, default=default.score, help="(%(default)s)")
-    add("--summary-dtype", choices=SUMMARY_DTYPES, help="of minima and maxima")
-    add("--implementation", choices=IMPLEMENTATIONS)
-    add("--transfer", choices=TRANSFERS)
     add("--profile", help="a shipped profile's name or a JSON file (default: the preset's own)")
     add(
         "--sweep",
@@ -50,20 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--compile", action="store_true", help="with --sweep: compiles each context as well")
     add("--plot", type=Path, metavar="DIR", help="with --sweep: draws the fraction of full KV")
+    add_cache_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Carries the command out; ValueError where the `aot` extra is missing, naming it."""
-    cache = CacheConfig(
-        mode=args.mode,
-        page_size=args.page_size,
-        budget_tokens=args.budget_tokens,
-        rerank_interval=args.rerank_interval,
-        score=args.score,
-        summary_dtype=args.summary_dtype,
-        implementation=args.implementation,
-        transfer=args.transfer,
-    )
+    cache = cache_config(args)
     if args.json is not None:
         check_writable(args.json)
     if args.sweep is None and (args.plot is not None or args.compile):
@@ -76,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     # Programs are lowered on the CPU; a GPU, should there be one, is left alone.
     jax.config.update("jax_platforms", "cpu")
     config = presets.config(args.model)
-    profile = None
-    if cache.mode == "flexi":
+    policy, profile = cache.find_policy(), None
+    if policy.needs_profile:
         if args.profile is not None:
             profile = lookup.load(args.profile)
         else:
@@ -85,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
             profile = profile or assumed_profile(config, cache)
     common = {
         "name": args.model,
-        "cache": cache,
-        "profile": profile,
+        "cache": dataclasses.replace(cache, profile=profile),
         "batch": args.batch,
         "target": targets.target(args.target),
     }
@@ -100,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     contexts = sorted(set(args.sweep)) or default_contexts(config.max_context)
     points = sweep(config, contexts, **common)
-    title = f"{args.model}, {cache.mode}, {cache.score}, budget {cache.budget_tokens} tokens"
+    title = f"{args.model}, {policy}, budget {cache.budget_tokens} tokens"
     pictures = draw(points, args.plot, title=title) if args.plot is not None else []
     if not args.quiet:
         print(f"{title}, {args.batch} requests, for {args.target}; counted from the layout\n")
         print(f"head profile: {describe(profile)}\n" if profile is not None else "", end="")
-        print(sweep_table(points, cache.mode))
+        print(sweep_table(points, policy.name))
         for path in pictures:
             print(path)
     reports = []

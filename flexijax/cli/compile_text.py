@@ -18,18 +18,18 @@ def as_json(report: CompileReport) -> dict[str, Any]:
         found["counted"][name]["attention"].update(
             total=read.total, scoring_share=read.scoring_share
         )
-    for name in ("decode", "prefill"):
-        program: ProgramReport = getattr(report, name)
+    for name, program in report.stages.items():
+        of_stage = found["stages"][name]
         for tier in ("device", "host"):
-            found[name][tier]["peak"] = getattr(program, tier).peak
-        for kernel, entry in zip(program.kernels, found[name]["kernels"], strict=True):
+            of_stage[tier]["peak"] = getattr(program, tier).peak
+        for kernel, entry in zip(program.kernels, of_stage["kernels"], strict=True):
             seen = bool(kernel.instructions)
             entry["tensor_core_instructions"] = kernel.tensor_core_instructions if seen else None
             entry["wide_loads"] = kernel.wide_loads if seen else None
     return found
 
 
-def sweep_table(points: Sequence[Point], mode: str) -> str:
+def sweep_table(points: Sequence[Point], policy: str) -> str:
     """One line a context."""
     header = [
         "context",
@@ -39,7 +39,7 @@ def sweep_table(points: Sequence[Point], mode: str) -> str:
         "on the host",
         "attention reads / full",
         "of it scoring",
-        f"{mode}, a step",
+        f"{policy}, a step",
         "full, a step",
     ]
     rows = [
@@ -65,8 +65,8 @@ def text(report: CompileReport) -> str:
     sizes, step, full = counted.sizes, counted.step, counted.full_step
     read, read_full = step.attention, full.attention
     parts = [
-        f"{report.model}, {report.cache.mode}, {report.batch} requests of {report.context} tokens, "
-        f"for {report.target}",
+        f"{report.model}, {report.cache.find_policy()}, {report.batch} requests of "
+        f"{report.context} tokens, for {report.target}",
         f"head profile: {report.profile}" if report.profile else "",
         table(
             [
@@ -76,7 +76,7 @@ def text(report: CompileReport) -> str:
                 ["slots", megabytes(sizes.slots)],
                 ["summaries", megabytes(sizes.summaries)],
                 ["tables", megabytes(sizes.tables)],
-                ["workspace while a prompt is read", megabytes(sizes.workspace)],
+                ["a prompt while it is read", megabytes(sizes.prefill_kv)],
                 ["KV pages on the host", megabytes(sizes.host_pages)],
                 ["KV on the device / full KV", f"{counted.device_kv_fraction:.4f}"],
                 ["with summaries", f"{counted.device_kv_fraction_with_summaries:.4f}"],
@@ -84,7 +84,7 @@ def text(report: CompileReport) -> str:
         ),
         table(
             [
-                ["a decode step, counted", report.cache.mode, "full", "ratio"],
+                ["a decode step, counted", report.cache.find_policy().name, "full", "ratio"],
                 _row("attention reads: pages", read.pages, read_full.pages),
                 _row("slots", read.slots, read_full.slots),
                 _row("scoring", read.scoring, read_full.scoring),
@@ -117,8 +117,8 @@ def text(report: CompileReport) -> str:
                 ],
             ]
         ),
-        _programs({"decode chunk": report.decode, "prefill chunk": report.prefill}),
-        _kernels({"decode": report.decode, "prefill": report.prefill}),
+        _programs(report.stages),
+        _kernels(report.stages),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -132,6 +132,8 @@ def _programs(programs: dict[str, ProgramReport]) -> str:
     return table(
         [
             ["compiled", *programs],
+            ["programs", *(str(p.programs) for p in columns)],
+            ["calls a prompt or chunk", *(str(p.calls) for p in columns)],
             ["device arguments", *(megabytes(p.device.arguments) for p in columns)],
             ["device temporaries", *(megabytes(p.device.temporaries) for p in columns)],
             ["device peak", *(megabytes(p.device.peak) for p in columns)],

@@ -3,11 +3,11 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from flexijax.agreement import agreeing_tokens
+from flexijax.cli.cache_options import add_cache_options, cache_config
 from flexijax.cli.terminal import (
     Progress,
     check_writable,
@@ -16,22 +16,14 @@ from flexijax.cli.terminal import (
     table,
     write_json,
 )
-from flexijax.config import (
-    ADAPTIVE,
-    DTYPES,
-    IMPLEMENTATIONS,
-    MODES,
-    SCORES,
-    SUMMARY_DTYPES,
-    TRANSFERS,
-    CacheConfig,
-)
+from flexijax.compare import compare
+from flexijax.config import DTYPES, CacheConfig
 from flexijax.engine.sampling import Sampling
 from flexijax.generate import generate
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.profiles import lookup
-from flexijax.profiles.staleness import Fit
+from flexijax.profiles.staleness import ProfileFit
 from flexijax.profiling.choose import AUTO
 from flexijax.results import Generation, StaleProfileWarning
 
@@ -63,33 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
 
-    cache, default = parser.add_argument_group("cache"), CacheConfig()
-    cache.add_argument("--mode", choices=MODES, default=default.mode, help="(%(default)s)")
-    for option, value, meaning in (
-        ("--budget-tokens", default.budget_tokens, "that a head attends to"),
-        ("--page-size", default.page_size, "tokens kept or moved together"),
-    ):
-        help = f"{meaning} (%(default)s)"
-        cache.add_argument(option, type=int, default=value, metavar="N", help=help)
-    cache.add_argument(
-        "--rerank-interval",
-        type=interval,
-        default=default.rerank_interval,
-        metavar="N",
-        help="steps between choices of stable heads, or adaptive (%(default)s)",
-    )
+    add_cache_options(parser)
+    cache = parser.add_argument_group("cache, for this command")
     cache.add_argument("--cache-dtype", choices=DTYPES)
-    cache.add_argument("--score", choices=SCORES, default=default.score, help="(%(default)s)")
-    cache.add_argument("--summary-dtype", choices=SUMMARY_DTYPES, help="of minima and maxima")
-    cache.add_argument("--implementation", choices=IMPLEMENTATIONS)
-    cache.add_argument("--transfer", choices=TRANSFERS)
     cache.add_argument(
         "--profile",
         help="unstable heads: a shipped profile's name, a JSON file, or auto: the shipped one of "
         "the model, else measured on the prompt (default: the shipped one)",
     )
     cache.add_argument(
-        "--compare-full", action="store_true", help="run mode full as well and compare"
+        "--compare-full", action="store_true", help="run policy full as well and compare"
     )
 
     sampling = parser.add_argument_group("sampling")
@@ -104,17 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carries the command out; bad input raises ValueError or OSError before the model loads."""
-    cache = CacheConfig(
-        mode=args.mode,
-        page_size=args.page_size,
-        budget_tokens=args.budget_tokens,
-        rerank_interval=args.rerank_interval,
-        dtype=args.cache_dtype,
-        score=args.score,
-        summary_dtype=args.summary_dtype,
-        implementation=args.implementation,
-        transfer=args.transfer,
-    )
+    named = args.profile not in (None, AUTO)
+    profile = lookup.load(args.profile) if named else args.profile
+    cache = cache_config(args, profile=profile, dtype=args.cache_dtype)
     sampling = Sampling(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -131,8 +98,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_writable(args.json)
     prompt = _prompt(args)
-    named = args.profile not in (None, AUTO)
-    profile = lookup.load(args.profile) if named else args.profile
 
     progress = Progress(quiet=args.quiet)
     loading = f"loading {args.model}"
@@ -147,74 +112,85 @@ def run(args: argparse.Namespace) -> int:
     if args.chat or args.system is not None:
         prompt = chat_prompt(lm, prompt, system=args.system)
 
-    def answer(config: CacheConfig, stream: Callable[[int, str], None] | None) -> Generation:
-        progress.quiet = args.quiet
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", StaleProfileWarning)
-            made = generate(
-                lm,
-                [prompt],
-                max_new_tokens=args.max_new_tokens,
-                cache=config,
-                profile=profile,
-                sampling=sampling,
-                stream=stream,
-                progress=progress,
-                seed=args.seed,
-            )
-        progress.close()
-        notes.extend(str(one.message) for one in caught)
-        return made[0]
-
-    held: list[str] = []
-
-    def show(_: int, piece: str) -> None:
-        # The first piece waits for the second: the decode step is compiled in between, and its
-        # progress would break into the text. From then on the text itself is the progress.
-        held.append(piece)
-        if len(held) > 1:
-            flush()
-
-    def flush() -> None:
-        progress.close()
-        progress.quiet = True
-        print("".join(held), end="", flush=True)
-        held[:] = [""]
-
     notes: list[str] = []
-    results = {args.mode: answer(cache, show)}
-    flush()
+    agreement: dict[str, int] = {}
+    console = _Console(progress)
+
+    def show(name: object, piece: str) -> None:
+        if name in (0, args.policy):
+            console.show(piece)
+
+    caches = {args.policy: cache}
+    if args.compare_full:
+        caches["full"] = replace(cache, policy="full", profile=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", StaleProfileWarning)
+        common = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+        if len(caches) > 1:
+            made = compare(lm, prompt, caches, stream=show, progress=progress, **common)
+            results, agreement = dict(made.answers), made.agreement
+        else:
+            answers = generate(lm, [prompt], cache=cache, stream=show, progress=progress, **common)
+            results = {args.policy: answers[0]}
+    notes.extend(str(one.message) for one in caught)
+    chosen = agreement.get(args.policy) if args.temperature == 0 else None
+    if args.json is not None:
+        # Before anything is printed that could fail: a reader that has gone, a full disk.
+        write_json(args.json, _content(lm, args.policy, cache, sampling, results, chosen))
+    console.flush()
     print(flush=True)
-    # What was measured is not measured again.
-    profile = results[args.mode].profile or profile
-    if args.profile == AUTO and not args.quiet and (origin := results[args.mode].metrics.profile):
+    if args.profile == AUTO and not args.quiet and (origin := results[args.policy].metrics.profile):
         print(f"profile: {origin}", file=sys.stderr)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
-    chosen = None
-    if args.compare_full and args.mode != "full":
-        results["full"] = answer(replace(cache, mode="full"), None)
-        if args.temperature == 0 and lm.tokenizer is not None:
-            asked, told = lm.tokenizer.encode(prompt), results["full"].token_ids
-            chosen = agreeing_tokens(
-                lm, asked, told, cache=cache, profile=profile, progress=progress
-            )
     if not args.quiet:
         print("\n" + table(report(results, chosen=chosen)))
-    if args.json is not None:
-        mine = results.pop(args.mode)
-        content = {
-            "model": lm.name,
-            "fingerprint": lm.fingerprint,
-            "cache": cache,
-            "sampling": sampling,
-            "environment": environment(),
-            **vars(_without_measurements(mine)),
-            **results,
-            **({} if chosen is None else {"full_tokens_chosen": chosen}),
-        }
-        write_json(args.json, content)
     return 0
+
+
+def _content(
+    lm: LanguageModel,
+    policy: str,
+    cache: CacheConfig,
+    sampling: Sampling,
+    results: dict[str, Generation],
+    chosen: int | None,
+) -> dict[str, Any]:
+    """What --json writes: the answer of the policy, others under their names."""
+    others = {name: made for name, made in results.items() if name != policy}
+    return {
+        "model": lm.name,
+        "fingerprint": lm.fingerprint,
+        # The profile is with the answer; a policy is best read as it is written.
+        "cache": {**vars(cache), "policy": repr(cache.find_policy()), "profile": None},
+        "sampling": sampling,
+        "environment": environment(),
+        **vars(_without_measurements(results[policy])),
+        **others,
+        **({} if chosen is None else {"full_tokens_chosen": chosen}),
+    }
+
+
+class _Console:
+    """The text as it comes, on standard output, between lines of progress on standard error."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._waiting: list[str] = []
+
+    def show(self, piece: str) -> None:
+        """The first piece waits for the second: the decode steps are compiled in between, and
+        their progress would break into the text. From then on the text itself is the progress."""
+        self._waiting.append(piece)
+        if len(self._waiting) > 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """All that waits."""
+        self._progress.close()
+        self._progress.quiet = True
+        print("".join(self._waiting), end="", flush=True)
+        self._waiting[:] = [""]
 
 
 def chat_prompt(lm: LanguageModel, text: str, *, system: str | None) -> str:
@@ -226,13 +202,13 @@ def chat_prompt(lm: LanguageModel, text: str, *, system: str | None) -> str:
 
 
 def report(results: dict[str, Generation], *, chosen: int | None = None) -> list[list[str]]:
-    """The closing table: a column for each mode, and what they agree on where there are two.
+    """The closing table: a column for each policy, and what they agree on where there are two.
 
-    chosen: how many of the second answer's tokens the first mode would have chosen as well.
+    chosen: how many of the second answer's tokens the first policy would have chosen as well.
     """
-    columns = [(mode, made, made.metrics) for mode, made in results.items()]
+    columns = [(policy, made, made.metrics) for policy, made in results.items()]
     rows = [
-        ["", *(f"mode {mode}" for mode, *_ in columns)],
+        ["", *(f"policy {policy}" for policy, *_ in columns)],
         ["prompt tokens", *(f"{m.prompt_tokens:,}" for *_, m in columns)],
         ["new tokens", *(f"{m.new_tokens:,}" for *_, m in columns)],
         ["finished by", *(made.finish_reason for _, made, _ in columns)],
@@ -245,11 +221,12 @@ def report(results: dict[str, Generation], *, chosen: int | None = None) -> list
         ["full KV would take", *(megabytes(m.full_kv_bytes) for *_, m in columns)],
         ["moved to the device", *(megabytes(m.promoted_bytes) for *_, m in columns)],
         ["moved to the host", *(megabytes(m.offloaded_bytes) for *_, m in columns)],
+        ["tokens evicted, all heads", *(_count(m.evicted_tokens) for *_, m in columns)],
         ["reranks", *(f"{m.reranks}" for *_, m in columns)],
         ["  pages already there", *(_share(m.mean_overlap) for *_, m in columns)],
         ["  mean RCO (of the profile)", *(_stability(m.profile_fit) for *_, m in columns)],
     ]
-    # A profile that another score measured promises nothing of the heads' RCO.
+    # A profile that another score measured expects nothing of the heads' RCO.
     rows = [row for row in rows if any(row[1:])]
     if len(columns) == 2:
         (_, one, _), (_, other, _) = columns
@@ -268,17 +245,16 @@ def _without_measurements(made: Generation) -> Generation:
     return replace(made, profile=replace(made.profile, rco=None, measured={}))
 
 
-def _stability(found: Fit | None) -> str:
-    return "" if found is None else f"{found.seen:.2f} ({found.promised:.2f})"
+def _stability(found: ProfileFit | None) -> str:
+    return "" if found is None else f"{found.observed:.2f} ({found.expected:.2f})"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}" if number else ""
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
-
-
-def interval(text: str) -> int | str:
-    """A number of steps, or "adaptive"."""
-    return text if text == ADAPTIVE else int(text)
 
 
 def _prompt(args: argparse.Namespace) -> str:

@@ -9,11 +9,12 @@ from typing import NoReturn
 
 from flexijax.cli import compile_report as cli_compile_report
 from flexijax.cli import generate as cli_generate
+from flexijax.cli import policies as cli_policies
 from flexijax.cli import profile as cli_profile
-from flexijax.cli.terminal import one_line, return_freed_memory, use_compilation_cache
+from flexijax.cli.terminal import mend_streams, one_line, return_freed_memory, use_compilation_cache
 
 # A subcommand is a module with NAME, HELP, add_arguments(parser) and run(args) -> exit code.
-SUBCOMMANDS = (cli_generate, cli_profile, cli_compile_report)
+SUBCOMMANDS = (cli_generate, cli_profile, cli_compile_report, cli_policies)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, or 2 after bad input and one line on stderr."""
+    mend_streams()
     args = parser().parse_args(argv)
     return_freed_memory()
     use_compilation_cache()
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; without this Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
             raise
         print(f"flexijax {args.command}: error: {one_line(error)}", file=sys.stderr)

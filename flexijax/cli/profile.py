@@ -10,8 +10,10 @@ from flexijax.models.load import load
 from flexijax.profiles import plots, report
 from flexijax.profiles.documents import read_documents
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiling.measure import Settings, averages, make_profile, measure_documents
-from flexijax.profiling.recorder import SCORES
+from flexijax.profiling.measure import measure_documents
+from flexijax.profiling.profile import make_profile
+from flexijax.profiling.settings import RANKINGS, Settings
+from flexijax.profiling.statistics import averages
 
 NAME = "profile"
 HELP = "measure which KV heads of a model keep choosing the same pages"
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--window", type=int, default=default.window, help="steps over which RCO is averaged")
     add("--fraction", type=float, default=default.fraction, help="of all heads, called unstable")
-    add("--score", choices=SCORES, default=default.score, help="what ranks the pages")
+    add("--score", choices=RANKINGS, default=default.score, help="what ranks the pages")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import io
 import json
 import math
 import os
@@ -16,6 +17,20 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from tqdm import tqdm
+
+
+def mend_streams() -> None:
+    """Standard streams that can take every text: none that is closed, none that lacks characters.
+
+    A terminal whose encoding lacks a character gets an escape for it, which is better than to lose
+    the whole text after it was made. What was closed reads as empty and writes nowhere.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Progress:

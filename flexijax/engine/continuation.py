@@ -22,10 +22,10 @@ import numpy as np
 
 from flexijax.engine.batch import empty_batch
 from flexijax.engine.execute import run_decode, run_teacher_forced
+from flexijax.engine.first_token import first_logits
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner, prefill_spec
 from flexijax.engine.stats import SequenceStats, sequence_stats
-from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
 
 
@@ -130,6 +130,20 @@ class Continuation:
         self.next_token = generated.pop()
         return generated
 
+    def agreeing(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens are the most likely ones, fed one after the other.
+
+        Fills the cache up to whole chunks, so it is the last thing to ask. tokens: ids.
+        """
+        if not tokens:
+            return 0
+        chosen, steps = [self.next_token], self.program.chunk_steps
+        if len(tokens) > 1:
+            whole = -(-len(tokens) // steps) * steps
+            logits = self.feed(np.resize(np.asarray(tokens, np.int32), whole).tolist())
+            chosen += logits.argmax(axis=-1).tolist()
+        return sum(int(a) == b for a, b in zip(chosen, tokens, strict=False))
+
     @property
     def stats(self) -> SequenceStats:
         """What moved and was evicted since the prompt came."""
@@ -143,8 +157,3 @@ class Continuation:
         if self.length + count > room:
             raise ValueError(f"{self.length} + {count} tokens are more than the cache's {room}")
         return steps
-
-
-def first_logits(decoder: DecoderLike, params: Params, x: jax.Array) -> jax.Array:
-    """Of a prompt's last hidden state x [1, D]: [1, V]."""
-    return decoder.logits(params, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -13,12 +14,12 @@ from flexijax.cache.blocks import BlockAllocator
 from flexijax.cache.cache import Cache
 from flexijax.engine.batch import SampledTokens, empty_batch
 from flexijax.engine.execute import compile_decode, run_decode
-from flexijax.engine.prefiller import Prefiller
+from flexijax.engine.first_token import first_token
+from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner
-from flexijax.engine.sampling import SamplingRows, sample, step_keys
+from flexijax.engine.sampling import SamplingRows
 from flexijax.engine.sequence import Request, Sequence
 from flexijax.engine.stats import SequenceStats, sequence_stats
-from flexijax.models.decoder import DecoderLike, Params
 from flexijax.models.language_model import LanguageModel
 
 
@@ -52,10 +53,11 @@ class Engine:
         free = len(self.running) < self.program.layout.sizes.batch
         return free and self._allocator.can_allocate(self.blocks_of(request))
 
-    def admit(self, request: Request, label: str) -> Sequence:
+    def admit(self, request: Request, label: str, prompt: PrefillResult | None = None) -> Sequence:
         """Reads the prompt, samples the first token and puts the request into a free slot.
 
-        label: what progress calls it. The caller has asked `can_admit`.
+        label: what progress calls it. prompt: where it has been read already, which it survives.
+        The caller has asked `can_admit`.
         """
         batch, runner, params = self.program.layout.sizes.batch, self.runner, self.lm.params
         slot = next(at for at in range(batch) if at not in self.running)
@@ -63,15 +65,17 @@ class Engine:
         admitted, compiled = time.perf_counter(), runner.seconds
         if self.cache is None and request.max_new_tokens > 1:
             compile_decode(runner, self.program, params, self._device_batch())
-        prompt = self._prefiller.read(request.tokens, label)
+        release = prompt is None
+        prompt = prompt or self._prefiller.read(request.tokens, label)
         self.cache = prompt.commit(
-            runner, self.program, self.cache, row=slot, blocks=blocks, release=True
+            runner, self.program, self.cache, row=slot, blocks=blocks, release=release
         )
         sampling = SamplingRows.of([request.sampling])
         seeds = jnp.asarray([request.seed], jnp.uint32)
         args = (params, prompt.x, sampling, seeds)
-        sampled = runner.run("first token", _first_token, self.program.decoder, args)
+        sampled = runner.run("first token", first_token, self.program.decoder, args)
         token, logprob = (float(value[0]) for value in jax.device_get(sampled))
+        _check_finite(request, [logprob])
         sequence = Sequence(
             request=request,
             slot=slot,
@@ -118,7 +122,9 @@ class Engine:
     def _take(self, sequence: Sequence, sampled: SampledTokens, took: float) -> bool:
         emitted = sampled.emitted[:, sequence.slot]
         sequence.tokens += sampled.tokens[emitted, sequence.slot].tolist()
-        sequence.logprobs += sampled.logprobs[emitted, sequence.slot].tolist()
+        logprobs = sampled.logprobs[emitted, sequence.slot].tolist()
+        _check_finite(sequence.request, logprobs)
+        sequence.logprobs += logprobs
         sequence.active = bool(self._batch.active[sequence.slot])
         # A request that ends inside a chunk took its share of the chunk's steps.
         sequence.decode_s += took * float(emitted.sum()) / emitted.size
@@ -140,9 +146,10 @@ class Engine:
         return sequence_stats(self.program.layout, self.cache, row=sequence.slot)
 
 
-def _first_token(
-    decoder: DecoderLike, params: Params, x: jax.Array, rows: SamplingRows, seeds: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Samples from the last prompt token's hidden state x [1, D]: token [1], log-probability."""
-    logits = decoder.logits(params, x)
-    return sample(logits, rows, step_keys(seeds, jnp.zeros_like(rows.top_k)))
+def _check_finite(request: Request, logprobs: list[float]) -> None:
+    """Raises FloatingPointError where a token was sampled from logits that are no numbers."""
+    if not all(map(math.isfinite, logprobs)):
+        raise FloatingPointError(
+            f"prompts[{request.index}]: the model's logits are not finite, so its tokens mean "
+            "nothing; load it with dtype='float32', or check its weights"
+        )

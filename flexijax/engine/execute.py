@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flexijax.cache.arrays import Prompt
-from flexijax.cache.cache import Cache, abstract, init_layer, init_tables, reset_row
-from flexijax.cache.layout import CacheLayout
+from flexijax.cache.cache import Cache, init_layer, init_tables, reset_row
 from flexijax.engine.batch import BatchState, SampledTokens
 from flexijax.engine.decode import (
     ChunkEnd,
@@ -19,19 +20,11 @@ from flexijax.engine.decode import (
     end_chunk_layer,
     teacher_forced_steps,
 )
-from flexijax.engine.prefill import commit_layer
+from flexijax.engine.inventory import decode_calls
+from flexijax.engine.prefill import commit_layer, head_arrays
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import Params
 from flexijax.pallas_kernels import platform
-
-
-def head_arrays(layout: CacheLayout, layer: int) -> tuple[jax.Array | None, ...]:
-    """The heads of each group of a layer, as `commit_layer` takes them."""
-    every = tuple(range(layout.sizes.shape.num_kv_heads))
-    return tuple(
-        None if group.heads == every else jnp.asarray(group.heads, jnp.int32)
-        for group in layout.groups[layer]
-    )
 
 
 def run_commit(
@@ -70,16 +63,8 @@ def compile_decode(runner: Runner, program: Program, params: Params, batch: Batc
     Compiling the decode steps of SmolLM2 takes 330 MB and a rerank 100, as much as the cache of 8
     thousand tokens, and half of it is free again when the cache comes.
     """
-    cache = abstract(program.layout, program.policy)
-    args = (params, _groups(cache), cache.block_table, cache.lengths, batch)
-    steps = runner.compile("decode", decode_steps, program, args, donate=(1,))
-    *_, queries = platform.placed(steps.out_info)
-    lengths = cache.lengths
-    end = ChunkEnd(cache.block_table, lengths, lengths, batch.active)
-    for layer in _with_chunk_ends(queries):
-        args = (cache.layers[layer], end, queries[layer], jnp.int32(layer))
-        name = "end of a chunk"
-        runner.compile(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
+    for call in decode_calls(program, params, batch):
+        runner.compile(call.stage, call.function, call.static, call.args, donate=call.donate)
 
 
 def run_decode(
@@ -107,6 +92,7 @@ def run_teacher_forced(
     groups, lengths, logits, queries = runner.run(
         "teacher-forced decode", teacher_forced_steps, program, args, donate=(1,)
     )
+    active = jax.device_put(active, platform.sharding())
     end = ChunkEnd(cache.block_table, cache.lengths, lengths, active)
     return _end_chunk(runner, program, cache, groups, end, queries), logits
 
@@ -125,11 +111,17 @@ def _end_chunk(
         for layer, mine in zip(cache.layers, groups, strict=True)
     ]
     for layer in _with_chunk_ends(queries):
-        args = (layers[layer], end, queries[layer], jnp.int32(layer))
+        args = (layers[layer], end, queries[layer], _layer_index(layer))
         name = "end of a chunk"
         layers[layer] = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
     chunks = cache.chunks + end.active.astype(jnp.int32)
     return Cache(tuple(layers), cache.block_table, end.lengths, chunks)
+
+
+@functools.cache
+def _layer_index(layer: int) -> jax.Array:
+    """int32[], placed as a program's results are: what differs in that is compiled twice."""
+    return jax.device_put(np.int32(layer), platform.sharding())
 
 
 def _groups(cache: Cache) -> Groups:

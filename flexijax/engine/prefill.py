@@ -11,7 +11,7 @@ from jax import lax
 
 from flexijax.cache.arrays import Prompt
 from flexijax.cache.cache import LayerCache, kind
-from flexijax.cache.layout import GroupProgram
+from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.prefill_kv import PrefillAttention, PrefillKV, PrefillSpec, PrefillState
 from flexijax.models.decoder import DecoderLike, Params
 
@@ -73,6 +73,15 @@ def commit_layer(
         for parts, part in zip((groups, hosts, counts), made, strict=True):
             parts.append(part)
     return LayerCache(tuple(groups), tuple(hosts), tuple(counts))
+
+
+def head_arrays(layout: CacheLayout, layer: int) -> tuple[jax.Array | None, ...]:
+    """The heads of each group of a layer, as `commit_layer` takes them."""
+    every = tuple(range(layout.sizes.shape.num_kv_heads))
+    return tuple(
+        None if group.heads == every else jnp.asarray(group.heads, jnp.int32)
+        for group in layout.groups[layer]
+    )
 
 
 def _of_heads(prompt: Prompt, heads: jax.Array | None) -> Prompt:

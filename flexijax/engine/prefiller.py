@@ -95,8 +95,10 @@ class Prefiller:
         chunk, length = program.chunk, len(tokens)
         padded = np.zeros(-(-length // chunk) * chunk, np.int32)
         padded[:length] = tokens
-        x, kv = None, self._kv
+        x, kv, self._kv = None, self._kv, None
+        # What was observed of the last prompt is not forgotten by writing over its keys.
         if kv is None or kv.k[0].is_deleted() or program.spec.observers:
+            kv = None
             kv = empty_prefill_kv(program.spec)
         for start in range(0, length, chunk):
             last = min(length - start, chunk) - 1

@@ -1,8 +1,7 @@
-"""A run's programs: what each is compiled for, `jax.jit` of it, and a timer of compiling."""
+"""What a run's programs are compiled for, and a runner that times what compiling takes."""
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import functools
 import time
@@ -15,15 +14,13 @@ from flexijax.cache.cache import group_programs
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import trim_heap
 from flexijax.cache.prefill_kv import PrefillSpec
+from flexijax.engine import jit_cache
+from flexijax.engine.interrupts import deferred_interrupt
+from flexijax.engine.jit_cache import jitted, running
 from flexijax.models.decoder import DecoderLike
-from flexijax.pallas_kernels import platform
 from flexijax.policies.base import Policy
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-
-# LLVM takes half of AVX-512 by default, for what the clock of old CPUs lost by all of it. Whole
-# vectors make a decode step at batch 4 1.03 times as fast, and prefill 1.02 to 1.05 times.
-_CPU_OPTIONS: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,26 +85,6 @@ def prefill_spec(programs: tuple[Program, ...]) -> PrefillSpec:
     )
 
 
-def jitted(function: Callable[..., Any], static: Any, donate: tuple[int, ...]) -> Any:
-    """`jax.jit` of function(static, *args), the same object for the same static part.
-
-    static: hashable. donate: indices into args. What a report or a test compiles for another device
-    comes from here too, so that it is what runs.
-    """
-    return _jitted(function, static, donate, platform.is_gpu())
-
-
-@functools.lru_cache(maxsize=256)
-def _jitted(function: Callable[..., Any], static: Any, donate: tuple[int, ...], gpu: bool) -> Any:
-    @functools.wraps(function)
-    def traced(*args: Any) -> Any:
-        if (runner := _running.get()) is not None:
-            runner.begin_compiling()
-        return function(static, *args)
-
-    return jax.jit(traced, donate_argnums=donate, compiler_options={} if gpu else _CPU_OPTIONS)
-
-
 class Runner:
     """Runs jitted functions and counts what compiling them took.
 
@@ -163,45 +140,22 @@ class Runner:
 
     def _watched(self, stage: str, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         self._call, self._began = (stage, args), None
-        token = _running.set(self)
+        token = running.set(self)
         try:
-            made = call(*args)
+            with deferred_interrupt():
+                made = call(*args)
         finally:
-            _running.reset(token)
+            running.reset(token)
             self._call = ("", ())
         if self._began is not None:
             self.seconds += self._ended - self._began
             self.programs += 1
             trim_heap()
+            jit_cache.make_room()
             if self.progress is not None:
                 self.progress(f"compiling {stage}", 1, 1)
         return made
 
 
-_running: contextvars.ContextVar[Runner | None] = contextvars.ContextVar("running", default=None)
-
-
 def _is_there(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not leaf.is_deleted()
-
-
-def _on_duration(event: str, seconds: float, **_: Any) -> None:
-    if event.endswith("/backend_compile_duration") and (runner := _running.get()) is not None:
-        runner.end_compiling()
-
-
-jax.monitoring.register_event_duration_secs_listener(_on_duration)
-
-
-def num_compiled() -> int:
-    """How many functions of ours this process holds compiled, see `forget_compiled`."""
-    return _jitted.cache_info().currsize
-
-
-def forget_compiled() -> None:
-    """Lets go of all executables; what is needed again is compiled again.
-
-    Each holds memory maps, of which Linux gives a process 65,530; a compiler without one crashes.
-    """
-    _jitted.cache_clear()
-    jax.clear_caches()

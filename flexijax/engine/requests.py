@@ -55,9 +55,12 @@ def check_cache(lm: LanguageModel, cache: CacheConfig) -> None:
         raise ValueError(f"lm={reprlib.repr(lm)} must be a LanguageModel, of flexijax.load")
     if not isinstance(cache, CacheConfig):
         raise ValueError(f"cache={cache!r} must be None or a flexijax.CacheConfig")
-    for name, wanted in (("implementation", "triton"), ("transfer", "zero_copy")):
-        if getattr(cache, name) == wanted and not platform.is_gpu():
-            raise ValueError(f"{name}={wanted!r} runs on NVIDIA GPUs only: leave it at None here")
+    platform.check_runs_here(implementation=cache.implementation, transfer=cache.transfer)
+    if cache.page_size > lm.max_context:
+        raise ValueError(
+            f"page_size={cache.page_size} is longer than the {lm.max_context} tokens that "
+            f"{lm.name} can read: the usual one is 16"
+        )
     # A decode chunk runs all its steps, so an endless interval would be an endless first token.
     if cache.chunk_steps >= lm.max_context:
         raise ValueError(
@@ -74,6 +77,12 @@ def check_int(name: str, value: object, *, minimum: int) -> int:
     if number < minimum:
         raise ValueError(f"{name}={number} must be at least {minimum}")
     return number
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raises ValueError naming what is neither None nor to be called."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name}={value!r} must be None or a function")
 
 
 def _samplings(sampling: Sampling | Sequence[Sampling] | None, count: int) -> list[Sampling]:
@@ -97,7 +106,7 @@ def _stop_ids(lm: LanguageModel, params: Sampling) -> tuple[int, ...]:
     outside = next((i for i in params.stop_ids if i >= lm.vocab_size), None)
     if outside is not None:
         raise ValueError(f"stop_ids holds token {outside}, not in 0..{lm.vocab_size - 1}")
-    own = () if params.ignore_eos or lm.tokenizer is None else lm.tokenizer.stop_ids
+    own = () if params.ignore_eos else lm.end_ids
     stops = tuple(sorted({*own, *params.stop_ids}))
     if len(stops) > MAX_STOP_IDS:
         raise ValueError(f"stop_ids has {len(stops)} tokens, at most {MAX_STOP_IDS} can stop")

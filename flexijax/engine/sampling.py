@@ -18,31 +18,31 @@ _BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one request's tokens are drawn and when it ends.
-
-    temperature: 0 takes the most likely token; otherwise logits are divided by it.
-    top_k: keep the k most likely tokens, and those as likely as the k-th; None keeps all.
-    top_p: of those, keep the fewest most likely ones that hold this share; None keeps all.
-    min_p: drop tokens less likely than this share of the most likely one; None drops none.
-    stop: the text ends before any of these strings.
-    stop_ids: tokens that end the request beside the model's own.
-    logprobs: also return the log-probability of every token under the model itself, before
-        temperature and the filters.
-    seed: of what is drawn; prompts that share one `Sampling` each draw for themselves. None is 0.
-    ignore_eos: go on past the model's own stop tokens.
+    """How one request's tokens are sampled and when it ends.
 
     Raises ValueError, naming the field and its value, when a value could not work.
     """
 
     temperature: float = 0.0
+    """0 takes the most likely token; otherwise logits are divided by it."""
     top_k: int | None = None
+    """Keep the k most likely tokens, and those as likely as the k-th; None keeps all."""
     top_p: float | None = None
+    """Of those, keep the most likely ones that hold this share, and those as likely as the last of
+    them; None keeps all."""
     min_p: float | None = None
+    """Drop tokens less likely than this share of the most likely one; None drops none."""
     stop: tuple[str, ...] = ()
+    """The text ends before any of these strings."""
     stop_ids: tuple[int, ...] = ()
+    """Tokens that end the request beside the model's own."""
     logprobs: bool = False
+    """Also return the log-probability of every token under the model itself, before temperature
+    and the filters."""
     seed: int | None = None
+    """Of what is sampled, None is 0; prompts that share one `Sampling` each sample their own."""
     ignore_eos: bool = False
+    """Go on past the model's own stop tokens."""
 
     def __post_init__(self) -> None:
         _require(
@@ -106,11 +106,13 @@ class SamplingRows:
     @staticmethod
     def of(requests: Sequence[Sampling]) -> "SamplingRows":
         """The rows of a batch, in order."""
-        greatest = float(np.finfo(np.float32).max)
+        f32, greatest = jnp.float32, float(np.finfo(np.float32).max)
+        tiny = float(np.finfo(np.float32).tiny)
         return SamplingRows(
             jnp.asarray([min(r.temperature, greatest) for r in requests], jnp.float32),
             jnp.asarray([min(r.top_k or 0, 2**31 - 1) for r in requests], jnp.int32),
-            jnp.asarray([1.0 if r.top_p is None else r.top_p for r in requests], jnp.float32),
+            # Not below what float32 holds: a share of 0 would keep nothing.
+            jnp.asarray([max(1.0 if r.top_p is None else r.top_p, tiny) for r in requests], f32),
             jnp.asarray([r.min_p or 0.0 for r in requests], jnp.float32),
         )
 
@@ -124,7 +126,7 @@ def request_seed(sampling: Sampling, *, place: int) -> int:
 def step_keys(seeds: Array, steps: Array) -> Array:
     """The random key of each row at its own step, whatever else is in the batch.
 
-    seeds: uint32[B], of `request_seed`. steps: int32[B], tokens the request has drawn before.
+    seeds: uint32[B], of `request_seed`. steps: int32[B], tokens the request has generated before.
     Returns key[B].
     """
     return jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(seeds, steps)
@@ -224,10 +226,10 @@ def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def _is_count(value: object, minimum: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def _is_sequence(value: object) -> bool:
-    # A bare string is a sequence of letters, which is never what was meant.
+    # A bare string is a sequence of characters, which is never what was meant.
     return isinstance(value, tuple | list)

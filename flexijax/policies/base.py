@@ -62,17 +62,27 @@ class HeadGroup:
     schedule: Adaptive | None = None
 
     def __post_init__(self) -> None:
-        if list(self.heads) != sorted(set(self.heads)):
-            raise ValueError(f"heads={self.heads} of a group must ascend, each named once")
+        if list(self.heads) != sorted(set(self.heads)) or min(self.heads, default=0) < 0:
+            raise ValueError(f"heads={self.heads} of a group must ascend from 0, each named once")
+        if not self.ladder:
+            raise ValueError("ladder=() of a head group needs at least one tier")
         for name, value in (("attends", self.attends), ("prompt_room", self.prompt_room)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} of a head group must be at least 1")
         if self.room is not None and self.room < 1:
             raise ValueError(f"room={self.room} of a tier must be at least 1")
+        kind = self.kind
+        if kind in ("selected", "offloaded") and self.score is None:
+            raise ValueError("a head group whose pages are chosen needs a score")
+        for name, kinds in (
+            ("score", ("selected", "offloaded")),
+            ("schedule", ("offloaded",)),
+            ("prompt_room", ("evicting",)),
+        ):
+            if getattr(self, name) is not None and kind not in kinds:
+                raise ValueError(f"{name} means nothing for a head group that is kept {kind}")
         if self.prompt_room is not None and self.prompt_room > (self.room or 0):
             raise ValueError(f"prompt_room={self.prompt_room} is more than room={self.room}")
-        if self.kind in ("selected", "offloaded") and self.score is None:
-            raise ValueError("a head group whose pages are chosen needs a score")
 
     @property
     def room(self) -> int | None:
@@ -207,7 +217,10 @@ class Policy(abc.ABC):
         return state
 
     def rank_tokens(self, group: HeadGroup, state: PolicyState, tokens: Tokens) -> jax.Array:
-        """What tokens are kept by: float32[T]; the `room` greatest stay. Equal ranks: any."""
+        """What tokens are kept by: float32[T]; the `room` greatest stay, of equal ones any.
+
+        Ranks of places without a token (position -1) are ignored.
+        """
         return tokens.position.astype(jnp.float32)
 
 
@@ -224,8 +237,10 @@ def keep_first_and_newest(scores: jax.Array, lengths: jax.Array, *, page_size: i
 
 def attention(window: Window) -> jax.Array:
     """The weights float32[G, W, T] of the window's softmax; 0 for queries that are not there."""
-    weights = jnp.exp(window.logits - window.lse[..., None])
-    return jnp.where((window.position >= 0)[None, :, None], weights, 0.0)
+    is_query = (window.position >= 0)[None, :, None]
+    # Where there is no query both are -inf, and their difference is no number.
+    total = jnp.where(is_query, window.lse[..., None], 0.0)
+    return jnp.exp(window.logits - total)
 
 
 def check_groups(groups: tuple[HeadGroup, ...], *, num_kv_heads: int, layer: int) -> None:

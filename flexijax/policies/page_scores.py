@@ -8,6 +8,7 @@ from flexijax.policies.sketch import Sketch
 
 SCORES: dict[str, PageScore] = {
     "minmax": MinMax(),
+    "minmax8": MinMax("int8"),
     "sketch1": Sketch(1),
     "sketch2": Sketch(2),
     "sketch4": Sketch(4),

@@ -65,7 +65,7 @@ class SnapKV(Policy):
 
     def observe(self, state: PolicyState, window: Window, tokens: Tokens) -> PolicyState:
         """The formula above, over a prompt whose tokens are in order: see `Policy`."""
-        queries = jnp.maximum((window.position >= 0).sum(), 1)
+        queries = jnp.maximum((window.position >= 0).sum(), 1).astype(jnp.float32)
         mean = attention(window).sum(axis=(0, 1)) / (queries * window.q.shape[0])
         mean = jnp.where(self._in_window(tokens), 0.0, mean)
         half = self.kernel // 2

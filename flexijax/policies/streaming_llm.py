@@ -29,7 +29,12 @@ class StreamingLLM(Policy):
             raise ValueError(f"sinks={self.sinks} must be at least 0")
 
     def groups(self, layer: int, run: RunSpec) -> tuple[HeadGroup, ...]:
-        """One group: see `Policy`."""
+        """One group: see `Policy`. Raises ValueError for a budget of sinks alone."""
+        if run.budget_tokens <= self.sinks:
+            raise ValueError(
+                f"budget_tokens={run.budget_tokens} must be more than sinks={self.sinks} of "
+                "policy='streaming_llm'"
+            )
         return (HeadGroup(run.all_heads, (Tier(run.budget_tokens),), unit="token"),)
 
     def rank_tokens(self, group: HeadGroup, state: PolicyState, tokens: Tokens) -> jax.Array:

@@ -59,11 +59,11 @@ def record(
     program = _program(lm, page_size, budgets, capacity, score)
     total = len(tokens) + steps
 
-    def told(stage: str, done: int, of: int) -> None:
+    def report(stage: str, done: int, of: int) -> None:
         if progress is not None and stage.startswith("reading"):
             progress(done, total)
 
-    prompt = read(lm, [program], tokens, progress=told)
+    prompt = read(lm, [program], tokens, progress=report)
     run, pages, mass, generated = Continuation(lm, program, prompt), [], [], []
     for done in range(_CHUNK_STEPS, steps + 1, _CHUNK_STEPS):
         generated += run.greedy(_CHUNK_STEPS)
@@ -87,7 +87,6 @@ def record(
 def _program(
     lm: LanguageModel, page_size: int, budgets: tuple[int, ...], capacity: int, score: str
 ) -> Program:
-    stop_ids = lm.tokenizer.stop_ids if lm.tokenizer is not None else frozenset[int]()
     policy = Recording(
         budgets,
         PageShape(page_size, lm.attention.head_dim, str(lm.dtype)),
@@ -102,7 +101,7 @@ def _program(
         rerank_interval=_CHUNK_STEPS,
     )
     made = make_program(lm, cache, max_tokens=capacity)
-    return Program(made.decoder, made.layout, policy, suppress_ids=tuple(sorted(stop_ids)))
+    return Program(made.decoder, made.layout, policy, suppress_ids=tuple(sorted(lm.end_ids)))
 
 
 def _check(lm, tokens, steps, page_size, budgets, capacity, score) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexijax.profiles import stability
+from flexijax.profiles.averages import Averages
 from flexijax.profiling.record import RecordedChoices
 from flexijax.profiling.settings import Settings
 
@@ -65,23 +66,6 @@ def statistics(recording: RecordedChoices, settings: Settings) -> dict[int, Stat
             undefined=stability.undefined_pairs(recording.pages, budget=budget),
         )
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Averages:
-    """Means over the documents of each task, then over tasks, at one budget, for pictures.
-
-    curve: RCO against offset from a window's first step, float[window - 1, L, K]. lags: RCO at each
-    of `LAGS` below the steps, float[lags, L, K]. mass: attention held, float[L, K]. pages: of the
-    context. budget: pages that a head chooses; page_size: tokens in a page.
-    """
-
-    curve: np.ndarray
-    lags: dict[int, np.ndarray]
-    mass: np.ndarray
-    pages: float
-    budget: int
-    page_size: int
 
 
 def averages(records: Sequence[DocumentRecord], settings: Settings, *, budget: int) -> Averages:

@@ -1,4 +1,4 @@
-"""The kernel of `page_scores` in Triton itself, for implementation="triton"."""
+"""The kernel of `pallas.py` in Triton itself, for implementation="triton"."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from flexijax.pallas_kernels import platform
-from flexijax.pallas_kernels.page_scores import tile_pages
-from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
+from flexijax.pallas_kernels.page_scores.tuning import TuningConfig
+from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries
 
 
 @triton.jit
@@ -66,17 +66,17 @@ def flexijax_scores(
 def options(
     *, group: int, width: int, pages: int, page: int, quantized: bool
 ) -> dict[str, int | bool]:
-    """The compile-time numbers of a launch, PRECISION out; the grid is (tiles, K, B)."""
-    part = group_size(width) if quantized else triton.next_power_of_2(width)
+    """The compile-time arguments of a launch except PRECISION; the grid is (tiles, K, B)."""
+    config = TuningConfig.choose(pages=pages, group=group, width=width, quantized=quantized)
     return {
         "PAGES": pages,
         "GROUP": group,
         "WIDTH": width,
         "PAGE": page,
-        "BLOCK": tile_pages(pages, quantized=quantized),
-        "COLUMNS": max(16, triton.next_power_of_2(group)),
-        "PART": part,
-        "PARTS": width // part if quantized else 1,
+        "BLOCK": config.tile_pages,
+        "COLUMNS": config.columns,
+        "PART": config.part,
+        "PARTS": config.parts,
         "QUANTIZED": quantized,
     }
 
@@ -95,7 +95,7 @@ def page_scores(
     quantized = isinstance(summaries, QuantizedSummaries)
     values = summaries.values if quantized else summaries
     exponents = summaries.exponents if quantized else lengths
-    numbers = options(group=group, width=width, pages=pages, page=page_size, quantized=quantized)
+    constants = options(group=group, width=width, pages=pages, page=page_size, quantized=quantized)
     [scores] = platform.triton_call(
         q if quantized else q.astype(values.dtype),
         block_table,
@@ -104,11 +104,11 @@ def page_scores(
         exponents,
         kernel=flexijax_scores,
         out_shape=[jax.ShapeDtypeStruct((batch, heads, pages), jnp.float32)],
-        grid=(-(-pages // numbers["BLOCK"]), heads, batch),
+        grid=(-(-pages // constants["BLOCK"]), heads, batch),
         num_warps=4,
         num_stages=1,
-        numbers={
-            **numbers,
+        constants={
+            **constants,
             "PRECISION": "tf32x3" if q.dtype == jnp.float32 else "ieee",
         },
     )

@@ -10,20 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.page_scores.tuning import TuningConfig
 from flexijax.pallas_kernels.platform import pltriton
-from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
-
-# Pages in the tile of one program. At 64, 16-bit tiles take so many registers that they spill on an
-# A100; at 32, rows of 8-bit tiles are too short for loads of 128 bits.
-_TILE = 32
-_TILE_8_BIT = 64
-_COLUMNS = 16
-
-
-def tile_pages(pages: int, *, quantized: bool) -> int:
-    """Pages in the tile of one program, a power of two of at least 16."""
-    most = _TILE_8_BIT if quantized else _TILE
-    return min(most, max(16, pl.next_power_of_2(pages)))
+from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries
 
 
 def page_scores(
@@ -38,23 +27,21 @@ def page_scores(
     batch, heads, group, width = q.shape
     pages = block_table.shape[1]
     quantized = isinstance(summaries, QuantizedSummaries)
-    block = tile_pages(pages, quantized=quantized)
-    columns = max(_COLUMNS, pl.next_power_of_2(group))
-    part = group_size(width) if quantized else pl.next_power_of_2(width)
-    num_parts = width // part if quantized else 1
+    config = TuningConfig.choose(pages=pages, group=group, width=width, quantized=quantized)
+    tile_pages, part = config.tile_pages, config.part
 
     def kernel(q_ref, table_ref, lengths_ref, values_ref, *refs):
         exponents_ref, out_ref = refs if quantized else (None, *refs)
         tile, head, request = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        page = tile * block + jnp.arange(block)
+        page = tile * tile_pages + jnp.arange(tile_pages)
         # Pages the request does not have are not read: neither their id nor their summary.
         exists = page * page_size < lengths_ref[request]
         exists &= page < pages
         ids = pltriton.load(table_ref.at[request, page], mask=exists, other=0)
-        column = jnp.arange(columns)
+        column = jnp.arange(config.columns)
         in_group = (column < group)[:, None]
-        bound = jnp.zeros((block, columns), jnp.float32)
-        for index in range(num_parts):
+        bound = jnp.zeros((tile_pages, config.columns), jnp.float32)
+        for index in range(config.parts):
             place = index * part + jnp.arange(part)
             in_width = (place < width)[None, :]
             query = pltriton.load(
@@ -91,7 +78,7 @@ def page_scores(
     return platform.pallas_kernel(
         kernel,
         name="flexijax_page_scores",
-        grid=(pl.cdiv(pages, block), heads, batch),
+        grid=(pl.cdiv(pages, tile_pages), heads, batch),
         out_shape=jax.ShapeDtypeStruct((batch, heads, pages), jnp.float32),
         num_warps=4,
         num_stages=1,

@@ -7,7 +7,6 @@ one fills the GPU, and a second small kernel merges the parts by their log-sum-e
 """
 
 import math
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,44 +15,9 @@ from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.platform import pltriton
+from flexijax.pallas_kernels.sparse_decode.tuning import MIN_ROWS, TuningConfig
 
-# Programs that keep an H100 or A100 busy: four on each of their 132 or 108 multiprocessors.
-_PROGRAMS = 512
-_MAX_SPLITS = 64
-_ROWS = 16
 _LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class TuningConfig:
-    """How the pages of one head are divided among programs.
-
-    block_tokens: tokens of one step of the running softmax, a power of two, at least 16; steps:
-    such blocks of one program; splits: programs of one head.
-    """
-
-    block_tokens: int
-    steps: int
-    splits: int
-    num_warps: int
-    num_stages: int
-
-    def __post_init__(self) -> None:
-        if self.block_tokens < 16 or self.block_tokens & (self.block_tokens - 1):
-            raise ValueError(f"{self.block_tokens=} must be a power of two, at least 16")
-
-    @classmethod
-    def choose(cls, *, heads: int, tokens: int, row_bytes: int) -> "TuningConfig":
-        """For `heads` = B * K independent heads of `tokens` slots of `row_bytes` bytes of keys."""
-        widest = max(16, min(64, 16384 // row_bytes))
-        block = 16
-        while block < widest and heads * pl.cdiv(tokens, 2 * block) >= _PROGRAMS // 2:
-            block *= 2
-        blocks = pl.cdiv(tokens, block)
-        splits = min(blocks, _MAX_SPLITS, pl.cdiv(_PROGRAMS, heads))
-        steps = pl.cdiv(blocks, splits)
-        warps = 2 if block * row_bytes <= 4096 else 4 if row_bytes <= 256 else 8
-        return cls(block, steps, pl.cdiv(blocks, steps), warps, 3 if steps > 1 else 1)
 
 
 def paged_decode(
@@ -176,7 +140,7 @@ def _attend(
     _, num_heads, group, width = q_ref.shape
     pages = counts_ref.shape[2]
     block, padded = config.block_tokens, pl.next_power_of_2(width)
-    rows = max(_ROWS, pl.next_power_of_2(group))
+    rows = max(MIN_ROWS, pl.next_power_of_2(group))
 
     row, column = jnp.arange(rows), jnp.arange(padded)
     in_width = (column < width)[None, :]

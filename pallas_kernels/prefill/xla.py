@@ -1,4 +1,7 @@
-"""Causal attention of a chunk of queries over a dense workspace, for prefill."""
+"""Causal attention of a chunk of queries over a dense workspace, in plain XLA.
+
+Online softmax over blocks of keys (FlashAttention, https://arxiv.org/abs/2205.14135).
+"""
 
 import math
 from typing import TypeAlias
@@ -7,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.pallas_kernels import prefill_cudnn
-
+# Of some queries: the maximum of their logits, and, relative to it, the sum of their weights and
+# the weighted sum of values.
 _Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+# rows [K, tiles, G * tile, H], the queries, each replaced by its result; lse [K, tiles, G * tile].
+_Results: TypeAlias = tuple[jax.Array, jax.Array | None]
 
 # Keys in one block. Blocks past the diagonal are skipped, so smaller ones waste less there; larger
 # ones rescale less often.
@@ -23,21 +28,9 @@ def prefill_attention(
     start: jax.Array,
     *,
     scale: float,
-    implementation: str | None = None,
-) -> jax.Array:
-    """softmax(scale * q k^T, causal) v, where query t stands at position start + t.
-
-    Online softmax over blocks of keys (FlashAttention, https://arxiv.org/abs/2205.14135).
-
-    Args:
-      q: float[T, K, G, H]; k: float[K, H, S], channels before tokens; v: float[K, S, H].
-      start: int32[], tokens before the chunk; keys at start .. start + T - 1 are the chunk's own.
-      scale: factor of the logits. implementation: None takes cuDNN where it fits, else XLA.
-    Returns:
-      [T, K, G, H] in the dtype of q, accumulated in float32.
-    """
-    if implementation != "xla" and prefill_cudnn.fits(q):
-        return prefill_cudnn.prefill_attention(q, k, v, start, scale=scale)
+    return_lse: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """out [T, K, G, H], lse float32[T, K, G] or None; see `dispatch.prefill_attention`."""
     tokens, heads, group, width = q.shape
     block, tile = math.gcd(BLOCK, k.shape[2]), math.gcd(BLOCK, tokens)
     tiles = tokens // tile
@@ -50,8 +43,8 @@ def prefill_attention(
     position = first[:, None] % block + jnp.arange(tile)
     bias = jnp.where(key[None, :, None] <= position[:, None, :, None], 0.0, -jnp.inf)
 
-    def head(at: jax.Array, rows: jax.Array) -> jax.Array:
-        queries = rows[at]  # [tiles, G * tile, H]
+    def head(at: jax.Array, results: _Results) -> _Results:
+        queries = results[0][at]  # [tiles, G * tile, H]
 
         def attend(
             i: jax.Array, carry: _Carry, queries: jax.Array, bias: jax.Array | None
@@ -70,7 +63,7 @@ def prefill_attention(
             )
             return new, total * keep + weights.sum(-1), out * keep[:, None] + product
 
-        def rest(t: jax.Array, rows: jax.Array) -> jax.Array:
+        def rest(t: jax.Array, results: _Results) -> _Results:
             """A tile's own blocks, behind those that the whole chunk attends to."""
             inner = first[t] // block
 
@@ -83,17 +76,24 @@ def prefill_attention(
             carry = jax.tree.map(lambda x: x[t], before)
             carry = lax.fori_loop(start // block, inner, unmasked, carry)
             carry = lax.fori_loop(inner, (first[t] + tile + block - 1) // block, masked, carry)
-            return rows.at[at, t].set((carry[2] / carry[1][:, None]).astype(rows.dtype))
+            highest, total, out = carry
+            rows, lse = results
+            rows = rows.at[at, t].set((out / total[:, None]).astype(rows.dtype))
+            return rows, None if lse is None else lse.at[at, t].set(highest + jnp.log(total))
 
         flat = queries.reshape(-1, width)
         lowest = jnp.full(len(flat), jnp.finfo(jnp.float32).min)
         carry = (lowest, jnp.zeros_like(lowest), jnp.zeros(flat.shape))
         carry = lax.fori_loop(0, start // block, lambda i, c: attend(i, c, flat, None), carry)
         before = jax.tree.map(lambda x: x.reshape(tiles, group * tile, *x.shape[1:]), carry)
-        return lax.fori_loop(0, tiles, rest, rows)
+        return lax.fori_loop(0, tiles, rest, results)
 
     # One head at a time: XLA's CPU compiler runs two-dimensional products a third faster than
     # batched ones, and the tile of scores stays in the cache. What comes out takes the place of the
     # queries, since an empty array to fill is copied for every layer, all at the program's start.
-    out = lax.fori_loop(0, heads, head, rows).reshape(heads, tiles, group, tile, width)
-    return out.transpose(1, 3, 0, 2, 4).reshape(q.shape)
+    lse = jnp.zeros(rows.shape[:3], jnp.float32) if return_lse else None
+    out, lse = lax.fori_loop(0, heads, head, (rows, lse))
+    out = out.reshape(heads, tiles, group, tile, width).transpose(1, 3, 0, 2, 4).reshape(q.shape)
+    if lse is not None:
+        lse = lse.reshape(heads, tiles, group, tile).transpose(1, 3, 0, 2).reshape(q.shape[:3])
+    return out, lse

@@ -30,7 +30,7 @@ def prefill_attention(
     scale: float,
     backend: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """As `prefill.prefill_attention`: query t stands at position start + t.
+    """As `dispatch.prefill_attention`: query t stands at position start + t.
 
     cuDNN's own causal mask begins its diagonal at the first key, so the offset goes into a bias,
     [T, S] in the dtype of q.
@@ -43,9 +43,9 @@ def prefill_attention(
     """
     tokens, heads, group, width = q.shape
     position = start + jnp.arange(tokens)
-    seen = jnp.arange(k.shape[2])[None, :] <= position[:, None]
+    attended = jnp.arange(k.shape[2])[None, :] <= position[:, None]
     # Not -inf: cuDNN may add it to a masked block's maximum, and inf - inf is NaN.
-    bias = jnp.where(seen, 0, jnp.finfo(q.dtype).min / 2).astype(q.dtype)
+    bias = jnp.where(attended, 0, jnp.finfo(q.dtype).min / 2).astype(q.dtype)
     # Keys and values beyond the chunk were never written: 0 * NaN must not reach the sum.
     written = (jnp.arange(k.shape[2]) < start + tokens)[:, None, None]
     out = jax.nn.dot_product_attention(

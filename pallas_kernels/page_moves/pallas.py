@@ -2,7 +2,7 @@
 
 One program moves one page's keys and values; a plan entry that is negative ends its program at
 once. The kernels write into an argument in place (`input_output_aliases`), so donate it. Keys are
-turned on the way: a page is [page, H] in the host tier and [H, page] in a slot.
+transposed on the way: a page is [page, H] in the host tier and [H, page] in a slot.
 """
 
 import jax
@@ -28,9 +28,12 @@ def promote(
         def _():
             token, column, inside = _tile(page, width)
             place = slot * page + token
-            for host_ref, ref, turned in ((host_k_ref, k_ref, True), (host_v_ref, v_ref, False)):
-                values = _load(host_ref, (block, head), token, column, inside, turned=False)
-                _store(ref, (request, head), place, column, values, inside, turned=turned)
+            for host_ref, ref, transposed in (
+                (host_k_ref, k_ref, True),
+                (host_v_ref, v_ref, False),
+            ):
+                values = _load(host_ref, (block, head), token, column, inside, transposed=False)
+                _store(ref, (request, head), place, column, values, inside, transposed=transposed)
 
     new_k, new_v = platform.pallas_kernel(
         kernel,
@@ -58,8 +61,8 @@ def offload(
     batch, heads, slots, page, width = slots_v.shape
     k_matrix = slots_k.reshape(_matrix(slots_k))
     v_matrix = slots_v.reshape(batch, heads, slots * page, width)
-    new_k = _offload(host_k, k_matrix, store_block, store_slot, turned=True)
-    return new_k, _offload(host_v, v_matrix, store_block, store_slot, turned=False)
+    new_k = _offload(host_k, k_matrix, store_block, store_slot, transposed=True)
+    return new_k, _offload(host_v, v_matrix, store_block, store_slot, transposed=False)
 
 
 def _offload(
@@ -68,7 +71,7 @@ def _offload(
     store_block: jax.Array,
     store_slot: jax.Array,
     *,
-    turned: bool,
+    transposed: bool,
 ) -> jax.Array:
     # One output a kernel: XLA's host offloading pass aborts on a tuple in host memory.
     batch, heads, entries = store_slot.shape
@@ -82,8 +85,8 @@ def _offload(
         def _():
             token, column, inside = _tile(page, width)
             place = slot * page + token
-            values = _load(slots_ref, (request, head), place, column, inside, turned=turned)
-            _store(host_ref, (block, head), token, column, values, inside, turned=False)
+            values = _load(slots_ref, (request, head), place, column, inside, transposed=transposed)
+            _store(host_ref, (block, head), token, column, values, inside, transposed=False)
 
     return platform.pallas_kernel(
         kernel,
@@ -108,17 +111,17 @@ def _tile(page: int, width: int):
     return token, column, None if column.size == width else inside
 
 
-def _load(ref, lead, token, column, mask, *, turned):
-    """[page, H] from rows of tokens, or, turned, from rows of channels."""
-    if not turned:
+def _load(ref, lead, token, column, mask, *, transposed):
+    """[page, H] from rows of tokens, or, transposed, from rows of channels."""
+    if not transposed:
         return pltriton.load(ref.at[(*lead, token[:, None], column[None, :])], mask=mask)
     mask = None if mask is None else mask.T
     return pltriton.load(ref.at[(*lead, column[:, None], token[None, :])], mask=mask).T
 
 
-def _store(ref, lead, token, column, values, mask, *, turned):
-    """[page, H] into rows of tokens, or, turned, into rows of channels."""
-    if not turned:
+def _store(ref, lead, token, column, values, mask, *, transposed):
+    """[page, H] into rows of tokens, or, transposed, into rows of channels."""
+    if not transposed:
         pltriton.store(ref.at[(*lead, token[:, None], column[None, :])], values, mask=mask)
         return
     mask = None if mask is None else mask.T

@@ -12,17 +12,8 @@ from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.platform import pltriton
+from flexijax.pallas_kernels.sketch_scores.tuning import TuningConfig
 from flexijax.pallas_kernels.sketches import WORD, SketchQuery
-
-# Tokens in the tile of one program.
-BLOCK_TOKENS = 128
-_COLUMNS = 16
-
-
-def tile_pages(pages: int, page_size: int) -> int:
-    """Pages in the tile of one program: a power of two, of at least 16 tokens together."""
-    most = min(max(1, BLOCK_TOKENS // page_size), pl.next_power_of_2(pages))
-    return max(most, -(-16 // page_size))
 
 
 def sketch_scores(
@@ -37,8 +28,8 @@ def sketch_scores(
     batch, heads, group, width = query.weights.shape
     pages = block_table.shape[1]
     bits, words = codes.shape[2:4]
-    tile = tile_pages(pages, page_size)
-    columns = max(_COLUMNS, pl.next_power_of_2(group))
+    config = TuningConfig.choose(pages=pages, page_size=page_size, group=group)
+    tile, columns = config.tile_pages, config.columns
 
     def kernel(weights_ref, offset_ref, unit_ref, codes_ref, table_ref, lengths_ref, out_ref):
         # weights [B, K, G, H], offset and unit [B, K, G], codes [blocks, K, bits, W, page],

@@ -1,4 +1,4 @@
-"""The kernel of `sketch_scores` in Triton itself, for implementation="triton"."""
+"""The kernel of `pallas.py` in Triton itself, for implementation="triton"."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from flexijax.pallas_kernels import platform
-from flexijax.pallas_kernels.sketch_scores import tile_pages
-from flexijax.pallas_kernels.sketches import WORD, SketchQuery
+from flexijax.pallas_kernels.sketch_scores.tuning import TuningConfig
+from flexijax.pallas_kernels.sketches import WORD, SketchQuery, words
 
 
 @triton.jit
@@ -73,16 +73,17 @@ def flexijax_sketches(
 
 
 def options(*, group: int, width: int, pages: int, page: int, bits: int) -> dict[str, int]:
-    """The compile-time numbers of a launch; the grid is (tiles, K, B)."""
+    """The compile-time arguments of a launch; the grid is (tiles, K, B)."""
+    config = TuningConfig.choose(pages=pages, page_size=page, group=group)
     return {
         "PAGES": pages,
         "GROUP": group,
         "WIDTH": width,
         "PAGE": page,
-        "TILE": tile_pages(pages, page),
-        "COLUMNS": max(16, triton.next_power_of_2(group)),
+        "TILE": config.tile_pages,
+        "COLUMNS": config.columns,
         "BITS": bits,
-        "WORDS": -(-width // WORD),
+        "WORDS": words(width),
         "WORD": WORD,
     }
 
@@ -98,7 +99,7 @@ def sketch_scores(
     """float32[B, K, G, P], -inf where a page is not full; see `dispatch.sketch_scores`."""
     batch, heads, group, width = query.weights.shape
     pages = block_table.shape[1]
-    numbers = options(group=group, width=width, pages=pages, page=page_size, bits=codes.shape[2])
+    constants = options(group=group, width=width, pages=pages, page=page_size, bits=codes.shape[2])
     [scores] = platform.triton_call(
         query.weights,
         query.offset,
@@ -108,9 +109,9 @@ def sketch_scores(
         lengths,
         kernel=flexijax_sketches,
         out_shape=[jax.ShapeDtypeStruct((batch, heads, group, pages), jnp.float32)],
-        grid=(-(-pages // numbers["TILE"]), heads, batch),
+        grid=(-(-pages // constants["TILE"]), heads, batch),
         num_warps=4,
         num_stages=1,
-        numbers=numbers,
+        constants=constants,
     )
     return scores

@@ -1,4 +1,4 @@
-"""The kernel of `sparse_decode` in Triton itself, for implementation="triton".
+"""The kernel of `pallas.py` in Triton itself, for implementation="triton".
 
 jax deprecates Pallas through Triton; jax-triton stays. The kernel takes plain pointers, so PyTorch
 can launch it too, and TRITON_INTERPRET=1 runs it on a CPU. The parts are merged by XLA.
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.partials import merge
-from flexijax.pallas_kernels.sparse_decode import TuningConfig
+from flexijax.pallas_kernels.sparse_decode.tuning import MIN_ROWS, TuningConfig
 
 
 @triton.jit
@@ -91,24 +91,24 @@ def flexijax_decode(
 def options(
     *, batch: int, heads: int, group: int, width: int, pages: int, page: int, itemsize: int
 ) -> tuple[TuningConfig, tuple[int, int, int], dict[str, int]]:
-    """Configuration, grid and the compile-time numbers of a launch, SCALE, SLOTS and PRECISION out.
+    """Configuration, grid and compile-time arguments of a launch except SCALE, SLOTS, PRECISION.
 
     All in elements; itemsize in bytes of a key's element.
     """
     config = TuningConfig.choose(
         heads=batch * heads, tokens=pages * page, row_bytes=width * itemsize
     )
-    numbers = {
+    constants = {
         "PAGES": pages,
         "GROUP": group,
         "WIDTH": width,
         "PAGE": page,
         "BLOCK": config.block_tokens,
         "STEPS": config.steps,
-        "ROWS": max(16, triton.next_power_of_2(group)),
+        "ROWS": max(MIN_ROWS, triton.next_power_of_2(group)),
         "PADDED": triton.next_power_of_2(width),
     }
-    return config, (config.splits, heads, batch), numbers
+    return config, (config.splits, heads, batch), constants
 
 
 def paged_decode(
@@ -142,7 +142,7 @@ def slot_decode(
 
 def _decode(q, k, v, block_ids, counts, page, scale, *, slots):
     batch, heads, group, width = q.shape
-    config, grid, numbers = options(
+    config, grid, constants = options(
         batch=batch,
         heads=heads,
         group=group,
@@ -166,8 +166,8 @@ def _decode(q, k, v, block_ids, counts, page, scale, *, slots):
         grid=grid,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        numbers={
-            **numbers,
+        constants={
+            **constants,
             "SCALE": scale,
             "SLOTS": slots,
             "PRECISION": "tf32x3" if k.dtype == jnp.float32 else "ieee",

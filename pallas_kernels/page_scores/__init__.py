@@ -1,0 +1,1 @@
+"""Upper bounds of q.k over pages, from the min and max of their keys."""

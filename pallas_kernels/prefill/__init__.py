@@ -1,0 +1,1 @@
+"""Causal attention of a chunk of queries over a dense workspace."""

@@ -1,0 +1,174 @@
+"""Law 7: no program that runs copies a pool, calls anybody, or leaves a donated array behind.
+
+What is looked at is what `generate` runs: every call of the runner is written down, and the same
+object of `engine.program.jitted` is compiled for the shapes that it was called with.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flexijax
+from flexijax.cache.memory import nbytes
+from flexijax.engine import engine as engine_module
+from flexijax.engine.engine import Engine
+from flexijax.engine.jit_cache import jitted
+from flexijax.engine.plan import make_program
+from flexijax.engine.program import Runner
+from flexijax.policies.h2o import H2O
+from flexijax.policies.snapkv import SnapKV
+from flexijax.policies.streaming_llm import StreamingLLM
+from tests.tiny_models import tiny_model
+from tests.tiny_runs import ADAPTIVE, SMALL, prompt_of, request_of
+
+CACHES = {
+    "full": dataclasses.replace(SMALL, policy="full"),
+    "quest": dataclasses.replace(SMALL, policy="quest"),
+    "flexi": SMALL,
+    "flexi-adaptive": ADAPTIVE,
+    "streaming_llm": dataclasses.replace(SMALL, policy=StreamingLLM()),
+    "snapkv": dataclasses.replace(SMALL, policy=SnapKV(window=4)),
+    "h2o": dataclasses.replace(SMALL, policy=H2O()),
+}
+PROGRAMS = ("prefill_chunk", "commit_layer", "decode_steps", "end_chunk_layer")
+# What full and quest have nothing to do in.
+NOTHING_TO_END = ("full", "quest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """One program that `generate` ran. arguments: shapes; donate: indices into them."""
+
+    function: object
+    static: object
+    arguments: tuple
+    donate: tuple[int, ...]
+
+    @functools.cached_property
+    def compiled(self):
+        return jitted(self.function, self.static, self.donate).lower(*self.arguments).compile()
+
+    @property
+    def donated(self):
+        return [self.arguments[at] for at in self.donate]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module", params=CACHES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ran(name, lm):
+    """{program: what was run of it}, of two requests in one batch."""
+    found: dict[str, dict[object, Ran]] = {}
+
+    class Watched(Runner):
+        def run(self, stage, function, static, args, donate=()):
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+                args,
+            )
+            found.setdefault(function.__name__, {})[static] = Ran(function, static, shapes, donate)
+            return super().run(stage, function, static, args, donate)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "Runner", Watched)
+        prompts = [prompt_of(37), prompt_of(52)]
+        flexijax.generate(lm, prompts, max_new_tokens=20, cache=CACHES[name])
+    return {function: list(of.values()) for function, of in found.items()}
+
+
+@pytest.fixture(params=PROGRAMS)
+def program(request, name, ran):
+    """All that was run of one program: one for each kind of layer."""
+    if request.param == "end_chunk_layer" and name in NOTHING_TO_END:
+        assert request.param not in ran
+        pytest.skip("its groups have nothing to do at the end of a chunk")
+    return ran[request.param]
+
+
+def test_every_donated_array_is_updated_in_place(program):
+    for ran in program:
+        assert ran.donated, "nothing is donated"
+        memory = ran.compiled.memory_analysis()
+        aliased = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
+        # Those that are handed through unchanged are among them.
+        assert aliased == nbytes(ran.donated) > 0
+
+
+def pools(ran):
+    """The shapes of donated arrays that grow with the text: keys, values and summaries."""
+    least = 3 if ran.function.__name__ == "prefill_chunk" else 4
+    leaves = jax.tree.leaves(ran.donated)
+    return {",".join(map(str, leaf.shape)) for leaf in leaves if leaf.ndim >= least}
+
+
+def copied_shapes(compiled):
+    return set(re.findall(r"= \w+\[([\d,]*)\]\S* copy(?:-start)?\(", compiled.as_text()))
+
+
+def test_no_pool_is_copied_and_nobody_is_called(program):
+    for ran in program:
+        assert len(pools(ran)) >= 2
+        assert not pools(ran) & copied_shapes(ran.compiled)
+        text = ran.compiled.as_text()
+        assert "callback" not in text and "infeed" not in text and "outfeed" not in text
+
+
+def test_a_copy_would_be_seen():
+    """What is not donated has to be copied."""
+    kept = jax.jit(lambda x: x.at[0].set(1.0)).lower(jnp.zeros((5, 7))).compile()
+    assert "5,7" in copied_shapes(kept)
+
+
+def test_a_second_call_compiles_nothing(name, ran, lm):
+    """Of the same sizes: counted as jax does, eager operations included."""
+    compiled: list[str] = []
+
+    def count(event: str, _: float, **__) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        jax.jit(lambda x: x * 5 - 2)(jnp.ones(3))
+        assert compiled, "jax counts under another name now"
+        compiled.clear()
+        prompts = [prompt_of(37, seed=5), prompt_of(52, seed=6)]
+        flexijax.generate(lm, prompts, max_new_tokens=20, cache=CACHES[name])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert set(ran) >= {"prefill_chunk", "commit_layer", "decode_steps"}
+    assert not compiled
+
+
+def places(tree):
+    """Where the arrays of a cache lie in memory."""
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)]
+
+
+def test_what_runs_updates_in_place_too(name, lm):
+    """The memory of every array of the cache is that of the same array before the steps."""
+    cache = CACHES[name]
+    program = make_program(lm, cache, max_tokens=72, max_new_tokens=20, batch=2)
+    engine = Engine(lm, program, progress=None)
+    engine.admit(request_of(37, max_new_tokens=20), "")
+    engine.admit(request_of(50, max_new_tokens=20, index=1), "")
+    old = engine.cache
+    assert old is not None
+    before = places(old.layers)
+    engine.step()
+    assert len(before) >= 4 and engine.cache is not None
+    assert places(engine.cache.layers) == before
+    held = jax.tree.leaves([layer.groups for layer in old.layers])
+    assert all(leaf.is_deleted() for leaf in held)
