@@ -75,7 +75,7 @@ class Continuation:
         self.length = prompt.length
         args = (lm.params, prompt.x)
         logits = self._runner.run("first token", first_logits, program.decoder, args)
-        self.first_logits = np.asarray(logits)[0]
+        self.first_logits = np.array(logits)[0]  # a copy, which can be written to
         if program.suppress_ids:
             self.first_logits[list(program.suppress_ids)] = -np.inf
         self.next_token = int(self.first_logits.argmax())
