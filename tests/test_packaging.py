@@ -9,7 +9,7 @@ from importlib import import_module
 
 import pytest
 
-from tests.test_floors import imported, library_files
+from tests.test_floors import IN_A_CHECKOUT, imported, library_files
 
 LINKED = ("models", "pallas_kernels", "profiles")
 # Import names that differ from the name on PyPI.
@@ -27,6 +27,7 @@ def declared(requirements: list[str]) -> set[str]:
     return {re.split(r"[\[<>=!~; ]", text)[0].lower() for text in requirements}
 
 
+@IN_A_CHECKOUT
 @pytest.mark.parametrize("folder", LINKED)
 def test_folder_is_linked_relatively(folder, repository):
     link = repository / "flexijax" / folder
@@ -76,3 +77,17 @@ def test_shipped_data_is_declared(repository, project):
         covered = {path for pattern in patterns for path in (repository / folder).glob(pattern)}
         rest = {path.name for path in files - covered if path.suffix not in (".py", ".pyc")}
         assert not rest, f"{folder}: {rest} would be missing from a wheel"
+
+
+def test_an_sdist_holds_what_tests_read(repository):
+    """setuptools itself takes the package and tests/test*.py, and nothing that those import."""
+    manifest = (repository / "MANIFEST.in").read_text(encoding="utf-8")
+    wanted = {"docs", *LINKED}
+    for path in (repository / "tests").glob("*.py"):
+        tops = {name.split(".")[0] for _, name, _ in imported(ast.parse(path.read_text("utf-8")))}
+        wanted |= {top for top in tops if (repository / top).is_dir()} - {"flexijax"}
+    assert {"bench", "examples", "tests"} <= wanted
+    assert wanted <= set(re.findall(r"^graft (\S+)$", manifest, re.MULTILINE))
+    included = " ".join(re.findall(r"^include (.+)$", manifest, re.MULTILINE)).split()
+    pages = {path.name for path in repository.glob("*.md")} - {"README.md"}
+    assert pages | {"Makefile", "CITATION.cff"} <= set(included)
