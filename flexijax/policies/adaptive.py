@@ -14,9 +14,9 @@ class Adaptive:
 
     shortest, longest, first: steps; each a power of two times `shortest`, which is what one decode
     chunk takes. After a rerank the head's random-corrected overlap with its choice before decides:
-    at least `lengthen_at` doubles the interval, less than `shorten_at` halves it. These promote a
-    third fewer pages than 16 steps for all heads, at the same divergence from full attention; see
-    README. Halving below 0.3 promotes 0.57 of them, and diverges by 1 % more.
+    at least `lengthen_at` doubles the interval, less than `shorten_at` halves it. These promote
+    40 % fewer pages than 16 steps for all heads, at the same divergence from full attention; see
+    docs/benches.md. Halving below 0.3 promotes 0.57 of them, and diverges by 1 % more.
     Raises ValueError, naming the field, for steps or thresholds that could not work.
     """
 

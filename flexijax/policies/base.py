@@ -177,8 +177,9 @@ class Policy(abc.ABC):
 
     @property
     def name(self) -> str:
-        """What messages and tables call the method; that of its file."""
-        return type(self).__module__.rpartition(".")[2]
+        """What messages and tables call the method: its file, or its class in a script."""
+        file = type(self).__module__.rpartition(".")[2]
+        return type(self).__name__ if file == "__main__" else file
 
     @property
     def needs_profile(self) -> bool:
