@@ -104,7 +104,10 @@ def test_what_does_not_fit_is_refused_by_name(lm, config, made, reading):
     with pytest.raises(ValueError, match=r"61 \+ 800 tokens are more than the cache's"):
         fed.greedy(800)
 
-    for change, field in (({"dtype": "bfloat16"}, "dtype"), ({"page_size": 32}, "tokens")):
+    for change, field in (
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"page_size": 32, "budget_tokens": 64}, "tokens"),
+    ):
         other = dataclasses.replace(config, policy="full", **change)
         program = make_program(lm, other, max_tokens=85)
         with pytest.raises(ValueError, match=f"a prompt read with {field}="):

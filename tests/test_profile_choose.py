@@ -8,7 +8,7 @@ import pytest
 
 import flexijax
 from flexijax.cli import generate as cli_generate
-from flexijax.cli.main import main as cli
+from flexijax.cli import main as cli
 from flexijax.profiles import lookup
 from flexijax.profiling import choose as module
 from flexijax.profiling.choose import choose

@@ -8,7 +8,7 @@ import pytest
 
 import flexijax
 from flexijax.cli import generate as cli_generate
-from flexijax.cli.main import main as cli
+from flexijax.cli import main as cli
 from flexijax.policies.flexi import Flexi
 from flexijax.policies.minmax import MinMax
 from flexijax.profiles.staleness import HeadStability, ProfileFit, expected_rco, profile_fit
