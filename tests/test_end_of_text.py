@@ -58,7 +58,7 @@ def test_a_folder_without_a_tokenizer_ends_where_its_files_say(tmp_path):
     assert lm.tokenizer is None and lm.end_ids == {9, 11}
     (request,) = make_requests(lm, [[5, 6, 7]], 3, flexijax.Sampling(stop_ids=(2,)))
     assert request.stop_ids == (2, 9, 11)
-    (request,) = make_requests(lm, [[5, 6, 7]], 3, flexijax.Sampling(ignore_eos=True), 0)
+    (request,) = make_requests(lm, [[5, 6, 7]], 3, flexijax.Sampling(ignore_eos=True))
     assert request.stop_ids == ()
     save(lm, tmp_path / "saved")
     assert load(tmp_path / "saved").end_ids == {9, 11}
