@@ -33,7 +33,6 @@ FLOORS = (
     "flexijax/evaluation.py",
     "flexijax/evaluate.py",
     "flexijax/aot",
-    "flexijax/server",
     "flexijax/cli",
     "flexijax/demo.py",
     "flexijax/__main__.py",
@@ -116,6 +115,11 @@ def faults(file: str, source: str, root: Path) -> list[str]:
         elif theirs == mine and target == file:
             wrong.append(f"{file}:{line} imports itself")
     return wrong
+
+
+def test_every_floor_is_there_and_named_once(repository):
+    assert len(set(FLOORS)) == len(FLOORS)
+    assert [name for name in FLOORS if not (repository / name).exists()] == []
 
 
 def test_every_file_has_a_floor(repository):
