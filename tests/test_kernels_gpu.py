@@ -9,6 +9,7 @@ import pytest
 
 from flexijax.aot import compile as aot
 from flexijax.aot.targets import target, targets
+from flexijax.cache import tiers
 from flexijax.pallas_kernels import dispatch, platform
 from flexijax.pallas_kernels.prefill import cudnn
 from flexijax.pallas_kernels.sketches import SketchQuery, words
@@ -31,6 +32,15 @@ def shape(*sizes, dtype=jnp.bfloat16, memory="device"):
 integers = functools.partial(shape, dtype=jnp.int32)
 
 
+def compiled(function, arguments, *, gpu="h100", donate=()):
+    """What a report says of a function, jitted as a program is."""
+    return aot.compile_for(
+        lambda: jax.jit(lambda *args: function(*args), donate_argnums=donate),
+        arguments,
+        target=target(gpu),
+    )
+
+
 def decode_report(kind, width, dtype, *, gpu="h100", batch=16, group=4, page=16):
     """The kernel of unstable (two heads) or stable heads (six) with a budget of 1024 tokens."""
     pages, scale = 1024 // page, width**-0.5
@@ -47,7 +57,7 @@ def decode_report(kind, width, dtype, *, gpu="h100", batch=16, group=4, page=16)
         v = shape(batch, 6, slots, page, width, dtype=dtype)
         op = functools.partial(dispatch.slot_decode, scale=scale)
         arguments = (q, k, v, integers(batch, 6, slots))
-    report = aot.compile_for(op, arguments, target=target(gpu))
+    report = compiled(op, arguments, gpu=gpu)
     [kernel] = [k for k in report.kernels if k.name == f"flexijax_decode_{kind}"]
     assert all(k.spill_bytes == 0 for k in report.kernels)
     return kernel
@@ -95,10 +105,9 @@ def test_scores_fit_the_gpu(quantized):
             shape(4096, 2, 2, 128, dtype=jnp.int8),
             shape(4096, 2, 2, 128 // group_size(128), dtype=jnp.uint8),
         )
-    report = aot.compile_for(
+    report = compiled(
         functools.partial(dispatch.page_scores, page_size=16),
         (shape(16, 2, 4, 128), summaries, integers(16, 2048), integers(16)),
-        target=target("h100"),
     )
     [kernel] = report.kernels
     assert kernel.spill_bytes == 0 and kernel.registers <= 128
@@ -111,10 +120,10 @@ def test_scores_fit_the_gpu(quantized):
 @pytest.mark.parametrize("heads", [1, 5, 7])
 def test_scores_of_odd_heads_do_not_spill(heads):
     """A query head a KV head, five and seven KV heads once spilled on an A100."""
-    report = aot.compile_for(
+    report = compiled(
         functools.partial(dispatch.page_scores, page_size=16),
         (shape(16, heads, 1, 128), shape(4096, heads, 2, 128), integers(16, 2048), integers(16)),
-        target=target("a100"),
+        gpu="a100",
     )
     [kernel] = report.kernels
     assert kernel.spill_bytes == 0 and kernel.registers <= 128
@@ -130,10 +139,9 @@ def test_sketch_scores_fit_the_gpu(bits, width):
         shape(*heads, dtype=jnp.float32),
     )
     codes = shape(4096, 2, bits, words(width), 16, dtype=jnp.uint32)
-    report = aot.compile_for(
+    report = compiled(
         functools.partial(dispatch.sketch_scores, page_size=16),
         (query, codes, integers(16, 2048), integers(16)),
-        target=target("h100"),
     )
     [kernel] = report.kernels
     assert kernel.spill_bytes == 0 and kernel.registers <= 128
@@ -150,18 +158,18 @@ def test_moves_are_zero_copy(width, gpu):
     host = shape(512, 6, 16, width, memory="pinned_host")
     k, v = shape(4, 6, width, 66, 16), shape(4, 6, 66, 16, width)
     pool_bytes, slot_bytes = 2 * 512 * 6 * 16 * width * 2, 2 * 4 * 6 * 66 * 16 * width * 2
-    promote = aot.compile_for(
-        dispatch.promote,
-        (k, v, host, host, integers(4, 6, 66)),
-        target=target(gpu),
-        donate_argnums=(0, 1),
+    pages = tiers.HostPages(host, host)
+    promote = compiled(
+        functools.partial(tiers.promote, transfer="zero_copy"),
+        (k, v, pages, integers(4, 6, 66)),
+        gpu=gpu,
+        donate=(0, 1),
     )
-    offload = aot.compile_for(
-        dispatch.offload,
-        (host, host, k, v, integers(4, 2), integers(4, 6, 2)),
-        target=target(gpu),
-        donate_argnums=(0, 1),
-        out_shardings=platform.sharding("pinned_host"),
+    offload = compiled(
+        functools.partial(tiers.offload, transfer="zero_copy"),
+        (pages, k, v, integers(4, 2), integers(4, 6, 2)),
+        gpu=gpu,
+        donate=(0,),
     )
     assert promote.device.aliased == slot_bytes and offload.host.aliased == pool_bytes
     for report in (promote, offload):
@@ -179,10 +187,9 @@ def test_prefill_takes_cudnn_where_it_is():
     q, k, v = shape(256, 2, 4, 128), shape(2, 128, 1024), shape(2, 1024, 128)
     with platform.compiling_for("gpu"):
         there = cudnn.fits(jnp.zeros((1, 128), jnp.bfloat16))
-    report = aot.compile_for(
+    report = compiled(
         functools.partial(dispatch.prefill_attention, scale=0.1),
         (q, k, v, integers()),
-        target=target("h100"),
     )
     assert ("cudnn" in report.hlo) == there
 
@@ -203,10 +210,11 @@ def test_counting_in_the_program_text():
         host=none,
         kernels=(),
         hlo=hlo,
+        kept_arguments=(0, 2, 4, 5),
         lower_seconds=0.0,
         compile_seconds=0.0,
     )
-    assert report.aliased_arguments == {0, 3}
+    assert report.aliased_arguments == {0, 5}  # the program does not read 1 and 3
     assert report.copies(at_least=16384) == 1
     assert report.copies(at_least=4096) == 2
     assert report.copies(at_least=1) == 3
@@ -233,6 +241,7 @@ def test_counting_what_touches_host_memory():
         host=none,
         kernels=(),
         hlo=hlo,
+        kept_arguments=(0, 2, 4, 5),
         lower_seconds=0.0,
         compile_seconds=0.0,
     )

@@ -10,6 +10,7 @@ import pytest
 from flexijax.pallas_kernels import dispatch, sketches
 from flexijax.pallas_kernels.sketch_scores import reference
 from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery
+from flexijax.policies.page_score import PageTable
 from flexijax.policies.sketch import Sketch, log_mass
 from tests.kernel_cases import SKETCH_CASES, assert_numbers_close, sketch_inputs
 
@@ -116,9 +117,8 @@ def test_log_mass_by_hand():
     assert (np.asarray(log_mass(jnp.full((1, 1, 2, 3), -jnp.inf))) == -np.inf).all()
 
 
-@pytest.mark.parametrize("reduction", ["mass", "max"])
 @pytest.mark.parametrize(("bits", "least"), [(1, 0.75), (2, 0.9), (4, 0.98)])
-def test_a_sketch_scores_as_attention_would(bits, least, reduction):
+def test_a_sketch_scores_as_attention_would(bits, least):
     """Correlation with the true scores over pages, growing with the bits."""
     pages, heads, page, width, scale = 40, 2, 16, 64, 0.05
     rng = np.random.default_rng(3)
@@ -126,26 +126,21 @@ def test_a_sketch_scores_as_attention_would(bits, least, reduction):
     keys = keys_of(pages, heads, page, width) + rng.normal(size=(pages, heads, 1, width))
     keys = keys.astype(np.float32)
     q = np.random.default_rng(2).normal(size=(1, heads, 3, width)).astype(np.float32)
-    score = Sketch(bits=bits, page_size=page, reduction=reduction)
+    score = Sketch(bits)
     length = jnp.int32(pages * page)
     state = score.fit(jnp.asarray(keys), length)
     found = score.scores(
         jnp.asarray(q),
         score.summarize(jnp.asarray(keys), state),
         jax.tree.map(lambda leaf: leaf[None], state),
-        jnp.arange(pages, dtype=jnp.int32)[None],
-        length[None],
-        page_size=page,
+        PageTable(jnp.arange(pages, dtype=jnp.int32)[None], length[None], page),
         scale=scale,
         implementation=None,
     )
     products = scale * np.einsum("kgh,pksh->kgps", q[0].astype(np.float64), keys)
     logits = np.log(np.exp(products).sum(-1))
-    if reduction == "max":
-        truth = logits.max(1)
-    else:
-        shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        truth = np.log(shares.mean(1))
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    truth = np.log(shares.mean(1))
     for head in range(heads):
         assert np.corrcoef(found[0, head], truth[head])[0, 1] > least
 

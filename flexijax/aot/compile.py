@@ -66,7 +66,7 @@ class MemoryReport:
 class CompiledReport:
     """A program compiled for `target`: memory by tier, its kernels, and its optimized HLO text.
 
-    aliased_arguments: which arguments (index among the flattened leaves) are updated in place.
+    kept_arguments: which of the flattened leaves the program reads; the compiler has no other.
     """
 
     target: Target
@@ -74,9 +74,15 @@ class CompiledReport:
     host: MemoryReport
     kernels: tuple[KernelReport, ...]
     hlo: str
-    aliased_arguments: frozenset[int]
+    kept_arguments: tuple[int, ...]
     lower_seconds: float
     compile_seconds: float
+
+    @property
+    def aliased_arguments(self) -> frozenset[int]:
+        """Which arguments (index among the flattened leaves) are updated in place."""
+        header = self.hlo.partition("entry_computation_layout")[0]
+        return frozenset(self.kept_arguments[int(at)] for at in _ALIASED.findall(header))
 
     @property
     def host_callbacks(self) -> int:
@@ -170,17 +176,13 @@ def compile_for(
             progress=functools.partial(tell, "assembling kernels of"),
         )
     stats = executable.get_compiled_memory_stats()
-    hlo = executable.hlo_modules()[0].to_string()
-    # Arguments that the program does not read are not among the compiler's.
-    kept = lowered.module_kept_var_idx
-    header = hlo.partition("entry_computation_layout")[0]
     return CompiledReport(
         target=target,
         device=_memory(stats, ""),
         host=_memory(stats, "host_"),
         kernels=kernels,
-        hlo=hlo,
-        aliased_arguments=frozenset(kept[int(at)] for at in _ALIASED.findall(header)),
+        hlo=executable.hlo_modules()[0].to_string(),
+        kept_arguments=tuple(lowered.module_kept_var_idx),
         lower_seconds=lower_seconds,
         compile_seconds=compile_seconds,
     )
