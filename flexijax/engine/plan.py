@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from flexijax.cache.layout import CacheLayout, CacheSizes
 from flexijax.cache.memory import available_bytes, cache_bytes
 from flexijax.config import CacheConfig
@@ -30,7 +32,7 @@ def make_program(
     """
     policy = cache.find_policy()
     profile = find_profile(lm, cache) if policy.needs_profile else None
-    dtype = cache.dtype or str(lm.dtype)
+    dtype = cache.dtype or jnp.dtype(lm.dtype).name
 
     def layout(batch: int) -> CacheLayout:
         return make_layout(

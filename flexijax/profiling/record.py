@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flexijax.config import CacheConfig
@@ -89,7 +90,7 @@ def _program(
 ) -> Program:
     policy = Recording(
         budgets,
-        PageShape(page_size, lm.attention.head_dim, str(lm.dtype)),
+        PageShape(page_size, lm.attention.head_dim, jnp.dtype(lm.dtype).name),
         None if score == MASS else SCORES[score],
         lm.attention.scale,
         _CHUNK_STEPS,
