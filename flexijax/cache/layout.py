@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from flexijax.models.config import AttentionShape
 from flexijax.policies.base import HeadGroup, Policy
-from flexijax.policies.page_score import PageShape
+from flexijax.policies.page_score import PageScore, PageShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,12 @@ class GroupProgram:
     policy: Policy
     implementation: str | None
     transfer: str | None
+
+    @property
+    def score(self) -> PageScore:
+        """Of a group whose pages are chosen; `HeadGroup` has seen to it that there is one."""
+        assert self.group.score is not None
+        return self.group.score
 
     @property
     def slots(self) -> int:

@@ -19,7 +19,7 @@ from flexijax.cache.rerank import Plan, filled_pages, find_slots, plan_rerank
 from flexijax.cache.selected import scatter, top_pages
 from flexijax.cache.tiers import HostPages, offload, promote
 from flexijax.pallas_kernels import dispatch
-from flexijax.policies.page_score import PageScore, PageTable
+from flexijax.policies.page_score import PageTable
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,7 @@ class RerankStats:
 
 def empty(program: GroupProgram, heads: int) -> tuple[OffloadedGroup, RerankStats]:
     """A group of so many heads that holds nothing, and its statistics; the host tier is apart."""
-    sizes, slots, score = program.sizes, program.slots, _score(program)
+    sizes, slots, score = program.sizes, program.slots, program.score
     batch, page, width = sizes.batch, sizes.page_size, sizes.shape.head_dim
     counts = (batch, heads)
     schedule = None
@@ -114,7 +114,7 @@ def commit(
     prompt: Prompt,
 ) -> tuple[OffloadedGroup, HostPages, RerankStats]:
     """Full pages of a prompt to the host; the chosen ones and the newest straight into slots."""
-    sizes, score = program.sizes, _score(program)
+    sizes, score = program.sizes, program.score
     heads, row, length = prompt.k.shape[0], prompt.row, prompt.length[None]
     k = prompt.k.reshape(1, heads, -1, sizes.pages, sizes.page_size)
     v = prompt.v.reshape(1, heads, sizes.pages, sizes.page_size, -1)
@@ -165,7 +165,7 @@ def end_chunk(
     Heads that are not due keep what is in their slots; pages that filled up there are offloaded all
     the same.
     """
-    sizes, score = program.sizes, _score(program)
+    sizes, score = program.sizes, program.score
     page_size, lengths, block_table = sizes.page_size, chunk.lengths, chunk.block_table
     most = -(-sizes.chunk_steps // page_size)
     filled = filled_pages(chunk.before, lengths, page_size=page_size, count=most)  # [B, E]
@@ -213,7 +213,7 @@ def _chosen(
     program: GroupProgram, q: jax.Array, summaries: Any, score_state: Any, table: PageTable
 ) -> jax.Array:
     """int32[B, K, room]: the pages to be resident, for q [B, K, G, H]; -1 where there are fewer."""
-    scores = _score(program).scores(
+    scores = program.score.scores(
         q,
         summaries,
         score_state,
@@ -278,8 +278,3 @@ def _next_schedule(
     interval = jnp.where(due, adaptive.following(schedule.interval, rco), schedule.interval)
     left = schedule.steps_until_rerank - program.sizes.chunk_steps
     return RerankSchedule(interval, jnp.where(due, interval, left))
-
-
-def _score(program: GroupProgram) -> PageScore:
-    assert program.group.score is not None  # checked by HeadGroup
-    return program.group.score

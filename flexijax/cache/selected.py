@@ -12,7 +12,7 @@ from jax import lax
 from flexijax.cache.arrays import Prompt, Step, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.pallas_kernels import dispatch
-from flexijax.policies.page_score import PageScore, PageTable
+from flexijax.policies.page_score import PageTable
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,7 @@ def empty(program: GroupProgram, heads: int) -> tuple[SelectedGroup, None]:
     """A group of so many heads that holds nothing; it has no statistics."""
     sizes = program.sizes
     pool = (sizes.blocks, heads, sizes.page_size, sizes.shape.head_dim)
-    score = _score(program)
+    score = program.score
     group = SelectedGroup(
         k=zeros(pool, sizes.dtype),
         v=zeros(pool, sizes.dtype),
@@ -49,7 +49,7 @@ def attend(
     step: Step,
 ) -> tuple[jax.Array, SelectedGroup]:
     """Writes a token's key and value, attends to the best pages: q, out [B, K, G, H]."""
-    sizes, score = program.sizes, _score(program)
+    sizes, score = program.sizes, program.score
     page_size, blocks = sizes.page_size, sizes.blocks
     # Of whole numbers that are never negative; // and % would be 18 instructions in each layer.
     page, offset = lax.div(step.lengths, page_size), lax.rem(step.lengths, page_size)
@@ -93,7 +93,7 @@ def commit(
     program: GroupProgram, group: SelectedGroup, host: None, stats: None, prompt: Prompt
 ) -> tuple[SelectedGroup, None, None]:
     """A prompt into its blocks of the pool."""
-    sizes, score = program.sizes, _score(program)
+    sizes, score = program.sizes, program.score
     heads = prompt.k.shape[0]
     page = jnp.arange(sizes.pages, dtype=jnp.int32)
     used = page < -(-prompt.length // sizes.page_size)
@@ -125,8 +125,3 @@ def top_pages(ranks: jax.Array, count: int) -> jax.Array:
 def scatter(pools: Any, at: jax.Array, rows: Any) -> Any:
     """Leaves with new rows at index `at`; those out of bounds are dropped."""
     return jax.tree.map(lambda pool, new: pool.at[at].set(new, mode="drop"), pools, rows)
-
-
-def _score(program: GroupProgram) -> PageScore:
-    assert program.group.score is not None  # checked by HeadGroup
-    return program.group.score
