@@ -44,7 +44,7 @@ def measure_document(lm: LanguageModel, document: Document, settings: Settings) 
     )[0]
     generated = time.perf_counter()
     # Where full would end its answer, the profiler takes the next best token and goes on.
-    stops = lm.tokenizer.stop_ids
+    stops = lm.end_ids
     said = list(takewhile(lambda token: token not in stops, out.token_ids))
     if recording.tokens[: len(said)].tolist() != said:
         raise RuntimeError(f"the two disagree on what follows {document.task}[{document.index}]")

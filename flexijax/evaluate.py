@@ -115,7 +115,7 @@ class _Run:
         lm, spec = self.lm, repr(self.full.prefill_spec())
         code = [VERSION, jax.__version__, jax.default_backend()]
         model = [lm.name, lm.fingerprint, str(lm.dtype), _digest(lm.params)]
-        return [*code, *model, sorted(_stop_ids(lm)), spec]
+        return [*code, *model, sorted(lm.end_ids), spec]
 
     def key_of_answer(self, prompt: Sequence[int]) -> list[Any]:
         """Everything that full attention's answer to a prompt depends on."""
@@ -131,7 +131,7 @@ class _Run:
         answer = Continuation(lm, full, reading, progress=progress).greedy(
             _round_up(self.steps, self.chunk)
         )
-        stops = [at for at, token in enumerate(answer) if token in _stop_ids(lm)]
+        stops = [at for at, token in enumerate(answer) if token in lm.end_ids]
         tokens = min([*stops, self.steps])
         if not tokens:
             return
@@ -239,10 +239,6 @@ def _digest(params: Any) -> str:
     for leaf in jax.tree.leaves(params):
         found.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)]).tobytes())
     return found.hexdigest()
-
-
-def _stop_ids(lm: LanguageModel) -> frozenset[int]:
-    return frozenset(lm.tokenizer.stop_ids if lm.tokenizer is not None else ())
 
 
 def _round_up(count: int, chunk: int) -> int:
