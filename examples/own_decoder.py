@@ -71,9 +71,10 @@ class Adapter:
 
     graph: nnx.GraphDef
 
-    def hidden(self, params: Any, tokens: jax.Array, positions: jax.Array, attention_fn, state):
+    def hidden(self, params, tokens, positions, attention_fn, state, *, only=None):
         """See `flexijax.models.decoder.DecoderLike.hidden`."""
-        return nnx.merge(self.graph, params)(tokens, positions, attention_fn, state)
+        x, state = nnx.merge(self.graph, params)(tokens, positions, attention_fn, state)
+        return x if only is None else x[:, only][:, None], state
 
     def logits(self, params: Any, x: jax.Array) -> jax.Array:
         """See `flexijax.models.decoder.DecoderLike.logits`."""

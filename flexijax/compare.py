@@ -17,7 +17,7 @@ from flexijax.engine.requests import check_cache, make_requests
 from flexijax.engine.sampling import Sampling
 from flexijax.generate import run_requests
 from flexijax.models.language_model import LanguageModel
-from flexijax.profiling.choose import choose
+from flexijax.profiling.choose import with_profile
 from flexijax.results import Generation
 
 
@@ -58,15 +58,16 @@ def compare(
     prompts: Any = [prompt]
     request = make_requests(lm, prompts, max_new_tokens, sampling)[0]
     for name, cache in caches.items():
-        if cache.find_policy().needs_profile:
-            choices[name] = choose(lm, cache, prompts=[request.tokens], progress=progress)
-            caches[name] = dataclasses.replace(cache, profile=choices[name].profile)
+        caches[name], choices[name] = with_profile(
+            lm, cache, prompts=[request.tokens], progress=progress
+        )
         steps = -(-max_new_tokens // cache.chunk_steps) * cache.chunk_steps
         programs[name] = make_program(
             lm,
             caches[name],
             max_tokens=len(request.tokens) + steps,
             max_new_tokens=steps,
+            prompt_tokens=len(request.tokens),
         )
     started, runner = time.perf_counter(), Runner(progress)
     spec = prefill_spec(tuple(programs.values()))
@@ -81,7 +82,7 @@ def compare(
             if stream is not None:
                 stream(name, piece)
 
-        made = run_requests(engine, [request], show, caches[name], choices.get(name), shared)[0]
+        made = run_requests(engine, [request], show, caches[name], choices[name], shared)[0]
         times = dataclasses.replace(
             made.metrics,
             prefill_s=made.metrics.prefill_s + read_s,

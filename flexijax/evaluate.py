@@ -25,7 +25,7 @@ from flexijax.evaluation import Comparison, Evaluation, compare
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.documents import Document, prompt_ids
 from flexijax.profiles.records import Records
-from flexijax.profiling.choose import choose
+from flexijax.profiling.choose import with_profile
 
 # Raise it with every change, here or anywhere below, that changes a number of a row by more than
 # the rounding of float32: another choice of pages, kernel formula, count, or meaning of a field.
@@ -186,9 +186,7 @@ def _program(
     new_tokens: int,
     progress: Progress | None,
 ) -> Program:
-    if config.find_policy().needs_profile:
-        choice = choose(lm, config, prompts=prompts, progress=progress)
-        config = dataclasses.replace(config, profile=choice.profile)
+    config, _ = with_profile(lm, config, prompts=prompts, progress=progress)
     return make_program(lm, config, max_tokens=room, max_new_tokens=new_tokens)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from flexijax.engine.sequence import Sequence as Running
 from flexijax.engine.text import RunningText
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.staleness import MAX_DIFFERENCE
-from flexijax.profiling.choose import ProfileChoice, choose
+from flexijax.profiling.choose import ProfileChoice, with_profile
 from flexijax.results import Generation, StaleProfileWarning
 
 # Requests decoded together when the caller names no number and memory allows.
@@ -59,17 +58,15 @@ def generate(
     check_callable("progress", progress)
     if not requests:
         return []
-    choice = None
-    if cache.find_policy().needs_profile:
-        texts = [request.tokens for request in requests]
-        choice = choose(lm, cache, prompts=texts, progress=progress)
-        cache = dataclasses.replace(cache, profile=choice.profile)
+    texts = [request.tokens for request in requests]
+    cache, choice = with_profile(lm, cache, prompts=texts, progress=progress)
     program = make_program(
         lm,
         cache,
         max_tokens=max(len(r.tokens) + r.max_new_tokens for r in requests),
         max_new_tokens=max(r.max_new_tokens for r in requests),
         batch=_batch(len(requests), max_batch or MAX_BATCH),
+        prompt_tokens=max(len(r.tokens) for r in requests),
     )
     engine = Engine(lm, program, progress=progress)
     results = run_requests(engine, requests, stream, cache, choice)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from flexijax.models.config import ModelConfig
 from flexijax.models.layers import Linear, RMSNorm, project, rope_tables, rotate
@@ -32,8 +33,14 @@ class DecoderLike(Protocol):
         positions: jax.Array,
         attention_fn: AttentionFn,
         state: Any,
+        *,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """tokens, positions int32[B, T] -> (x [B, T, D], state)."""
+        """tokens, positions int32[B, T] -> (x [B, T, D], state).
+
+        only: int32[], the one token of T whose x is wanted, as [B, 1, D]; attention_fn then gives
+        no more than that token's out in the last layer.
+        """
         ...
 
     def logits(self, params: Params, x: jax.Array) -> jax.Array:
@@ -69,8 +76,10 @@ class Layer(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         attention_fn: AttentionFn,
         state: Any,
+        *,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> (x [B, T, D], state)."""
+        """x [B, T, D] -> (x [B, T, D], state); with `only` named, x [B, 1, D] of that token."""
         c = self.config
         qkv = self.qkv(self.attention_norm(x))
         qkv = qkv.reshape(*x.shape[:2], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
@@ -78,7 +87,10 @@ class Layer(nnx.Module):
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out, state = attention_fn(layer, rotate(q, *rope), rotate(k, *rope), v, state)
-        x = x + self.out(out.reshape(*x.shape[:2], c.num_heads * c.head_dim).astype(x.dtype))
+        out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim).astype(x.dtype)
+        if only is not None:
+            x, out = (lax.dynamic_slice_in_dim(each, only, 1, axis=1) for each in (x, out))
+        x = x + self.out(out)
         gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
         return x + self.down(nnx.silu(gate) * up), state
 
@@ -172,18 +184,21 @@ class Decoder:
         positions: jax.Array,
         attention_fn: AttentionFn,
         state: Any,
+        *,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Runs all layers and the final norm: (x [B, T, D] in the dtype of params, state).
 
         tokens and positions int32[B, T]; attention_fn is called once per layer, in order, with
-        rotated q and k; state goes through it untouched.
+        rotated q and k; state goes through it untouched. only: see `DecoderLike`.
         """
         graphs = _graphs(self.config)
         rope = rope_tables(positions, self.config)
         x = nnx.merge(graphs["embed"], params["embed"])(tokens)
         for index, weights in enumerate(params["layers"]):
             layer = nnx.merge(graphs["layer"], weights)
-            x, state = layer(index, x, rope, attention_fn, state)
+            wanted = only if index == self.config.num_layers - 1 else None
+            x, state = layer(index, x, rope, attention_fn, state, only=wanted)
         return nnx.merge(graphs["norm"], params["norm"])(x), state
 
     def logits(self, params: Params, x: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 # The first of these that a JSON line has as a string is its text; "input" is what L-Eval calls it.
 TEXT_FIELDS = ("input", "text", "content", "document", "context", "article", "prompt")
+# Tokens of text without which a prompt is of no document.
+_FEWEST = 16
 _INSTRUCTION_FIELDS = ("instructions", "instruction", "question")
 
 
@@ -42,17 +44,53 @@ def read_documents(
 
     A text that an earlier line already had is left out. limit: the most documents to read; None
     reads all. field: of the JSON lines that holds the text; None takes the first of
-    `TEXT_FIELDS`. Raises ValueError naming file and line when
-    there is no text, OSError when the file cannot be read.
+    `TEXT_FIELDS`. Raises ValueError naming the file, and the line, when there is no text or it is
+    not UTF-8, OSError when the file cannot be read.
     """
     if limit is not None and limit <= 0:
         raise ValueError(f"limit={limit} must be positive, or None for every document")
     path = Path(path)
-    if path.suffix != ".jsonl":
+    try:
+        if path.suffix == ".jsonl":
+            return _from_json_lines(path, limit, field)
         text = path.read_text(encoding="utf-8")
-        if not text.strip():
-            raise ValueError(f"{path} holds no text")
-        return [Document(task=path.stem, index=0, text=text, instruction="")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{path} holds no text")
+    return [Document(task=path.stem, index=0, text=text, instruction="")]
+
+
+def prompt_ids(document: Document, tokenizer: Tokenizer, *, max_tokens: int) -> list[int]:
+    """Token ids of the document's prompt, its text cut at the end until the prompt fits.
+
+    The instruction follows the document and is never cut. The whole is put in the model's chat
+    form. Raises ValueError when the text has fewer than 16 tokens, or not so many of it fit.
+    """
+
+    def prompt(text: str) -> list[int]:
+        content = f"{text}\n\n{document.instruction}".strip()
+        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": content}]))
+
+    where, body = f"{document.task}[{document.index}]", tokenizer.encode(document.text)
+    if len(body) < _FEWEST:
+        raise ValueError(
+            f"the text of {where} has {len(body)} tokens, a document must have at least {_FEWEST}"
+        )
+    kept = min(len(body), max_tokens - len(prompt("")))
+    while kept >= _FEWEST:
+        ids = prompt(tokenizer.decode(body[:kept]))
+        if len(ids) <= max_tokens:
+            return ids
+        # Tokens at the seams may split anew: give back exactly what is too much.
+        kept -= len(ids) - max_tokens
+    raise ValueError(
+        f"max_tokens={max_tokens} leaves no room for text of {where} beside its instruction; it "
+        f"must be at least {len(prompt('')) + _FEWEST}"
+    )
+
+
+def _from_json_lines(path: Path, limit: int | None, field: str | None) -> list[Document]:
     documents: list[Document] = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines):
@@ -65,31 +103,6 @@ def read_documents(
     if not documents:
         raise ValueError(f"{path} holds no documents")
     return documents
-
-
-def prompt_ids(document: Document, tokenizer: Tokenizer, *, max_tokens: int) -> list[int]:
-    """Token ids of the document's prompt, its text cut at the end until the prompt fits.
-
-    The instruction follows the document and is never cut. The whole is put in the model's chat
-    form. Raises ValueError when not even 16 tokens of the text fit.
-    """
-
-    def prompt(text: str) -> list[int]:
-        content = f"{text}\n\n{document.instruction}".strip()
-        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": content}]))
-
-    body = tokenizer.encode(document.text)
-    kept = min(len(body), max_tokens - len(prompt("")))
-    while kept >= 16:
-        ids = prompt(tokenizer.decode(body[:kept]))
-        if len(ids) <= max_tokens:
-            return ids
-        # Tokens at the seams may split anew: give back exactly what is too much.
-        kept -= len(ids) - max_tokens
-    raise ValueError(
-        f"max_tokens={max_tokens} leaves no room for text of {document.task}[{document.index}] "
-        f"beside its instruction; it must be at least {len(prompt('')) + 16}"
-    )
 
 
 def _from_json_line(path: Path, number: int, line: str, field: str | None) -> Document:

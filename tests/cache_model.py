@@ -22,7 +22,7 @@ UNSTABLE = ((1,), ())
 class TableDecoder:
     """Queries, keys and values are looked up by token and position; logits by what is attended."""
 
-    def hidden(self, params, tokens, positions, attention_fn, state):
+    def hidden(self, params, tokens, positions, attention_fn, state, *, only=None):
         x = 0.0
         for layer in range(LAYERS):
             q, k, v = (
@@ -30,7 +30,7 @@ class TableDecoder:
             )
             out, state = attention_fn(layer, q, k, v, state)
             x = x + out.reshape(*tokens.shape, -1)
-        return x, state
+        return x if only is None else x[:, only][:, None], state
 
     def logits(self, params, x):
         return x @ params["head"]

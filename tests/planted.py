@@ -23,13 +23,13 @@ class PlantedDecoder:
 
     num_layers: int
 
-    def hidden(self, params, tokens, positions, attention_fn, state):
+    def hidden(self, params, tokens, positions, attention_fn, state, *, only=None):
         """Calls the attention function with the planted arrays; what it returns changes nothing."""
         k = params["keys"][positions]
         x = jnp.zeros((*tokens.shape, 1))
         for layer in range(self.num_layers):
             _, state = attention_fn(layer, params["queries"][positions, layer], k, k, state)
-        return x, state
+        return x if only is None else x[:, :1], state
 
     def logits(self, params, x):
         """The same score for every token."""

@@ -117,6 +117,20 @@ def assert_same_selected(model, layer, head, i, held, host, row, table):
             np.testing.assert_array_equal(held.summaries[table[page], i], bounds)
 
 
+def assert_all_on_host(engine, running, model):
+    """That the full pages of a request that has ended reached the host, the last chunk's too."""
+    cache = jax.device_get(engine.cache)
+    row, pages = running.slot, len(model.tokens) // PAGE
+    assert cache.lengths[row] == len(model.tokens)
+    for layer, at, group in engine.program.layout.all_groups():
+        if group.kind == "offloaded":
+            host, table = cache.layers[layer].host[at], cache.block_table[row, :pages]
+            for i, head in enumerate(group.heads):
+                for name, pool in (("k", host.k), ("v", host.v)):
+                    dense = model.dense(name, layer, head)[: pages * PAGE]
+                    np.testing.assert_array_equal(pool[table, i].reshape(dense.shape), dense)
+
+
 def assert_drawn(running, drawn, logits):
     """That token number `drawn` of the request is a most likely one, with its log-probability."""
     token, logprob = running.tokens[drawn], running.logprobs[drawn]
@@ -228,6 +242,7 @@ def test_cache_is_what_the_plain_model_says(make_engine, adaptive, actions, step
                 if running.active:
                     model.rerank()
                 else:
+                    assert_all_on_host(engine, running, model)
                     end(running)
     assert all(running.active for running in engine.running.values())
 

@@ -87,7 +87,7 @@ def test_weights_are_sharded_over_devices(tmp_path):
 class Foreign:
     """A user's own decoder."""
 
-    def hidden(self, params, tokens, positions, attention_fn, state):
+    def hidden(self, params, tokens, positions, attention_fn, state, *, only=None):
         return tokens, state
 
     def logits(self, params, x):

@@ -107,6 +107,7 @@ def test_the_highest_ranked_stay_with_all_that_is_theirs(held, came, seed):
     chunk = Chunk(
         block_table=jnp.zeros((BATCH, 8), jnp.int32),
         before=jnp.full(BATCH, 20, jnp.int32),
+        held=jnp.asarray(20 + np.array(came), jnp.int32),
         lengths=jnp.asarray(20 + np.array(came), jnp.int32),
         active=jnp.ones(BATCH, bool),
         layer=jnp.int32(0),

@@ -76,6 +76,7 @@ def test_h2o_in_the_cache_keeps_what_the_simulation_keeps(chunk):
         ended = Chunk(
             block_table=table,
             before=jnp.full(1, start, jnp.int32),
+            held=jnp.full(1, start + chunk, jnp.int32),
             lengths=jnp.full(1, start + chunk, jnp.int32),
             active=active,
             layer=scalar(0),
@@ -113,7 +114,15 @@ def test_where_all_tokens_are_to_stay_some_that_are_there_go():
     )
     one = jnp.ones(1, jnp.int32)
     queries = jnp.zeros((1, 1, HEADS, GROUP, HEAD_DIM))
-    ended = Chunk(one[:, None], count * one, count * one, one > 0, one[0], queries)
+    ended = Chunk(
+        block_table=one[:, None],
+        before=count * one,
+        held=count * one,
+        lengths=count * one,
+        active=one > 0,
+        layer=one[0],
+        queries=queries,
+    )
     group, _, stats = evicting.end_chunk(program, group, None, stats, ended)
     assert group.count.tolist() == [[ROOM] * HEADS]
     assert stats.evicted.tolist() == [[5] * HEADS]

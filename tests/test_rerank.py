@@ -132,6 +132,7 @@ def test_an_ended_row_fills_no_page():
 
 def test_slots_of_a_page():
     slots = jnp.asarray([[[4, 7, -1], [7, 5, 4]], [[0, 1, 2], [2, 1, -1]]])
-    got = find_slots(slots, jnp.asarray([7, 2], jnp.int32))
-    assert got.tolist() == [[1, 0], [2, 0]]
-    assert find_slots(slots, jnp.asarray([9, 0], jnp.int32)).tolist() == [[-1, -1], [0, -1]]
+    got = find_slots(slots, jnp.asarray([[7, 9], [2, 0]], jnp.int32))
+    assert got.tolist() == [[[1, -1], [0, -1]], [[2, 0], [0, -1]]]
+    empty = find_slots(slots, jnp.full((2, 1), -1, jnp.int32))
+    assert empty.tolist() == [[[-1], [-1]], [[-1], [-1]]], "an empty slot holds no page"

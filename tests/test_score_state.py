@@ -7,6 +7,7 @@ import pytest
 
 import flexijax
 from flexijax.cache.offloaded import OffloadedGroup
+from flexijax.cache.refit import is_due
 from flexijax.engine.engine import Engine
 from flexijax.engine.plan import make_program
 from flexijax.engine.sampling import Sampling
@@ -32,14 +33,17 @@ def request(index, length, new):
     )
 
 
-def assert_own_code(engine, running, bits):
-    """By float64 NumPy from the keys that the cache itself holds, of both kinds of heads."""
+def assert_own_code(engine, running, bits, *, fitted=None):
+    """By float64 NumPy from the keys that the cache itself holds, of both kinds of heads.
+
+    fitted: the tokens whose code it is, None for the prompt's.
+    """
     cache, row, shape = (
         jax.device_get(engine.cache),
         running.slot,
         engine.program.layout.sizes.shape,
     )
-    prompt = len(running.request.tokens)
+    prompt = len(running.request.tokens) if fitted is None else fitted
     full = np.array(running.blocks)[: cache.lengths[row] // PAGE]
     checked = 0
     for layer_cache in cache.layers:
@@ -62,9 +66,7 @@ def assert_own_code(engine, running, bits):
     assert checked == 4
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_every_request_has_its_own_code(bits):
-    """Two requests of different lengths, and a third in the row of the first to end."""
+def make_engine(bits, *, budget=16):
     lm = tiny_model()
     profile = flexijax.HeadProfile(
         model="tiny-llama",
@@ -78,12 +80,17 @@ def test_every_request_has_its_own_code(bits):
     config = flexijax.CacheConfig(
         policy=Flexi(score=Sketch(bits)),
         page_size=PAGE,
-        budget_tokens=16,
+        budget_tokens=budget,
         rerank_interval=STEPS,
         profile=profile,
     )
-    program = make_program(lm, config, max_tokens=100, batch=2)
-    engine = Engine(lm, program, progress=None)
+    return Engine(lm, make_program(lm, config, max_tokens=100, batch=2), progress=None)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_every_request_has_its_own_code(bits):
+    """Two requests of different lengths, and a third in the row of the first to end."""
+    engine = make_engine(bits)
     first, second = engine.admit(request(1, 64, 9), ""), engine.admit(request(2, 29, 30), "")
     for running in (first, second):
         assert_own_code(engine, running, bits)
@@ -102,3 +109,36 @@ def test_every_request_has_its_own_code(bits):
     np.testing.assert_array_equal(after.mean[second.slot], kept.mean[second.slot])
     assert np.abs(after.mean[third.slot] - kept.mean[third.slot]).max() > 0
     assert jnp.isfinite(after.mean).all()
+
+
+def test_a_short_prompt_is_fitted_anew_before_pages_are_chosen():
+    """A prompt of one token, beside a long one whose code stays as it is."""
+    engine = make_engine(2, budget=32)
+    short, long = engine.admit(request(1, 1, 60), ""), engine.admit(request(2, 40, 60), "")
+    for length, fitted in ((9, 1), (17, 1), (25, 24), (33, 24), (41, 24), (49, 24)):
+        engine.step()
+        assert engine.cache is not None and engine.cache.lengths[short.slot] == length
+        if fitted > 1:
+            assert_own_code(engine, short, 2, fitted=fitted)
+        assert_own_code(engine, long, 2)
+        # As a request that was chosen for by what one token says would not.
+        if length > 33:
+            stats = engine.stats(short)
+            assert any(head.choices and head.overlap < head.reranks for head in stats.heads)
+
+
+@pytest.mark.parametrize(
+    ("begins", "steps", "prompt", "due_at"),
+    [
+        (1024, 16, 1, 1009),  # at 1025 not every page is attended
+        (1024, 16, 1000, 1016),
+        (1024, 16, 1023, 1039),  # one chunk too late, but by a code of a full prompt
+        (1024, 16, 1024, None),
+        (32, 128, 1, 129),  # a chunk that is longer than the budget
+        (None, 16, 1, None),
+    ],
+)
+def test_when_a_state_is_fitted_anew(begins, steps, prompt, due_at):
+    lengths = range(prompt, 3000, steps)
+    due = [at + steps for at in lengths if is_due(begins, steps, prompt=prompt, before=at)]
+    assert due == ([] if due_at is None else [due_at])

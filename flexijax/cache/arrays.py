@@ -27,11 +27,12 @@ class Step:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What a group needs at the end of R decode steps. Requests that have ended take no part."""
+    """What a group needs at the end of R decode steps; nothing is chosen for what has ended."""
 
     block_table: jax.Array  # int32[B, P]
     before: jax.Array  # int32[B], tokens held before the steps
-    lengths: jax.Array  # int32[B], after them; 0 for requests that have ended
+    held: jax.Array  # int32[B], after them
+    lengths: jax.Array  # int32[B], the same; 0 for requests that have ended
     active: jax.Array  # bool[B]
     layer: jax.Array  # int32[]
     queries: jax.Array  # [W, B, K, G, H], the group's last W queries

@@ -52,7 +52,7 @@ def request_bytes(layout: CacheLayout, length: int) -> RequestBytes:
         device += heads * held * sizes.page_bytes
         summaries += heads * (pages * summary_bytes(layout, group) + state_bytes(layout, group))
         if group.ladder[-1].memory == HOST:
-            host += heads * pages * sizes.page_bytes
+            host += heads * (length // sizes.page_size) * sizes.page_bytes
     full = sizes.shape.num_layers * sizes.shape.num_kv_heads * pages * sizes.page_bytes
     return RequestBytes(device + summaries, summaries, host, full)
 

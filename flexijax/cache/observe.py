@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from jax import lax
 
 from flexijax.cache.arrays import Chunk, Prompt, empty_state
 from flexijax.cache.layout import GroupProgram
+from flexijax.pallas_kernels.tiling import largest_divisor
 from flexijax.policies.base import Policy, PolicyState, Tokens, Window
 
 # Queries observed at once where all of a prompt are: their logits over 8 thousand tokens take 4 MB
@@ -108,7 +108,7 @@ def observe_all(
     q [T, K, G, H] at int32[T], -1 for padding. k [K, H, S], v [K, S, H]: of the prompt up to and
     with this chunk.
     """
-    block = math.gcd(_BLOCK, q.shape[0])
+    block = largest_divisor(q.shape[0], _BLOCK)
     length = q_position.max() + 1
     position = prompt_positions(k.shape[2], length)
     q_position = q_position.reshape(-1, block)

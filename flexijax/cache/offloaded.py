@@ -89,7 +89,7 @@ def attend(
     """Writes a token's key and value and attends to whatever the slots hold: q [B, K, G, H]."""
     sizes = program.sizes
     page, offset = lax.div(step.lengths, sizes.page_size), lax.rem(step.lengths, sizes.page_size)
-    slot = find_slots(group.slot_page, page)  # [B, K]
+    slot = find_slots(group.slot_page, page[:, None])[:, :, 0]  # [B, K]
     slot = jnp.where(step.active[:, None] & (slot >= 0), slot, program.slots)
     row, head = jnp.arange(slot.shape[0])[:, None], jnp.arange(slot.shape[1])[None, :]
     new_k = group.k.at[row, head, :, slot, offset[:, None]].set(k, mode="drop")
@@ -163,24 +163,22 @@ def end_chunk(
     """Offloads the pages that filled up, then brings newly chosen ones into the slots.
 
     Heads that are not due keep what is in their slots; pages that filled up there are offloaded all
-    the same.
+    the same, those of requests that ended in this chunk too.
     """
     sizes, score = program.sizes, program.score
     page_size, lengths, block_table = sizes.page_size, chunk.lengths, chunk.block_table
-    most = -(-sizes.chunk_steps // page_size)
-    filled = filled_pages(chunk.before, lengths, page_size=page_size, count=most)  # [B, E]
+    filled = filled_pages(
+        chunk.before, chunk.held, page_size=page_size, count=-(-sizes.chunk_steps // page_size)
+    )  # [B, E]
     block = jnp.take_along_axis(block_table, jnp.maximum(filled, 0), axis=1)
-    slot = jnp.stack([find_slots(group.slot_page, filled[:, e]) for e in range(most)], axis=-1)
-    slot = jnp.where((filled >= 0)[:, None], slot, -1)  # [B, K, E]
+    slot = find_slots(group.slot_page, filled)  # [B, K, E]
     store = jnp.where(filled >= 0, block, -1)
     host = offload(host, group.k, group.v, store, slot, transfer=program.transfer)
-    summaries = group.summaries
-    for e in range(most):
-        source = jnp.maximum(slot[:, :, e], 0)[:, :, None, None, None]
-        keys = jnp.take_along_axis(group.k, source, axis=3)[:, :, :, 0]  # [B, K, H, page]
-        at = jnp.where(filled[:, e] >= 0, block[:, e], sizes.blocks)
-        rows = score.summarize(keys.swapaxes(-1, -2), group.score_state)
-        summaries = scatter(summaries, at, rows)
+    source = jnp.maximum(slot, 0)[:, :, None, :, None]
+    keys = jnp.take_along_axis(group.k, source, axis=3).transpose(3, 0, 1, 4, 2)
+    rows = score.summarize(keys, group.score_state)  # leaves [E, B, K, ...]
+    at = jnp.where(filled >= 0, block, sizes.blocks).T
+    summaries = scatter(group.summaries, at, rows)
     table = PageTable(block_table, lengths, page_size)
     chosen = _chosen(program, chunk.queries[-1], summaries, group.score_state, table)
     due, since = _due(program, group.schedule, chunk, stats.reranks.shape)

@@ -13,23 +13,43 @@ from flexijax.cache.arrays import zeros
 from flexijax.cache.observe import observe_all
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels.tiling import largest_divisor
 from flexijax.policies.base import Policy, PolicyState
+
+# Tokens of a prompt read at once: at most enough for the matrix products to run at full rate, few
+# enough for a progress bar that moves; at least enough for few programs to serve short prompts.
+_MAX_CHUNK, _MIN_CHUNK = 1024, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillSpec:
     """What reading a prompt is compiled for; a static argument of jitted functions.
 
-    tokens: of the longest prompt (S). window: how many of its last queries are kept for policies to
-    look at, at least one. observers: the policies that are shown every query.
+    tokens: room for the longest prompt (S). chunk: tokens read at once, a divisor of S. window: how
+    many of its last queries are kept for policies to look at, at least one. observers: the policies
+    that are shown every query.
     """
 
     shape: AttentionShape
     tokens: int
+    chunk: int
     dtype: str
     window: int
     observers: tuple[Policy, ...]
     implementation: str | None
+
+
+def chunk_size(room: int, prompt_tokens: int) -> int:
+    """Tokens to read at once of prompts of up to so many tokens, where there is room for `room`.
+
+    The greatest divisor of the room that is at most 1024, halved while a whole prompt still fits.
+
+        room 8192: 1024; room 1280: 640, prompts of 300 tokens 320, of 40 tokens 80
+    """
+    chunk = largest_divisor(room, _MAX_CHUNK)
+    while chunk % 2 == 0 and chunk // 2 >= max(prompt_tokens, _MIN_CHUNK):
+        chunk //= 2
+    return chunk
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +102,8 @@ class PrefillState:
 class PrefillAttention:
     """Causal attention of a chunk over the prompt so far; an `attention_fn`, hashable.
 
-    The state is a `PrefillState`; a chunk's keys are written before they are attended.
+    The state is a `PrefillState`; a chunk's keys are written before they are attended. In the last
+    layer only the chunk's last token attends.
     """
 
     spec: PrefillSpec
@@ -99,14 +120,17 @@ class PrefillAttention:
         new_v = v[0].astype(values.dtype).transpose(1, 0, 2)
         keys = lax.dynamic_update_slice_in_dim(keys, new_k, state.start, axis=2)
         values = lax.dynamic_update_slice_in_dim(values, new_v, state.start, axis=1)
-        out = dispatch.prefill_attention(
-            grouped,
-            keys,
-            values,
-            state.start,
-            scale=shape.scale,
-            implementation=spec.implementation,
-        )
+        if layer == shape.num_layers - 1:
+            out = _attend_last(grouped, keys, values, state, scale=shape.scale)
+        else:
+            out = dispatch.prefill_attention(
+                grouped,
+                keys,
+                values,
+                state.start,
+                scale=shape.scale,
+                implementation=spec.implementation,
+            )
         # The window that ends at `last`, which the tokens before this chunk may have begun.
         known = jnp.concatenate([kv.queries[layer][1:], grouped.astype(spec.dtype)])
         window = lax.dynamic_slice_in_dim(known, state.last, spec.window)
@@ -132,6 +156,25 @@ class PrefillAttention:
             replaced(kv.observed, layer, observed),
         )
         return out.reshape(q.shape), dataclasses.replace(state, kv=kv)
+
+
+def _attend_last(
+    q: jax.Array, k: jax.Array, v: jax.Array, state: PrefillState, *, scale: float
+) -> jax.Array:
+    """Attention of the chunk's last token alone, whose hidden state is all that a prompt leaves.
+
+    q [T, K, G, H], k [K, H, S], v [K, S, H] -> [T, K, G, H], 0 for the other tokens.
+    """
+    last = lax.dynamic_index_in_dim(q, state.last, axis=0, keepdims=False)
+    logits = jnp.einsum("KGH,KHS->KGS", last, k, preferred_element_type=jnp.float32) * scale
+    seen = jnp.arange(k.shape[2], dtype=jnp.int32) <= state.start + state.last
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(v.dtype)
+    # What stands behind is another prompt's, and 0 times a number that is none would be none.
+    values = jnp.where(seen[:, None], v, 0)
+    out = jnp.einsum("KGS,KSH->KGH", weights, values, preferred_element_type=jnp.float32)
+    return lax.dynamic_update_index_in_dim(
+        jnp.zeros_like(q), out.astype(q.dtype), state.last, axis=0
+    )
 
 
 def replaced(items: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:

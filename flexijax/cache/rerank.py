@@ -93,11 +93,14 @@ def filled_pages(before: jax.Array, after: jax.Array, *, page_size: int, count: 
     return jnp.where(page < lax.div(after, page_size)[:, None], page, -1)
 
 
-def find_slots(slot_page: jax.Array, page: jax.Array) -> jax.Array:
-    """int32[B, K]: the slot that holds page int32[B] of each head, -1 where none does."""
-    match = slot_page == page[:, None, None]  # [B, K, S]
-    slot = jnp.arange(slot_page.shape[-1], dtype=jnp.int32)
-    return jnp.max(jnp.where(match, slot, -1), axis=-1)
+def find_slots(slot_page: jax.Array, pages: jax.Array) -> jax.Array:
+    """int32[B, K, n]: the slot that holds each of the pages int32[B, n], -1 where none does.
+
+    slot_page: int32[B, K, S], -1 for an empty slot; a page of -1 is in none.
+    """
+    match = (slot_page[..., None] == pages[:, None, None]) & (pages >= 0)[:, None, None]
+    slot = jnp.arange(slot_page.shape[-1], dtype=jnp.int32)[:, None]
+    return jnp.max(jnp.where(match, slot, -1), axis=2)
 
 
 def _members(pages_of: jax.Array, pages: int) -> jax.Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexijax.engine.batch import empty_batch
-from flexijax.engine.execute import run_decode, run_teacher_forced
+from flexijax.engine.execute import run_decode, run_refit, run_teacher_forced
 from flexijax.engine.first_token import first_logits
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner, prefill_spec
@@ -72,7 +72,7 @@ class Continuation:
         self._runner = Runner(progress)
         blocks = range(program.layout.sizes.pages)
         self.cache = prompt.commit(self._runner, program, None, row=0, blocks=blocks)
-        self.length = prompt.length
+        self.length = self._prompt = prompt.length
         args = (lm.params, prompt.x)
         logits = self._runner.run("first token", first_logits, program.decoder, args)
         self.first_logits = np.array(logits)[0]  # a copy, which can be written to
@@ -99,7 +99,7 @@ class Continuation:
                 jnp.arange(batch) == 0,
             )
             found.append(np.asarray(logits[:, 0]))
-        self.length += len(tokens)
+            self._grown()
         logits = np.concatenate(found)
         self.next_token = int(logits[-1].argmax())
         return logits
@@ -126,7 +126,7 @@ class Continuation:
             generated += np.asarray(sampled.tokens)[:, 0].tolist()
             # What a program returns is of the cache's mesh, and would compile the program again.
             state = jax.tree.map(jnp.asarray, jax.device_get(state))
-        self.length += count
+            self._grown()
         self.next_token = generated.pop()
         return generated
 
@@ -148,6 +148,18 @@ class Continuation:
     def stats(self) -> SequenceStats:
         """What moved and was evicted since the prompt came."""
         return sequence_stats(self.program.layout, self.cache, row=0)
+
+    def _grown(self) -> None:
+        """After each chunk of steps."""
+        before, self.length = self.length, self.length + self.program.chunk_steps
+        self.cache = run_refit(
+            self._runner,
+            self.program,
+            self.cache,
+            row=0,
+            prompt=self._prompt,
+            before=before,
+        )
 
     def _whole_chunks(self, count: int) -> int:
         """R. Raises ValueError unless `count` tokens are whole chunks of it that fit."""

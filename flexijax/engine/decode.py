@@ -126,6 +126,7 @@ def end_chunk_layer(
             chunk = Chunk(
                 block_table=end.block_table,
                 before=end.before,
+                held=end.lengths,
                 lengths=jnp.where(end.active, end.lengths, 0),
                 active=end.active,
                 layer=layer,

@@ -13,7 +13,7 @@ import numpy as np
 from flexijax.cache.blocks import BlockAllocator
 from flexijax.cache.cache import Cache
 from flexijax.engine.batch import SampledTokens, empty_batch
-from flexijax.engine.execute import compile_decode, run_decode
+from flexijax.engine.execute import compile_decode, run_decode, run_refit
 from flexijax.engine.first_token import first_token
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner
@@ -114,7 +114,25 @@ class Engine:
         batch, sampled = jax.device_get((batch, sampled))
         self._batch = jax.tree.map(np.array, batch)
         took = time.perf_counter() - started - (self.runner.seconds - compiled)
-        return [s for s in self.running.values() if s.active and self._take(s, sampled, took)]
+        took_part = [s for s in self.running.values() if s.active]
+        held = {s.slot: s.held for s in took_part}
+        generated = [s for s in took_part if self._take(s, sampled, took)]
+        for sequence in generated:
+            if sequence.active:
+                self._refit(sequence, held[sequence.slot])
+        return generated
+
+    def _refit(self, sequence: Sequence, before: int) -> None:
+        """Fits the scores' states anew, where the prompt was too short to; before: tokens held."""
+        assert self.cache is not None
+        self.cache = run_refit(
+            self.runner,
+            self.program,
+            self.cache,
+            row=sequence.slot,
+            prompt=len(sequence.request.tokens),
+            before=before,
+        )
 
     def _device_batch(self) -> Any:
         return jax.tree.map(jnp.asarray, self._batch)

@@ -11,6 +11,7 @@ import numpy as np
 
 from flexijax.cache.arrays import Prompt
 from flexijax.cache.cache import Cache, init_layer, init_tables, reset_row
+from flexijax.cache.refit import is_due, refit_layer
 from flexijax.engine.batch import BatchState, SampledTokens
 from flexijax.engine.decode import (
     ChunkEnd,
@@ -97,6 +98,23 @@ def run_teacher_forced(
     return _end_chunk(runner, program, cache, groups, end, queries), logits
 
 
+def run_refit(
+    runner: Runner, program: Program, cache: Cache, *, row: int, prompt: int, before: int
+) -> Cache:
+    """After a chunk of steps: row `row` fitted anew where `refit.is_due`; cache is donated.
+
+    prompt: its tokens. before: tokens held before the chunk.
+    """
+    if not is_due(program.choice_begins, program.chunk_steps, prompt=prompt, before=before):
+        return cache
+    at = (_index(row), cache.block_table, cache.lengths)
+    layers = tuple(
+        runner.run("refit", refit_layer, groups, (layer, *at), donate=(0,))
+        for groups, layer in zip(program.groups, cache.layers, strict=True)
+    )
+    return dataclasses.replace(cache, layers=layers)
+
+
 def _end_chunk(
     runner: Runner,
     program: Program,
@@ -111,7 +129,7 @@ def _end_chunk(
         for layer, mine in zip(cache.layers, groups, strict=True)
     ]
     for layer in _with_chunk_ends(queries):
-        args = (layers[layer], end, queries[layer], _layer_index(layer))
+        args = (layers[layer], end, queries[layer], _index(layer))
         name = "end of a chunk"
         layers[layer] = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
     chunks = cache.chunks + end.active.astype(jnp.int32)
@@ -119,9 +137,9 @@ def _end_chunk(
 
 
 @functools.cache
-def _layer_index(layer: int) -> jax.Array:
+def _index(number: int) -> jax.Array:
     """int32[], placed as a program's results are: what differs in that is compiled twice."""
-    return jax.device_put(np.int32(layer), platform.sharding())
+    return jax.device_put(np.int32(number), platform.sharding())
 
 
 def _groups(cache: Cache) -> Groups:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flexijax.cache.arrays import Prompt
 from flexijax.cache.cache import abstract, kind
 from flexijax.cache.prefill_kv import empty_prefill_kv
+from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import BatchState, empty_batch
 from flexijax.engine.decode import ChunkEnd, Queries, decode_steps, end_chunk_layer
 from flexijax.engine.first_token import first_token
@@ -52,7 +53,7 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
     prefill = PrefillProgram(program.decoder, spec)
     scalar = _like(jnp.int32)
     kv = platform.placed(jax.eval_shape(lambda: empty_prefill_kv(spec)))
-    piece = _like(jnp.int32, 1, prefill.chunk)
+    piece = _like(jnp.int32, 1, prefill.spec.chunk)
     args = (params, piece, scalar, scalar, kv)
     yield ProgramCall("prefill", prefill_chunk, prefill, args, donate=(4,))
     cache, blocks = abstract(program.layout, program.policy), _like(jnp.int32, sizes.pages)
@@ -99,6 +100,20 @@ def decode_calls(
             )
             for layer, groups in enumerate(program.groups)
             if any(query is not None for query in queries[layer])
+        ]
+    )
+
+
+def refit_calls(program: Program) -> Iterator[ProgramCall]:
+    """What fitting a request's score states anew takes, where it can come to that."""
+    if program.choice_begins is None:
+        return
+    cache = abstract(program.layout, program.policy)
+    row = (_like(jnp.int32), cache.block_table, cache.lengths)
+    yield from _distinct(
+        [
+            ProgramCall("refit", refit_layer, groups, (cache.layers[layer], *row), donate=(0,))
+            for layer, groups in enumerate(program.groups)
         ]
     )
 

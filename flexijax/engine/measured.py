@@ -31,8 +31,7 @@ def metrics(
     origin: in words, where it came from.
     """
     request, layout = running.request, engine.program.layout
-    length = len(request.tokens) + len(running.tokens) - 1  # the last one sampled is not held
-    kept, stats = request_bytes(layout, length), engine.stats(running)
+    kept, stats = request_bytes(layout, running.held), engine.stats(running)
     page_bytes = layout.sizes.page_bytes
     reranked = [head for head in stats.heads if head.reranks]
     overlaps = tuple((head.layer, head.head, head.overlap / head.reranks) for head in reranked)

@@ -22,12 +22,13 @@ def make_program(
     max_tokens: int,
     max_new_tokens: int | None = None,
     batch: int = 1,
+    prompt_tokens: int | None = None,
 ) -> Program:
     """The static part of a run: policy, and a layout of bucketed sizes that fits the memory.
 
     max_tokens: of the longest request, its max_new_tokens included (None: as many may be new).
-    batch: requests wanted at once; fewer where memory is short. A profile that is not measured yet
-    ("auto") must have been, see `profiling.choose`.
+    batch: requests wanted at once; fewer where memory is short. prompt_tokens: see `Program`.
+    A profile that is not measured yet ("auto") must have been, see `profiling.choose`.
     Raises ValueError when not even one request fits, or the profile is missing or of another model.
     """
     policy = cache.find_policy()
@@ -50,7 +51,14 @@ def make_program(
         if batch == 1:
             raise ValueError(_too_little(make, policy, max_tokens))
         batch //= 2
-    return Program(lm.decoder, make, policy, cache.implementation, cache.transfer)
+    return Program(
+        lm.decoder,
+        make,
+        policy,
+        cache.implementation,
+        cache.transfer,
+        prompt_tokens=prompt_tokens,
+    )
 
 
 def make_layout(
@@ -65,13 +73,16 @@ def make_layout(
 ) -> CacheLayout:
     """The layout for `batch` requests of up to max_tokens each, rounded up to buckets."""
     pages = bucket(-(-max_tokens // cache.page_size))
+    new_tokens = bucket(-(-max_new_tokens // cache.page_size)) * cache.page_size
+    # A chunk runs all its steps, and nothing is reranked for a request that has ended.
+    chunk_steps = min(cache.chunk_steps, new_tokens)
     run = RunSpec(
         shape=shape,
         page_size=cache.page_size,
         budget_tokens=cache.budget_tokens,
         max_tokens=max_tokens,
-        max_new_tokens=bucket(-(-max_new_tokens // cache.page_size)) * cache.page_size,
-        chunk_steps=cache.chunk_steps,
+        max_new_tokens=new_tokens,
+        chunk_steps=chunk_steps,
         adaptive=cache.adaptive,
         profile=profile,
     )
@@ -86,7 +97,7 @@ def make_layout(
         pages=pages,
         page_size=cache.page_size,
         dtype=dtype,
-        chunk_steps=cache.chunk_steps,
+        chunk_steps=chunk_steps,
     )
     return CacheLayout(sizes, tuple(groups))
 

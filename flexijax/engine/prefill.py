@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from flexijax.cache.arrays import Prompt
 from flexijax.cache.cache import LayerCache, kind
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.prefill_kv import PrefillAttention, PrefillKV, PrefillSpec, PrefillState
 from flexijax.models.decoder import DecoderLike, Params
-
-# Tokens in a chunk: enough for the matrix products to run at full rate, few enough for a progress
-# bar that moves and for short prompts not to wait.
-CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +20,6 @@ class PrefillProgram:
 
     decoder: DecoderLike
     spec: PrefillSpec
-
-    @property
-    def chunk(self) -> int:
-        """Prompt tokens in one chunk; divides the room."""
-        return math.gcd(CHUNK, self.spec.tokens)
 
 
 def prefill_chunk(
@@ -50,8 +39,10 @@ def prefill_chunk(
     positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     attention_fn = PrefillAttention(program.spec)
     state = PrefillState(kv, start, last)
-    x, state = program.decoder.hidden(params, tokens, positions, attention_fn, state)
-    return state.kv, lax.dynamic_index_in_dim(x, last, axis=1, keepdims=False)
+    x, state = program.decoder.hidden(params, tokens, positions, attention_fn, state, only=last)
+    if x.shape[:2] != (1, 1):
+        raise ValueError(f"the decoder's hidden() gave x {x.shape} for one token: see `only`")
+    return state.kv, x[:, 0]
 
 
 def commit_layer(

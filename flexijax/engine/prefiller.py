@@ -92,7 +92,7 @@ class Prefiller:
         tokens: ids, at least one. label: what progress calls the prompt.
         """
         program, progress = self._program, self._runner.progress
-        chunk, length = program.chunk, len(tokens)
+        chunk, length = program.spec.chunk, len(tokens)
         padded = np.zeros(-(-length // chunk) * chunk, np.int32)
         padded[:length] = tokens
         x, kv, self._kv = None, self._kv, None

@@ -13,7 +13,8 @@ import jax
 from flexijax.cache.cache import group_programs
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import trim_heap
-from flexijax.cache.prefill_kv import PrefillSpec
+from flexijax.cache.prefill_kv import PrefillSpec, chunk_size
+from flexijax.cache.refit import choice_begins
 from flexijax.engine import jit_cache
 from flexijax.engine.interrupts import deferred_interrupt
 from flexijax.engine.jit_cache import jitted, running
@@ -27,7 +28,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 class Program:
     """Everything static about a run; hashable. implementation, transfer: see `CacheConfig`.
 
-    suppress_ids: tokens that are never generated.
+    suppress_ids: tokens that are never generated. prompt_tokens: of the longest prompt, by which it
+    is decided how many are read at once; None: as many as there is room for.
     """
 
     decoder: DecoderLike
@@ -36,6 +38,7 @@ class Program:
     implementation: str | None = None
     transfer: str | None = None
     suppress_ids: tuple[int, ...] = ()
+    prompt_tokens: int | None = None
 
     @property
     def chunk_steps(self) -> int:
@@ -56,6 +59,11 @@ class Program:
             for layer in range(len(self.layout.groups))
         )
 
+    @functools.cached_property
+    def choice_begins(self) -> int | None:
+        """See `cache.refit.choice_begins`."""
+        return choice_begins(self.layout)
+
     def prefill_spec(self) -> PrefillSpec:
         """What reading a prompt for this program alone is compiled for."""
         return prefill_spec((self,))
@@ -75,9 +83,13 @@ def prefill_spec(programs: tuple[Program, ...]) -> PrefillSpec:
         )
     sizes = programs[0].layout.sizes
     policies = [program.policy for program in programs]
+    prompt_tokens = [
+        sizes.max_tokens if p.prompt_tokens is None else p.prompt_tokens for p in programs
+    ]
     return PrefillSpec(
         shape=sizes.shape,
         tokens=sizes.max_tokens,
+        chunk=chunk_size(sizes.max_tokens, max(prompt_tokens)),
         dtype=sizes.dtype,
         window=max([1, *(policy.prompt_window or 0 for policy in policies)]),
         observers=tuple(dict.fromkeys(p for p in policies if p.prompt_window is None)),

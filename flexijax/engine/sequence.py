@@ -31,3 +31,8 @@ class Sequence:
     prefill_s: float
     decode_s: float = 0.0
     active: bool = True
+
+    @property
+    def held(self) -> int:
+        """Tokens in the cache; the one sampled last is not."""
+        return len(self.request.tokens) + len(self.tokens) - 1

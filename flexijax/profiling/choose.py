@@ -24,6 +24,23 @@ class ProfileChoice:
     origin: str
 
 
+def with_profile(
+    lm: LanguageModel,
+    cache: CacheConfig,
+    *,
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[CacheConfig, ProfileChoice | None]:
+    """The configuration with the profile that it asks for, and the choice; arguments of `choose`.
+
+    (cache, None) for policies that need no profile.
+    """
+    if not cache.find_policy().needs_profile:
+        return cache, None
+    choice = choose(lm, cache, prompts=prompts, progress=progress)
+    return replace(cache, profile=choice.profile), choice
+
+
 def choose(
     lm: LanguageModel,
     cache: CacheConfig,

@@ -34,18 +34,20 @@ def measure_documents(
     records: a file to which each finished document is added as a JSON line; documents that it
     already holds, of the same model, text and settings, are not measured again. progress: called
     with (documents done, of how many, what is at hand). Raises ValueError when the model has no
-    tokenizer.
+    tokenizer, or, before anything is measured, where the documents of a task are too short for any
+    head to have a choice.
     """
     tokenizer = _tokenizer(lm)
+    prompts = [prompt_ids(d, tokenizer, max_tokens=settings.max_tokens) for d in documents]
+    _check_lengths(documents, prompts, settings)
     known, result = Records(records), []
-    for done, document in enumerate(documents):
+    for done, (document, tokens) in enumerate(zip(documents, prompts, strict=True)):
         key: list[Any] = [lm.fingerprint, lm.name, asdict(settings)]
         key += [document.task, document.text, document.instruction]
         if progress is not None:
             progress(done, len(documents), f"{document.task}[{document.index}]")
         found = known.get(*key)
         if found is None:
-            tokens = prompt_ids(document, tokenizer, max_tokens=settings.max_tokens)
             found = to_json(measure_prompt(lm, tokens, settings, document=document))
             known.add(*key, value=found)
         # The result is always what the file says, so that resuming changes no digit.
@@ -136,6 +138,22 @@ def profile_prompt(
     )
     entry = measure_prompt(lm, tokens, settings, progress=progress)
     return make_profile(lm, [entry], settings, budget=budget_pages)
+
+
+def _check_lengths(
+    documents: Sequence[Document], prompts: Sequence[Sequence[int]], settings: Settings
+) -> None:
+    longest: dict[str, int] = {}
+    for document, prompt in zip(documents, prompts, strict=True):
+        longest[document.task] = max(longest.get(document.task, 0), len(prompt))
+    budget = settings.budgets[-1] * settings.page_size
+    for task, tokens in longest.items():
+        if tokens + settings.steps <= budget:
+            raise ValueError(
+                f"the longest prompt of {task} has {tokens} tokens, and with steps="
+                f"{settings.steps} no more than the budget of {budget}: every page is chosen, and "
+                "nothing is learned; give longer documents, or a smaller budget"
+            )
 
 
 def _tokenizer(lm: LanguageModel) -> Tokenizer:

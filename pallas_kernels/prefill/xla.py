@@ -3,12 +3,13 @@
 Online softmax over blocks of keys (FlashAttention, https://arxiv.org/abs/2205.14135).
 """
 
-import math
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from flexijax.pallas_kernels.tiling import largest_divisor
 
 # Of some queries: the maximum of their logits, and, relative to it, the sum of their weights and
 # the weighted sum of values.
@@ -32,7 +33,7 @@ def prefill_attention(
 ) -> tuple[jax.Array, jax.Array | None]:
     """out [T, K, G, H], lse float32[T, K, G] or None; see `dispatch.prefill_attention`."""
     tokens, heads, group, width = q.shape
-    block, tile = math.gcd(BLOCK, k.shape[2]), math.gcd(BLOCK, tokens)
+    block, tile = largest_divisor(k.shape[2], BLOCK), largest_divisor(tokens, BLOCK)
     tiles = tokens // tile
     rows = q.reshape(tiles, tile, heads, group, width).transpose(2, 0, 3, 1, 4)
     rows = rows.reshape(heads, tiles, group * tile, width) * jnp.asarray(scale, q.dtype)
