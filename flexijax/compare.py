@@ -68,6 +68,7 @@ def compare(
             max_tokens=len(request.tokens) + steps,
             max_new_tokens=steps,
             prompt_tokens=len(request.tokens),
+            sampling=[request.sampling],
         )
     started, runner = time.perf_counter(), Runner(progress)
     spec = prefill_spec(tuple(programs.values()))

@@ -13,7 +13,7 @@ import pytest
 import flexijax
 from flexijax.engine import jit_cache
 from flexijax.engine.interrupts import deferred_interrupt
-from flexijax.engine.sampling import SamplingRows, filtered_weights
+from flexijax.engine.sampling import SamplingRows, sampling_weights
 from flexijax.generate import _batch
 from tests.tiny_models import tiny_model
 
@@ -73,7 +73,7 @@ def test_no_more_run_together_than_asked_for(requests, limit, batch):
 
 def test_the_smallest_top_p_still_keeps_the_best_token():
     rows = SamplingRows.of([flexijax.Sampling(temperature=1.0, top_p=1e-46)])
-    weights = filtered_weights(jnp.array([[0.0, 3.0, 1.0]]), rows)
+    weights = sampling_weights(jnp.array([[0.0, 3.0, 1.0]]), rows, filtered=True)
     assert (weights > 0).tolist() == [[False, True, False]]
 
 

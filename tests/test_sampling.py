@@ -1,6 +1,7 @@
 """Sampling: the filters against a plain NumPy oracle, the draws against the distribution."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,18 +11,20 @@ import pytest
 
 from flexijax.engine.requests import make_requests
 from flexijax.engine.sampling import (
+    METHODS,
     Sampling,
     SamplingRows,
-    filtered_weights,
+    method_of,
     request_seed,
     sample,
+    sampling_weights,
     step_keys,
 )
 from tests.tiny_models import tiny_model
 
 VOCAB = 1000  # no multiple of the block of the running sum
-jit_sample = jax.jit(sample)
-jit_weights = jax.jit(filtered_weights)
+jit_sample = jax.jit(sample, static_argnames="method")
+jit_weights = jax.jit(sampling_weights, static_argnames="filtered")
 
 
 def distribution(logits: np.ndarray, request: Sampling) -> np.ndarray:
@@ -42,12 +45,14 @@ def distribution(logits: np.ndarray, request: Sampling) -> np.ndarray:
     return np.where(keep, full, 0) / full[keep].sum()
 
 
-def run(logits, requests: list[Sampling], keys: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def run(
+    logits, requests: list[Sampling], keys: jax.Array, method: str = "filtered"
+) -> tuple[np.ndarray, np.ndarray]:
     """`sample`, padded to twelve rows so that the tests share one compilation."""
     count = len(requests)
     padded = jnp.zeros((12, VOCAB)).at[:count].set(logits)
     rows = SamplingRows.of(requests + [Sampling()] * (12 - count))
-    token, logprob = jit_sample(padded, rows, jnp.resize(keys, (12,)))
+    token, logprob = jit_sample(padded, rows, jnp.resize(keys, (12,)), method=method)
     return np.asarray(token)[:count], np.asarray(logprob)[:count]
 
 
@@ -74,7 +79,8 @@ REQUESTS = [
 def test_filters_match_the_oracle():
     """All requests as one batch, so that each also meets rows that want something else."""
     logits = logits_of(0, len(REQUESTS))
-    weights = np.asarray(jit_weights(jnp.asarray(logits), SamplingRows.of(REQUESTS)), np.float64)
+    rows = SamplingRows.of(REQUESTS)
+    weights = np.asarray(jit_weights(jnp.asarray(logits), rows, filtered=True), np.float64)
     for row, request in enumerate(REQUESTS):
         truth = distribution(logits[row], request)
         assert ((weights[row] > 0) == (truth > 0)).all(), request
@@ -85,7 +91,7 @@ def test_filters_match_the_oracle():
 def test_ties_at_the_threshold_are_kept_together():
     logits = jnp.asarray([[0.0, 2.0, 2.0, 2.0, -1.0]])
     for request in (Sampling(temperature=1.0, top_k=2), Sampling(temperature=1.0, top_p=0.5)):
-        kept = filtered_weights(logits, SamplingRows.of([request]))[0] > 0
+        kept = sampling_weights(logits, SamplingRows.of([request]), filtered=True)[0] > 0
         assert kept.tolist() == [False, True, True, True, False]
 
 
@@ -106,7 +112,8 @@ def test_draws_follow_the_distribution(request_):
     draws = 4000
     logits = logits_of(5)[:, :300] / 2
     tiled = jnp.broadcast_to(jnp.asarray(logits), (draws, logits.shape[1]))
-    tokens, _ = jit_sample(tiled, SamplingRows.of([request_] * draws), draw_keys(3, draws))
+    rows, keys = SamplingRows.of([request_] * draws), draw_keys(3, draws)
+    tokens, _ = jit_sample(tiled, rows, keys, method=method_of(request_))
     truth = distribution(logits[0], request_)
     counts = np.bincount(np.asarray(tokens), minlength=len(truth))
     assert counts[truth == 0].sum() == 0
@@ -150,11 +157,33 @@ def test_a_row_does_not_see_its_neighbours():
     assert int(batch[1]) == int(jnp.argmax(logits[1]))
 
 
-def test_a_greedy_batch_does_not_run_the_draw():
-    """The draw stands behind a condition in the program, not behind a select."""
+def test_no_program_chooses_while_it_runs():
+    """What is asked of sampling is known before; a greedy program holds no draw at all."""
     shapes = (logits_of(0, 2), SamplingRows.of([Sampling()] * 2), draw_keys(0, 2))
-    outer = [str(equation.primitive) for equation in jax.make_jaxpr(sample)(*shapes).eqns]
-    assert "cond" in outer and "while" not in outer and "scan" not in outer
+    for method in METHODS:
+        text = str(jax.make_jaxpr(partial(sample, method=method))(*shapes))
+        assert "cond[" not in text
+        assert ("cumsum" in text, "while" in text or "scan" in text) == (
+            method != "greedy",
+            method == "filtered",
+        )
+
+
+def test_the_least_that_serves_a_request():
+    assert method_of(Sampling()) == method_of(Sampling(top_k=3, top_p=0.5)) == "greedy"
+    assert method_of(Sampling(temperature=1.0, min_p=0.1)) == "weighted"
+    assert method_of(Sampling(temperature=1.0, top_k=3)) == "filtered"
+    assert method_of(Sampling(temperature=1.0, top_p=0.5)) == "filtered"
+
+
+def test_more_than_a_request_needs_gives_it_the_same_tokens():
+    """As beside a request that asks for more."""
+    for least, requests in ((0, [Sampling()] * 12), (1, [REQUESTS[0], REQUESTS[8]] * 6)):
+        found = [
+            run(logits_of(4, 12), requests, draw_keys(2, 12), method)[0].tolist()
+            for method in METHODS[least:]
+        ]
+        assert all(tokens == found[0] for tokens in found)
 
 
 def test_steps_and_seeds_change_the_draw():

@@ -48,7 +48,7 @@ def decode_steps(
         if program.suppress_ids:
             logits = logits.at[:, jnp.array(program.suppress_ids)].set(-jnp.inf)
         keys = step_keys(batch.seeds, batch.generated)
-        token, logprob = sample(logits, batch.sampling, keys)
+        token, logprob = sample(logits, batch.sampling, keys, method=program.sampling)
         active = batch.active
         stopped = (token[:, None] == batch.stop_ids).any(-1) | (batch.remaining <= 1)
         count = active.astype(jnp.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -14,10 +15,10 @@ from flexijax.cache.blocks import BlockAllocator
 from flexijax.cache.cache import Cache
 from flexijax.engine.batch import SampledTokens, empty_batch
 from flexijax.engine.execute import compile_decode, run_decode, run_refit
-from flexijax.engine.first_token import first_token
+from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner
-from flexijax.engine.sampling import SamplingRows
+from flexijax.engine.sampling import METHODS, SamplingRows, method_of
 from flexijax.engine.sequence import Request, Sequence
 from flexijax.engine.stats import SequenceStats, sequence_stats
 from flexijax.models.language_model import LanguageModel
@@ -59,6 +60,7 @@ class Engine:
         label: what progress calls it. prompt: where it has been read already, which it survives.
         The caller has asked `can_admit`.
         """
+        self._serve(request)
         batch, runner, params = self.program.layout.sizes.batch, self.runner, self.lm.params
         slot = next(at for at in range(batch) if at not in self.running)
         blocks = self._allocator.allocate(self.blocks_of(request))
@@ -73,7 +75,8 @@ class Engine:
         sampling = SamplingRows.of([request.sampling])
         seeds = jnp.asarray([request.seed], jnp.uint32)
         args = (params, prompt.x, sampling, seeds)
-        sampled = runner.run("first token", first_token, self.program.decoder, args)
+        first = FirstToken(self.program.decoder, self.program.sampling)
+        sampled = runner.run("first token", first_token, first, args)
         token, logprob = (float(value[0]) for value in jax.device_get(sampled))
         _check_finite(request, [logprob])
         sequence = Sequence(
@@ -87,6 +90,12 @@ class Engine:
         self.running[slot] = sequence
         self._place(sequence)
         return sequence
+
+    def _serve(self, request: Request) -> None:
+        """Makes the decode program one that can sample as the request asks, from now on."""
+        needed = max(method_of(request.sampling), self.program.sampling, key=METHODS.index)
+        if needed != self.program.sampling:
+            self.program = dataclasses.replace(self.program, sampling=needed)
 
     def _place(self, sequence: Sequence) -> None:
         """Enters a fresh request into the batch of the next chunk."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -9,12 +11,20 @@ from flexijax.engine.sampling import SamplingRows, sample, step_keys
 from flexijax.models.decoder import DecoderLike, Params
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstToken:
+    """The static part of `first_token`. method: see `sampling.sample`."""
+
+    decoder: DecoderLike
+    method: str
+
+
 def first_token(
-    decoder: DecoderLike, params: Params, x: jax.Array, rows: SamplingRows, seeds: jax.Array
+    program: FirstToken, params: Params, x: jax.Array, rows: SamplingRows, seeds: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Samples from hidden states x [1, D]: token int32[1] and log-probability float32[1]."""
-    logits = decoder.logits(params, x)
-    return sample(logits, rows, step_keys(seeds, jnp.zeros_like(rows.top_k)))
+    logits, keys = program.decoder.logits(params, x), step_keys(seeds, jnp.zeros_like(rows.top_k))
+    return sample(logits, rows, keys, method=program.method)
 
 
 def first_logits(decoder: DecoderLike, params: Params, x: jax.Array) -> jax.Array:

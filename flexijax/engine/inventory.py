@@ -19,7 +19,7 @@ from flexijax.cache.prefill_kv import empty_prefill_kv
 from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import BatchState, empty_batch
 from flexijax.engine.decode import ChunkEnd, Queries, decode_steps, end_chunk_layer
-from flexijax.engine.first_token import first_token
+from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.jit_cache import jitted
 from flexijax.engine.prefill import PrefillProgram, commit_layer, head_arrays, prefill_chunk
 from flexijax.engine.program import Program
@@ -69,8 +69,9 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
     chunk = functools.partial(prefill_chunk, prefill)
     hidden = jax.eval_shape(chunk, params, piece, scalar, scalar, kv)[1]
     sampling = platform.placed(jax.eval_shape(lambda: SamplingRows.of([Sampling()])))
+    first = FirstToken(program.decoder, program.sampling)
     args = (params, platform.placed(hidden), sampling, _like(jnp.uint32, 1))
-    yield ProgramCall("first token", first_token, program.decoder, args)
+    yield ProgramCall("first token", first_token, first, args)
 
 
 def decode_calls(

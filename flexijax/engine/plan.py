@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 
 from flexijax.cache.layout import CacheLayout, CacheSizes
 from flexijax.cache.memory import available_bytes, cache_bytes
 from flexijax.config import CacheConfig
 from flexijax.engine.program import Program
+from flexijax.engine.sampling import METHODS, Sampling, method_of
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.policies.base import Policy, RunSpec, check_groups
@@ -23,11 +26,13 @@ def make_program(
     max_new_tokens: int | None = None,
     batch: int = 1,
     prompt_tokens: int | None = None,
+    sampling: Sequence[Sampling] = (),
 ) -> Program:
     """The static part of a run: policy, and a layout of bucketed sizes that fits the memory.
 
     max_tokens: of the longest request, its max_new_tokens included (None: as many may be new).
     batch: requests wanted at once; fewer where memory is short. prompt_tokens: see `Program`.
+    sampling: of the requests, by which the decode program is chosen.
     A profile that is not measured yet ("auto") must have been, see `profiling.choose`.
     Raises ValueError when not even one request fits, or the profile is missing or of another model.
     """
@@ -58,6 +63,7 @@ def make_program(
         cache.implementation,
         cache.transfer,
         prompt_tokens=prompt_tokens,
+        sampling=max(map(method_of, sampling), key=METHODS.index, default=METHODS[0]),
     )
 
 

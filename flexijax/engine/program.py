@@ -18,6 +18,7 @@ from flexijax.cache.refit import choice_begins
 from flexijax.engine import jit_cache
 from flexijax.engine.interrupts import deferred_interrupt
 from flexijax.engine.jit_cache import jitted, running
+from flexijax.engine.sampling import METHODS
 from flexijax.models.decoder import DecoderLike
 from flexijax.policies.base import Policy
 
@@ -29,7 +30,8 @@ class Program:
     """Everything static about a run; hashable. implementation, transfer: see `CacheConfig`.
 
     suppress_ids: tokens that are never generated. prompt_tokens: of the longest prompt, by which it
-    is decided how many are read at once; None: as many as there is room for.
+    is decided how many are read at once; None: as many as there is room for. sampling: what decode
+    steps can do, see `sampling.METHODS`.
     """
 
     decoder: DecoderLike
@@ -39,6 +41,7 @@ class Program:
     transfer: str | None = None
     suppress_ids: tuple[int, ...] = ()
     prompt_tokens: int | None = None
+    sampling: str = METHODS[0]
 
     @property
     def chunk_steps(self) -> int:

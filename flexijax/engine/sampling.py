@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+# What sampling takes, from the least to the most: programs are compiled for one of these, since a
+# choice inside of a program is a wait of the host at every step on a GPU.
+METHODS = ("greedy", "weighted", "filtered")
 # Bits of float32 infinity: the greatest distance below the best logit.
 _INFINITY = 0x7F800000
 # Tokens in a block of the two-level running sum; one level over a vocabulary is slow everywhere.
@@ -117,6 +120,13 @@ class SamplingRows:
         )
 
 
+def method_of(sampling: Sampling) -> str:
+    """The least of `METHODS` that serves the request; a greater one gives it the same tokens."""
+    if sampling.temperature == 0:
+        return "greedy"
+    return "weighted" if sampling.top_k is None and sampling.top_p is None else "filtered"
+
+
 def request_seed(sampling: Sampling, *, place: int) -> int:
     """The 32-bit seed of one request. place: among prompts that share one `Sampling`."""
     entropy = [sampling.seed or 0, place]
@@ -132,28 +142,24 @@ def step_keys(seeds: Array, steps: Array) -> Array:
     return jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(seeds, steps)
 
 
-def sample(logits: Array, rows: SamplingRows, keys: Array) -> tuple[Array, Array]:
+def sample(logits: Array, rows: SamplingRows, keys: Array, *, method: str) -> tuple[Array, Array]:
     """One token a row; a row's draw depends on its own logits, parameters and key only.
 
-    logits: float32[B, V]. keys: key[B].
+    logits: float32[B, V]. keys: key[B]. method: the greatest of `method_of` of the rows.
     Returns the tokens int32[B] and their log-probabilities float32[B] under softmax(logits).
-    Greedy rows take the first of the greatest logits. A batch without a sampling row skips the
-    filters and the draw.
+    Greedy rows take the first of the greatest logits.
     """
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    sampled = rows.temperature > 0
-    token = lax.cond(
-        jnp.any(sampled),
-        lambda: jnp.where(sampled, _draw(logits, rows, keys), best),
-        lambda: best,
-    )
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if method != "greedy":
+        drawn = _draw(logits, rows, keys, filtered=method == "filtered")
+        token = jnp.where(rows.temperature > 0, drawn, token)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _draw(logits: Array, rows: SamplingRows, keys: Array) -> Array:
+def _draw(logits: Array, rows: SamplingRows, keys: Array, *, filtered: bool) -> Array:
     """A token of each row by inverting its cumulative distribution: one uniform number a row."""
-    weights = filtered_weights(logits, rows)  # [B, V]
+    weights = sampling_weights(logits, rows, filtered=filtered)  # [B, V]
     uniform = jax.vmap(lambda key: jax.random.uniform(key, ()))(keys)  # [B]
     batch, vocab = weights.shape
     padded = jnp.pad(weights, ((0, 0), (0, -vocab % _BLOCK)))
@@ -170,8 +176,10 @@ def _draw(logits: Array, rows: SamplingRows, keys: Array) -> Array:
     return (block * _BLOCK + offset).astype(jnp.int32)
 
 
-def filtered_weights(logits: Array, rows: SamplingRows) -> Array:
+def sampling_weights(logits: Array, rows: SamplingRows, *, filtered: bool) -> Array:
     """float32[B, V]: what each token weighs in the draw, 0 where a filter drops it.
+
+    filtered: whether any row has a `top_k` or a `top_p`.
 
     Every filter keeps the tokens within some distance of the best logit, so all of them together
     are one threshold a row. It is found by bisection over the bits of the distance, which are
@@ -182,24 +190,23 @@ def filtered_weights(logits: Array, rows: SamplingRows) -> Array:
     distance = below / jnp.maximum(rows.temperature, tiny)[:, None]
     bits = lax.bitcast_convert_type(distance, jnp.int32)
     weights = jnp.exp(-distance)
-    off = jnp.full(rows.top_k.shape, _INFINITY, jnp.int32)
-
-    def nearest_k() -> Array:
-        found = _smallest_threshold(lambda at: (bits <= at[:, None]).sum(-1), rows.top_k, off)
-        return jnp.where(rows.top_k > 0, found, off)
-
-    def share_p(kept: Array) -> Array:
-        left = jnp.where(bits <= kept[:, None], weights, 0.0)
-        share = rows.top_p * left.sum(-1)
-        found = _smallest_threshold(
-            lambda at: jnp.where(bits <= at[:, None], left, 0.0).sum(-1), share, off
-        )
-        return jnp.where(rows.top_p < 1, jnp.minimum(found, kept), kept)
-
-    threshold = lax.cond(jnp.any(rows.top_k > 0), nearest_k, lambda: off)
-    threshold = lax.cond(jnp.any(rows.top_p < 1), share_p, lambda kept: kept, threshold)
-    kept = (bits <= threshold[:, None]) & (distance <= -jnp.log(rows.min_p)[:, None])
+    kept = distance <= -jnp.log(rows.min_p)[:, None]
+    if filtered:
+        kept &= bits <= _threshold(bits, weights, rows)[:, None]
     return jnp.where(kept, weights, 0.0)
+
+
+def _threshold(bits: Array, weights: Array, rows: SamplingRows) -> Array:
+    """int32[B]: the greatest distance, as bits, that `top_k` and then `top_p` keep."""
+    off = jnp.full(rows.top_k.shape, _INFINITY, jnp.int32)
+    found = _smallest_threshold(lambda at: (bits <= at[:, None]).sum(-1), rows.top_k, off)
+    nearest = jnp.where(rows.top_k > 0, found, off)
+    left = jnp.where(bits <= nearest[:, None], weights, 0.0)
+    share = rows.top_p * left.sum(-1)
+    found = _smallest_threshold(
+        lambda at: jnp.where(bits <= at[:, None], left, 0.0).sum(-1), share, off
+    )
+    return jnp.where(rows.top_p < 1, jnp.minimum(found, nearest), nearest)
 
 
 def _smallest_threshold(measure, target: Array, greatest: Array) -> Array:
