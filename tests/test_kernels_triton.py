@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from flexijax.pallas_kernels.page_scores import reference as score_reference
+from flexijax.pallas_kernels.sketch_scores import lanes
 from flexijax.pallas_kernels.sketch_scores import reference as sketch_reference
 from flexijax.pallas_kernels.sparse_decode import reference as decode_reference
 from tests.kernel_cases import (
@@ -125,9 +127,18 @@ def test_sketch_scores(case):
     inputs["codes"] = inputs["codes"].view(np.int32)
     pages = inputs["block_table"].shape[1]
     batch, heads, group, width = inputs["weights"].shape
+    inputs["weights"] = np.array(lanes.pack(jnp.asarray(inputs["weights"])))
     constants = sketch_scores_triton.options(
-        group=group, width=width, pages=pages, page=case.page, bits=case.bits
+        batch=batch,
+        heads=heads,
+        group=group,
+        width=width,
+        pages=pages,
+        page=case.page,
+        bits=case.bits,
     )
+    if DEVICE == "cpu":
+        constants["ASM"] = False
     scores = torch.full((batch, heads, group, pages), torch.nan, device=DEVICE)
     names = ("weights", "offset", "unit", "codes", "block_table", "lengths")
     sketch_scores_triton.flexijax_sketches[(-(-pages // constants["TILE"]), heads, batch)](

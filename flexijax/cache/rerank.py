@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,9 @@ def plan_rerank(
     # The page of each rank: searching the running count needs no scatter.
     free_rank = jnp.cumsum(~stays, axis=-1) - 1  # [B, K, S]
     count = order[..., -1:] + 1
-    found = jax.vmap(jax.vmap(lambda o, r: jnp.searchsorted(o, r)))(order, free_rank)
+    # Unrolled: on a GPU a loop would leave the graph that the rest is launched as.
+    search = functools.partial(jnp.searchsorted, method="scan_unrolled")
+    found = jax.vmap(jax.vmap(search))(order, free_rank)
     new_page = jnp.where(free_rank < count, found, -1).astype(jnp.int32)
     assigned = jnp.where(stays, slot_page, new_page)
     comes = ~stays & (assigned >= 0) & _take(missing, assigned)

@@ -4,26 +4,30 @@ from dataclasses import dataclass
 
 from jax.experimental import pallas as pl
 
-# Tokens in the tile of one program.
-_TILE_TOKENS = 128
-# Of a tensor core: a matrix product has at least so many rows and columns.
-_MIN_SIDE = 16
+_THREADS = 128
+# Products that a thread adds up at a time, of its tokens and the query heads: what registers hold.
+_MAX_SUMS = 16
+# Programs that keep an H100 or A100 busy, before a thread is given more than one token.
+_PROGRAMS = 512
 
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """The sizes of one program's matrix products, both powers of two.
-
-    tile_pages: pages, whose tokens are the rows, at least 16 together; columns: query heads of a KV
-    head, padded.
-    """
+    """tile_pages: pages of one program, a power of two; num_warps: of it."""
 
     tile_pages: int
-    columns: int
+    num_warps: int
 
     @classmethod
-    def choose(cls, *, pages: int, page_size: int, group: int) -> "TuningConfig":
-        """For `pages` pages of a request, `group` query heads per KV head."""
-        tile = min(max(1, _TILE_TOKENS // page_size), pl.next_power_of_2(pages))
-        tile = max(tile, -(-_MIN_SIDE // page_size))
-        return cls(tile, max(_MIN_SIDE, pl.next_power_of_2(group)))
+    def choose(cls, *, pages: int, page_size: int, group: int, heads: int) -> "TuningConfig":
+        """For `pages` pages of each of `heads` = B * K heads, of `group` query heads each."""
+        tokens = pl.next_power_of_2(pages) * page_size
+        tile = _THREADS
+        # More tokens a thread read each weight once for all of them.
+        while (
+            2 * tile // _THREADS * group <= _MAX_SUMS
+            and heads * pl.cdiv(tokens, 2 * tile) >= _PROGRAMS
+        ):
+            tile *= 2
+        tile = max(min(tile, tokens), page_size)
+        return cls(tile // page_size, max(1, min(_THREADS, tile) // 32))

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from jax.experimental import pallas as pl
 
-# Programs that keep an H100 or A100 busy: four on each of their 132 or 108 multiprocessors.
-_PROGRAMS = 512
+# Programs that an H100 runs at once, four on each of its 132 multiprocessors (an A100 has 108). One
+# more than that, and all wait for a second wave.
+_PROGRAMS = 528
 _MAX_SPLITS = 64
 # Of a tensor core: the query heads are padded to so many rows of the matrix products.
 MIN_ROWS = 16
@@ -37,7 +38,7 @@ class TuningConfig:
         while block < widest and heads * pl.cdiv(tokens, 2 * block) >= _PROGRAMS // 2:
             block *= 2
         blocks = pl.cdiv(tokens, block)
-        splits = min(blocks, _MAX_SPLITS, pl.cdiv(_PROGRAMS, heads))
+        splits = min(blocks, _MAX_SPLITS, max(1, _PROGRAMS // heads))
         steps = pl.cdiv(blocks, splits)
         warps = 2 if block * row_bytes <= 4096 else 4 if row_bytes <= 256 else 8
         return cls(block, steps, pl.cdiv(blocks, steps), warps, 3 if steps > 1 else 1)
