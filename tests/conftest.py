@@ -19,6 +19,9 @@ def strict_dtypes():
     import jax
 
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+    # A GPU would round the operands of float32 products to ten bits, and what is compared to 1e-5
+    # here would differ.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(autouse=True, scope="session")

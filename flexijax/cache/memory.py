@@ -79,10 +79,13 @@ def _score_bytes(score: PageScore, page: PageShape) -> tuple[int, int]:
 
 
 def available_bytes() -> tuple[int, int]:
-    """(device, host) bytes that can still be taken; both the same memory where there is no GPU."""
-    host = available_host_bytes()
+    """(device, host) bytes that can still be taken; both the same memory where there is no GPU.
+
+    On a GPU the host's are pinned, of which XLA has a pool of its own with a limit.
+    """
+    host, pinned = available_host_bytes(), platform.max_pinned_bytes()
     device = platform.free_device_bytes()
-    return (host if device is None else device), host
+    return (host if device is None else device), (host if pinned is None else min(host, pinned))
 
 
 def trim_heap() -> None:

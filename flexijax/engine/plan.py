@@ -13,6 +13,7 @@ from flexijax.engine.program import Program
 from flexijax.engine.sampling import METHODS, Sampling, method_of
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
+from flexijax.pallas_kernels import platform
 from flexijax.policies.base import Policy, RunSpec, check_groups
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
@@ -153,9 +154,13 @@ def _fits(layout: CacheLayout, policy: Policy) -> bool:
 def _too_little(layout: CacheLayout, policy: Policy, max_tokens: int) -> str:
     device, host = cache_bytes(layout, policy)
     free_device, free_host = available_bytes()
+    pinned, raised = platform.max_pinned_bytes(), ""
+    if pinned is not None and host > 0.9 * pinned:
+        limit = f"{pinned >> 30} GB of host memory"
+        raised = f" (XLA pins at most {limit}: {platform.PINNED_LIMIT} says how many)"
     return (
         f"{max_tokens} tokens of context need {device / 1e9:.2f} GB on the device (free: "
         f"{free_device / 1e9:.2f}) and {host / 1e9:.2f} GB on the host (free: "
-        f"{free_host / 1e9:.2f}): shorten the prompt, lower budget_tokens, or use "
+        f"{free_host / 1e9:.2f}){raised}: shorten the prompt, lower budget_tokens, or use "
         "dtype='bfloat16'"
     )
