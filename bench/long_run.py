@@ -56,7 +56,7 @@ def one_call(lm: LanguageModel, profile: flexijax.HeadProfile, draw: random.Rand
     cache = flexijax.CacheConfig(
         policy=draw.choice(flexijax.policies.names()),
         page_size=page,
-        budget_tokens=page * draw.choice([2, 4, 8, 16]),
+        budget_tokens=draw.choice([96, 128, 256, 512]),
         rerank_interval=draw.choice([8, 16, "adaptive"]),
         profile=profile,
     )
