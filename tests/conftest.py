@@ -40,6 +40,14 @@ def few_executables():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def short_chunks():
+    """Prompts of a few dozen tokens are read in several chunks, as long ones are in use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexijax.cache.prefill_kv._MAX_CHUNK", 32)
+        yield
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

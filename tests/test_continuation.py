@@ -12,6 +12,8 @@ from flexijax.engine.plan import make_program
 from flexijax.policies.snapkv import SnapKV
 from tests.tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 PAGE, STEPS, TOKENS = 4, 8, 24
 PROMPT = np.random.default_rng(3).integers(0, 97, 61).tolist()
 PROFILE = flexijax.HeadProfile(

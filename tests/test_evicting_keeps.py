@@ -15,6 +15,8 @@ from flexijax.models.language_model import LanguageModel
 from flexijax.policies import h2o, snapkv, streaming_llm
 from tests.cache_model import GROUP, KV_HEADS, LAYERS, SHAPE, VOCAB, WIDTH, TableDecoder
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 PAGE, BUDGET, STEPS, NEW = 4, 24, 6, 48
 SINKS, WINDOW, KERNEL = 2, 5, 3
 POLICIES = {

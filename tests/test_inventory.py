@@ -12,6 +12,8 @@ from flexijax.engine.plan import make_program
 from flexijax.policies.snapkv import SnapKV
 from tests.tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 PROFILE = flexijax.HeadProfile(
     model="tiny-llama",
     num_layers=2,

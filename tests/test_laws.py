@@ -31,6 +31,8 @@ from tests.tiny_runs import (
     request_of,
 )
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 INTERVALS = pytest.mark.parametrize("cache", [SMALL, ADAPTIVE], ids=["fixed", "adaptive"])
 
 

@@ -22,6 +22,8 @@ from flexijax.policies.streaming_llm import StreamingLLM
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import PAGE, SMALL, STEPS, dense_greedy, prompt_of
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 POLICIES = {"streaming_llm": StreamingLLM(), "snapkv": SnapKV(window=4), "h2o": H2O()}
 
 

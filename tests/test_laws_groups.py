@@ -14,6 +14,8 @@ from flexijax.policies.minmax import MinMax
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import PAGE, SMALL, STEPS, dense_greedy, prompt_of
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 HEADS = 5
 # Of each layer: one head that is dense, one each of two rooms, one selected, one offloaded; no two
 # layers in the same order, and none in the order of the model.

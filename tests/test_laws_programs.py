@@ -25,6 +25,8 @@ from flexijax.policies.streaming_llm import StreamingLLM
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import ADAPTIVE, SMALL, prompt_of, request_of
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 CACHES = {
     "full": dataclasses.replace(SMALL, policy="full"),
     "quest": dataclasses.replace(SMALL, policy="quest"),

@@ -18,6 +18,8 @@ from flexijax.policies.flexi import Flexi
 from flexijax.policies.sketch import Sketch
 from tests.tiny_models import tiny_model
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 PAGE, STEPS = 4, 8
 
 

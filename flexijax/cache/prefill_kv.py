@@ -42,14 +42,15 @@ class PrefillSpec:
 def chunk_size(room: int, prompt_tokens: int) -> int:
     """Tokens to read at once of prompts of up to so many tokens, where there is room for `room`.
 
-    The greatest divisor of the room that is at most 1024, halved while a whole prompt still fits.
+    One of two sizes, so that few programs serve all lengths: the greatest divisor of the room that
+    is at most 1024, or that halved as often as it stays at 64 or more, where the prompts fit.
 
-        room 8192: 1024; room 1280: 640, prompts of 300 tokens 320, of 40 tokens 80
+        room 8192: 1024, or 64 for prompts of up to 64 tokens; room 1280: 640 or 80
     """
-    chunk = largest_divisor(room, _MAX_CHUNK)
-    while chunk % 2 == 0 and chunk // 2 >= max(prompt_tokens, _MIN_CHUNK):
-        chunk //= 2
-    return chunk
+    short = chunk = largest_divisor(room, _MAX_CHUNK)
+    while short % 2 == 0 and short // 2 >= _MIN_CHUNK:
+        short //= 2
+    return short if prompt_tokens <= short else chunk
 
 
 @jax.tree_util.register_dataclass
@@ -120,17 +121,16 @@ class PrefillAttention:
         new_v = v[0].astype(values.dtype).transpose(1, 0, 2)
         keys = lax.dynamic_update_slice_in_dim(keys, new_k, state.start, axis=2)
         values = lax.dynamic_update_slice_in_dim(values, new_v, state.start, axis=1)
-        if layer == shape.num_layers - 1:
-            out = _attend_last(grouped, keys, values, state, scale=shape.scale)
-        else:
-            out = dispatch.prefill_attention(
-                grouped,
-                keys,
-                values,
-                state.start,
-                scale=shape.scale,
-                implementation=spec.implementation,
-            )
+        asked, start = grouped, state.start
+        if is_last := layer == shape.num_layers - 1:
+            # All that a prompt leaves of this layer is the hidden state of its last token.
+            asked = lax.dynamic_slice_in_dim(grouped, state.last, 1)
+            start = state.start + state.last
+        out = dispatch.prefill_attention(
+            asked, keys, values, start, scale=shape.scale, implementation=spec.implementation
+        )
+        if is_last:
+            out = lax.dynamic_update_slice_in_dim(jnp.zeros_like(grouped), out, state.last, axis=0)
         # The window that ends at `last`, which the tokens before this chunk may have begun.
         known = jnp.concatenate([kv.queries[layer][1:], grouped.astype(spec.dtype)])
         window = lax.dynamic_slice_in_dim(known, state.last, spec.window)
@@ -156,25 +156,6 @@ class PrefillAttention:
             replaced(kv.observed, layer, observed),
         )
         return out.reshape(q.shape), dataclasses.replace(state, kv=kv)
-
-
-def _attend_last(
-    q: jax.Array, k: jax.Array, v: jax.Array, state: PrefillState, *, scale: float
-) -> jax.Array:
-    """Attention of the chunk's last token alone, whose hidden state is all that a prompt leaves.
-
-    q [T, K, G, H], k [K, H, S], v [K, S, H] -> [T, K, G, H], 0 for the other tokens.
-    """
-    last = lax.dynamic_index_in_dim(q, state.last, axis=0, keepdims=False)
-    logits = jnp.einsum("KGH,KHS->KGS", last, k, preferred_element_type=jnp.float32) * scale
-    seen = jnp.arange(k.shape[2], dtype=jnp.int32) <= state.start + state.last
-    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1).astype(v.dtype)
-    # What stands behind is another prompt's, and 0 times a number that is none would be none.
-    values = jnp.where(seen[:, None], v, 0)
-    out = jnp.einsum("KGS,KSH->KGH", weights, values, preferred_element_type=jnp.float32)
-    return lax.dynamic_update_index_in_dim(
-        jnp.zeros_like(q), out.astype(q.dtype), state.last, axis=0
-    )
 
 
 def replaced(items: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:

@@ -40,7 +40,8 @@ class Program:
     implementation: str | None = None
     transfer: str | None = None
     suppress_ids: tuple[int, ...] = ()
-    prompt_tokens: int | None = None
+    # Decode programs do not depend on it, so it does not tell them apart.
+    prompt_tokens: int | None = dataclasses.field(default=None, compare=False)
     sampling: str = METHODS[0]
 
     @property
