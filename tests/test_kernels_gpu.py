@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
@@ -143,11 +144,17 @@ def test_sketch_scores_fit_the_gpu(bits, width):
         functools.partial(dispatch.sketch_scores, page_size=16),
         (query, codes, integers(16, 2048), integers(16)),
     )
-    [kernel] = report.kernels
-    assert kernel.spill_bytes == 0 and kernel.registers <= 128
-    assert report.device.temporaries == 0
+    [kernel] = [k for k in report.kernels if k.name == "flexijax_sketch_scores"]
+    assert kernel.spill_bytes == 0 and kernel.registers <= (128 if bits < 4 else 168)
+    # The weights, four to a register, and nothing else.
+    assert report.device.temporaries <= math.prod(heads) * words(width) * 32
+    tokens = 16 * 2048 / kernel.grid[0] / (kernel.threads / 32)  # of a warp
     if kernel.instructions:
-        assert kernel.tensor_core_instructions > 0
+        # Four products of the four query heads for every four channels, and little beside.
+        products = sum(n for name, n in kernel.instructions.items() if name.startswith("IDP.4A"))
+        assert products == tokens / 32 * 4 * words(width) * 8
+        most = {1: 320, 2: 360, 4: 440}[bits]
+        assert sum(kernel.instructions.values()) * 32 / tokens <= most
 
 
 @needs_compiler

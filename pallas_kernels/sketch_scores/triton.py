@@ -1,5 +1,9 @@
 """The kernel of `pallas.py` in Triton itself, for implementation="triton"."""
 
+# Triton's own types know neither unrolled loops nor blocks of three axes.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 import jax
 import jax.numpy as jnp
 import triton
