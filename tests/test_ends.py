@@ -20,7 +20,15 @@ from tests.tiny_models import tiny_model
 CACHE = flexijax.CacheConfig(policy="full", page_size=4, budget_tokens=16, rerank_interval=8)
 
 
-def test_an_interrupt_waits_for_the_block():
+@pytest.fixture
+def interruptible():
+    """As at a terminal: a process in the background may have been started to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_waits_for_the_block(interruptible):
     done = []
     with pytest.raises(KeyboardInterrupt), deferred_interrupt():
         signal.raise_signal(signal.SIGINT)
@@ -29,7 +37,7 @@ def test_an_interrupt_waits_for_the_block():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_interrupt_while_compiling_leaves_a_model_that_runs():
+def test_an_interrupt_while_compiling_leaves_a_model_that_runs(interruptible):
     lm, stages = tiny_model(num_layers=1), []
 
     def progress(stage, done, total):
