@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexijax.pallas_kernels import lanes
 from flexijax.pallas_kernels.page_scores import reference as score_reference
-from flexijax.pallas_kernels.sketch_scores import lanes
 from flexijax.pallas_kernels.sketch_scores import reference as sketch_reference
 from flexijax.pallas_kernels.sparse_decode import reference as decode_reference
 from tests.kernel_cases import (

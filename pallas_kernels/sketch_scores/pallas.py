@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels import lanes, platform
 from flexijax.pallas_kernels.platform import pltriton
-from flexijax.pallas_kernels.sketch_scores import lanes
 from flexijax.pallas_kernels.sketch_scores.tuning import TuningConfig
 from flexijax.pallas_kernels.sketches import SketchQuery
 

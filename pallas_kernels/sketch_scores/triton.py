@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from flexijax.pallas_kernels import platform
-from flexijax.pallas_kernels.sketch_scores import lanes
+from flexijax.pallas_kernels import lanes, platform
 from flexijax.pallas_kernels.sketch_scores.tuning import TuningConfig
 from flexijax.pallas_kernels.sketches import SketchQuery, words
 
