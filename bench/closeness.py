@@ -77,9 +77,9 @@ class Recent:
     ) -> jax.Array:
         """The page's number: see `PageScore`."""
         page = jnp.arange(table.blocks.shape[1], dtype=jnp.float32)[None]
-        used = page * table.page_size < table.lengths[:, None].astype(jnp.float32)
-        scores = jnp.where(used, page, -jnp.inf)[:, None]
-        return jnp.broadcast_to(scores, (q.shape[0], q.shape[1], scores.shape[-1]))
+        known = page * table.page_size < table.summarized[:, None].astype(jnp.float32)
+        scores = jnp.where(known, page, -jnp.inf)[:, None, None]
+        return jnp.broadcast_to(scores, (*q.shape[:2], *scores.shape[2:]))
 
 
 def parse(name: str, *, num_layers: int, profile: str | None = None) -> CacheConfig:

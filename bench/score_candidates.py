@@ -15,7 +15,7 @@ from bench.score_fitted import Early, LowRank, Product, SketchMax
 from flexijax.pallas_kernels import platform
 from flexijax.policies.minmax import MinMax
 from flexijax.policies.page_score import PageScore, PageShape, PageTable
-from flexijax.policies.sketch import Sketch, log_mass
+from flexijax.policies.sketch import Sketch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Candidate:
         rows = jnp.take(summaries, table.blocks, axis=0, mode="clip").astype(jnp.float32)
         logits = self.logits(q.astype(jnp.float32) * scale, rows)
         end = jnp.arange(1, table.blocks.shape[1] + 1)[None] * table.page_size
-        return log_mass(jnp.where((end <= table.lengths[:, None])[:, None, None], logits, -jnp.inf))
+        known = (end <= table.summarized[:, None])[:, None, None]
+        return jnp.where(known, logits, -jnp.inf)
 
 
 def _product(q: jax.Array, rows: jax.Array) -> jax.Array:

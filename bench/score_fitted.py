@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flexijax.pallas_kernels import dispatch, platform, sketches
 from flexijax.pallas_kernels.sketches import SketchCode
 from flexijax.policies.page_score import PageScore, PageShape, PageTable
-from flexijax.policies.sketch import Sketch, log_mass
+from flexijax.policies.sketch import Sketch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +62,10 @@ class SketchMax(Sketch):
             sketches.prepare(q, state, bits=self.bits, scale=scale),
             summaries,
             table.blocks,
-            table.lengths,
+            table.summarized,
             page_size=table.page_size,
             implementation=implementation,
-        ).max(axis=2)
+        ).max(axis=2, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +120,13 @@ class LowRank:
         basis, code = state
         projected = jnp.einsum("BKGH,BKHR->BKGR", q.astype(jnp.float32), basis)
         query = sketches.prepare(projected, code, bits=self.bits, scale=scale)
-        return log_mass(
-            dispatch.sketch_scores(
-                query,
-                summaries,
-                table.blocks,
-                table.lengths,
-                page_size=table.page_size,
-                implementation=implementation,
-            )
+        return dispatch.sketch_scores(
+            query,
+            summaries,
+            table.blocks,
+            table.summarized,
+            page_size=table.page_size,
+            implementation=implementation,
         )
 
 
@@ -201,7 +199,7 @@ class Product:
         logits = jnp.einsum("BPKSNC,BKGNC->BKGPS", mine, products)
         end = jnp.arange(1, table.blocks.shape[1] + 1)[None] * table.page_size
         logits = jax.nn.logsumexp(logits, axis=-1)
-        return log_mass(jnp.where((end <= table.lengths[:, None])[:, None, None], logits, -jnp.inf))
+        return jnp.where((end <= table.summarized[:, None])[:, None, None], logits, -jnp.inf)
 
 
 def _tokens(k_pages: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ from bench.score_candidates import CANDIDATES
 from bench.timing import environment, interleaved, median, table
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels.page_scores import reference
+from flexijax.pallas_kernels.page_selection.xla import page_ranks
 from flexijax.policies.page_score import PageScore, PageShape, PageTable
 from flexijax.profiles import lookup
 
@@ -34,7 +35,7 @@ def step(score: PageScore, heads: Sequence[int], shape: AttentionShape, *, batch
     pages = -(-tokens // PAGE)
     rng = np.random.default_rng(0)
     blocks = jnp.asarray(rng.permutation(batch * pages).reshape(batch, pages), jnp.int32)
-    table = PageTable(blocks, jnp.full(batch, tokens, jnp.int32), PAGE)
+    table = PageTable.of_full_pages(blocks, jnp.full(batch, tokens, jnp.int32), PAGE)
     layers = []
     for count in heads:
         size = (batch * pages, count, PAGE, shape.head_dim)
@@ -76,7 +77,7 @@ def check(score: PageScore, shape: AttentionShape) -> None:
         jnp.asarray(q),
         score.summarize(jnp.asarray(keys), state),
         jax.tree.map(lambda leaf: leaf[None], state),
-        PageTable(
+        PageTable.of_full_pages(
             jnp.arange(pages, dtype=jnp.int32)[None], jnp.full(1, pages * PAGE, jnp.int32), PAGE
         ),
         scale=shape.scale,
@@ -87,7 +88,9 @@ def check(score: PageScore, shape: AttentionShape) -> None:
     bounds = reference.page_scores(q, ends, place, [pages * PAGE], page_size=PAGE)
     logits = np.exp(shape.scale * np.einsum("kgh,pksh->kgps", q[0], keys)).sum(-1)
     mass = np.log((logits / logits.sum(-1, keepdims=True)).mean(1))
-    near = max(np.corrcoef(found[0, 0], truth)[0, 1] for truth in (bounds[0, 0], mass[0]))
+    near = max(
+        np.corrcoef(page_ranks(found)[0, 0], truth)[0, 1] for truth in (bounds[0, 0], mass[0])
+    )
     if not near > 0.9:
         raise RuntimeError(f"{score} scores pages wrongly: correlation {near:.2f}")
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.sketches import SPACING, SketchQuery, words
+from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery, words
+from flexijax.pallas_kernels.stores import PageStore, Store
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
 
 
@@ -36,6 +37,17 @@ def check_page_scores(
     _check_page_size(page_size)
 
 
+def check_sketch_query(q: jax.Array, code: SketchCode, bits: int, scale: float) -> None:
+    """The arguments of `dispatch.sketch_query`."""
+    axis_sizes(q=(q, "B K G H"), mean=(code.mean, "B K H"), step=(code.step, "B K H"))
+    _check_float("q", q)
+    _check_dtype("mean", code.mean, jnp.float32)
+    _check_dtype("step", code.step, jnp.float32)
+    if bits not in SPACING:
+        raise ValueError(f"bits must be one of {tuple(SPACING)}, got {bits}")
+    _check_scale(scale)
+
+
 def check_sketch_scores(
     query: SketchQuery,
     codes: jax.Array,
@@ -44,11 +56,13 @@ def check_sketch_scores(
     page_size: int,
 ) -> None:
     """The arguments of `dispatch.sketch_scores`."""
+    packed = query.weights.dtype == jnp.int32
+    width = "W" if packed else str(words(query.weights.shape[-1]))
     sizes = axis_sizes(
-        weights=(query.weights, "B K G H"),
+        weights=(query.weights, "B K G W 8" if packed else "B K G H"),
         offset=(query.offset, "B K G"),
         unit=(query.unit, "B K G"),
-        codes=(codes, f"blocks K bits {words(query.weights.shape[-1])} {page_size}"),
+        codes=(codes, f"blocks K bits {width} {page_size}"),
         block_table=(block_table, "B P"),
         lengths=(lengths, "B"),
     )
@@ -57,13 +71,34 @@ def check_sketch_scores(
             f"codes has shape {codes.shape}: bits must be one of {tuple(SPACING)}, "
             f"got {sizes['bits']}"
         )
-    _check_dtype("weights", query.weights, jnp.int8)
+    if not packed:
+        _check_dtype("weights", query.weights, jnp.int8)
     _check_dtype("offset", query.offset, jnp.float32)
     _check_dtype("unit", query.unit, jnp.float32)
     _check_dtype("codes", codes, jnp.uint32)
     _check_dtype("block_table", block_table, jnp.int32)
     _check_dtype("lengths", lengths, jnp.int32)
     _check_page_size(page_size)
+
+
+def check_select_pages(
+    scores: jax.Array,
+    lengths: jax.Array,
+    scored: jax.Array,
+    count: int,
+    newer: int,
+    sinks: int,
+    page_size: int,
+) -> None:
+    """The arguments of `dispatch.select_pages`."""
+    axis_sizes(scores=(scores, "B K G P"), lengths=(lengths, "B"), scored=(scored, "B"))
+    _check_dtype("scores", scores, jnp.float32)
+    _check_dtype("lengths", lengths, jnp.int32)
+    _check_dtype("scored", scored, jnp.int32)
+    _check_page_size(page_size)
+    for name, value, least in (("count", count, 1), ("newer", newer, 0), ("sinks", sinks, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} of select_pages must be at least {least}")
 
 
 def check_paged_decode(
@@ -101,6 +136,47 @@ def check_slot_decode(
     _check_attention(q, k_slots, v_slots, scale)
     _check_page_size(k_slots.shape[4])
     _check_dtype("token_counts", token_counts, jnp.int32)
+
+
+def check_decode_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, stores: tuple[Store, ...], scale: float
+) -> None:
+    """The arguments of `dispatch.decode_attention`."""
+    sizes = axis_sizes(q=(q, "B K G H"), k=(k, "B K H"), v=(v, "B K H"))
+    named = sorted(head for store in stores for head in store.heads)
+    if named != list(range(sizes["K"])):
+        raise ValueError(f"stores name heads {named}; each of 0 .. {sizes['K'] - 1} must be in one")
+    if len({store.page_size for store in stores}) > 1:
+        raise ValueError(f"stores differ in page size: {[store.page_size for store in stores]}")
+    _check_page_size(stores[0].page_size)
+    rows, width = sizes["B"], sizes["H"]
+    for store in stores:
+        heads = len(store.heads)
+        if isinstance(store, PageStore):
+            axes = {
+                "k": (store.k, f"blocks {heads} page {width}"),
+                "v": (store.v, f"blocks {heads} page {width}"),
+                "pages": (store.pages, f"{rows} {heads} n"),
+                "block_table": (store.block_table, f"{rows} P"),
+                "held": (store.held, f"{rows}"),
+            }
+        else:
+            axes = {
+                "k": (store.k, f"{rows} {heads} {width} S page"),
+                "v": (store.v, f"{rows} {heads} S page {width}"),
+                "held": (store.held, f"{rows} {heads}" if store.held.ndim == 2 else f"{rows}"),
+            }
+            if store.slot_page is not None:
+                axes["slot_page"] = (store.slot_page, f"{rows} {heads} S")
+        axis_sizes(**axes)
+        for name in axes.keys() - {"k", "v"}:
+            _check_dtype(name, axes[name][0], jnp.int32)
+        for array in (store.k, store.v):
+            if array.dtype != k.dtype or array.dtype != v.dtype:
+                raise ValueError(
+                    f"k and v must have the stores' dtype {array.dtype}, got {k.dtype}"
+                )
+    _check_attention(q, k, v, scale)
 
 
 def check_prefill_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
@@ -164,6 +240,10 @@ def _check_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> 
         _check_float(name, array)
     if k.dtype != v.dtype:
         raise ValueError(f"keys and values must have one dtype, got {k.dtype} and {v.dtype}")
+    _check_scale(scale)
+
+
+def _check_scale(scale: float) -> None:
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
 

@@ -17,7 +17,8 @@ import jax
 
 from flexijax.pallas_kernels import checks, platform
 from flexijax.pallas_kernels.partials import merge as merge
-from flexijax.pallas_kernels.sketches import SketchQuery
+from flexijax.pallas_kernels.sketches import SketchCode, SketchQuery
+from flexijax.pallas_kernels.stores import Store
 from flexijax.pallas_kernels.summaries import Summaries
 
 # "pallas" and "triton" are one kernel written twice for GPUs: jax deprecates Pallas through Triton,
@@ -54,6 +55,31 @@ def page_scores(
     return module.page_scores(q, summaries, block_table, lengths, page_size=page_size)
 
 
+def sketch_query(
+    q: jax.Array,
+    code: SketchCode,
+    *,
+    bits: int,
+    scale: float,
+    implementation: str | None = None,
+) -> SketchQuery:
+    """Queries made ready for `sketch_scores`: rotated, and rounded to 6 bits; see `sketches`.
+
+    Args:
+      q: float[B, K, G, H], unscaled. code: of the keys, leaves float32[B, K, H].
+      bits: of each key element. scale: factor of the logits, usually H ** -0.5.
+      implementation: "triton" has no kernel of its own here and takes the Pallas one.
+    Returns:
+      A `SketchQuery`; its weights are packed where a kernel made them.
+    Raises:
+      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
+    """
+    checks.check_sketch_query(q, code, bits, scale)
+    named = _choose(implementation)
+    module = _module("sketch_query", "pallas" if named == "triton" else named)
+    return module.sketch_query(q, code, bits=bits, scale=scale)
+
+
 def sketch_scores(
     query: SketchQuery,
     codes: jax.Array,
@@ -66,7 +92,7 @@ def sketch_scores(
     """Log of the sum of exp(offset + unit * sum over H of weight * code) over a page's tokens.
 
     Args:
-      query: `SketchQuery` of weights int8[B, K, G, H] and offset, unit float32[B, K, G].
+      query: `SketchQuery`, as `sketch_query` makes it.
       codes: uint32[blocks, K, bits, W, page], bit planes packed as `sketches` says.
       block_table: int32[B, P], the block of each page; read for full pages only.
       lengths: int32[B], tokens of each request.
@@ -79,6 +105,53 @@ def sketch_scores(
     checks.check_sketch_scores(query, codes, block_table, lengths, page_size)
     module = _module("sketch_scores", _choose(implementation))
     return module.sketch_scores(query, codes, block_table, lengths, page_size=page_size)
+
+
+def select_pages(
+    scores: jax.Array,
+    lengths: jax.Array,
+    scored: jax.Array,
+    *,
+    count: int,
+    page_size: int,
+    newer: int = 0,
+    sinks: int = 1,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The pages that each head attends: what is always attended, then those of greatest rank.
+
+    Always attended are the first `sinks` pages, and the tail: the newest page, and from the page of
+    token `scored` on all others, since they have no score yet. Of equal ranks the lower page goes
+    first.
+
+    Args:
+      scores: float32[B, K, G, P], -inf for a page that is never attended unless by the rule. With
+        G = 1 a page's rank is its score. Else they are logs of the attention mass that each query
+        head gives to a page, and the rank is the mean over heads of the page's share of it.
+      lengths: int32[B], tokens of each request, 0 for a free row, which attends nothing. scored:
+        int32[B], tokens of those pages that have scores.
+      count: pages of each head; page_size: tokens. newer: so many pages of the tail, those behind
+        its first one, are attended beside the count.
+      implementation: "triton" has no kernel of its own here and takes the Pallas one.
+    Returns:
+      int32[B, K, min(count + newer, P)], in any order, -1 where fewer are attended.
+    Raises:
+      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
+    """
+    checks.check_select_pages(scores, lengths, scored, count, newer, sinks, page_size)
+    pages = scores.shape[-1]
+    count = min(count, pages)
+    named = _choose(implementation)
+    module = _module("page_selection", "pallas" if named == "triton" else named)
+    return module.select_pages(
+        scores,
+        lengths,
+        scored,
+        count=count,
+        newer=min(newer, pages - count),
+        page_size=page_size,
+        sinks=sinks,
+    )
 
 
 def paged_decode(
@@ -133,6 +206,39 @@ def slot_decode(
     checks.check_slot_decode(q, k_slots, v_slots, token_counts, scale)
     module = _module("sparse_decode", _choose(implementation))
     return module.slot_decode(q, k_slots, v_slots, token_counts, scale=scale)
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    stores: tuple[Store, ...],
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, tuple[Store, ...]]:
+    """One layer's attention of a decode step, over the heads of all its stores.
+
+    Each head's new key and value are written to their place, and its queries attend to what its
+    store lists, the new token included.
+
+    Args:
+      q: float[B, K, G, H]; k, v: float[B, K, H] of the new token, in the stores' dtype, keys
+        rotated. The stores must name each of the K heads once.
+      scale: factor of the logits, usually H ** -0.5.
+    Returns:
+      out [B, K, G, H] in the dtype of `q`, 0 in rows that take no part, and the stores with the new
+      token, updated in place when donated.
+    Raises:
+      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
+    """
+    checks.check_decode_attention(q, k, v, stores, scale)
+    named = _choose(implementation)
+    if named == "pallas":
+        return _module("decode_attention", named).decode_attention(q, k, v, stores, scale=scale)
+    kernels = _module("sparse_decode", named)
+    module = _module("decode_attention", "xla")
+    return module.decode_attention(q, k, v, stores, scale=scale, kernels=kernels)
 
 
 @overload

@@ -28,3 +28,8 @@ def pack(weights: jax.Array) -> jax.Array:
     lanes = padded.reshape(*lead, count, LANES, GROUPS).swapaxes(-1, -2)
     factor = jnp.tile(jnp.array([4, 2, 1, 1], jnp.int8), 2)
     return lax.bitcast_convert_type(lanes * factor[:, None], jnp.int32)
+
+
+def packed(weights: jax.Array) -> jax.Array:
+    """`pack`, unless that has been done: int8[..., H] or int32[..., W, 8] -> int32[..., W, 8]."""
+    return weights if weights.dtype == jnp.int32 else pack(weights)

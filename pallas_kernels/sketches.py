@@ -26,11 +26,11 @@ from jax import lax
 
 WORD = 32
 # Of a query's weights in its products with codes: -31 .. 31.
-_LARGEST = 31
+LARGEST = 31
 # Spacing of 2**bits levels, in standard deviations.
 SPACING = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 # Below this a channel is constant and its codes say nothing.
-_TINY = 1e-30
+TINY = 1e-30
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,8 @@ class SketchCode:
 class SketchQuery:
     """A query against codes c: its approximate logit is offset + unit * sum over H of weight * c.
 
-    weights: int8[B, K, G, H]; offset, unit: float32[B, K, G].
+    weights: int8[B, K, G, H], or as `lanes.pack` packs them int32[B, K, G, W, 8]. offset, unit:
+    float32[B, K, G].
     """
 
     weights: jax.Array
@@ -64,7 +65,7 @@ def words(head_dim: int) -> int:
 
 
 @functools.cache
-def _signs(width: int) -> np.ndarray:
+def signs(width: int) -> np.ndarray:
     """Hadamard's matrix of the greatest power of two dividing `width`, repeated on the diagonal."""
     block = width & -width
     one = np.ones((1, 1), np.int8)
@@ -76,11 +77,11 @@ def _signs(width: int) -> np.ndarray:
 def rotate(x: jax.Array) -> jax.Array:
     """x float[..., H] times an orthogonal, symmetric matrix, in float32."""
     width = x.shape[-1]
-    signs = jnp.asarray(_signs(width), x.dtype)
+    matrix = jnp.asarray(signs(width), x.dtype)
     rotated = jnp.einsum(
         "...H,HI->...I",
         x,
-        signs,
+        matrix,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
@@ -104,7 +105,7 @@ def fit(k_pages: jax.Array, length: jax.Array, *, bits: int) -> SketchCode:
     mean = jnp.where(valid, rotated, 0.0).sum((0, 2)) / count
     apart = jnp.where(valid, rotated - mean[None, :, None], 0.0)
     deviation = jnp.sqrt((apart * apart).sum((0, 2)) / count)
-    return SketchCode(mean, jnp.maximum(deviation * SPACING[bits], _TINY))
+    return SketchCode(mean, jnp.maximum(deviation * SPACING[bits], TINY))
 
 
 def encode(k_pages: jax.Array, code: SketchCode, *, bits: int) -> jax.Array:
@@ -137,7 +138,7 @@ def prepare(q: jax.Array, code: SketchCode, *, bits: int, scale: float) -> Sketc
     """
     rotated = rotate(q) * scale
     exact = rotated * code.step[:, :, None]
-    unit = jnp.maximum(jnp.abs(exact).max(-1), _TINY) / _LARGEST
+    unit = jnp.maximum(jnp.abs(exact).max(-1), TINY) / LARGEST
     whole = jnp.round(exact / unit[..., None])
     # Rounding errors multiply levels counted from their middle, not from the lowest.
     middle = unit * whole.sum(-1) * ((2**bits - 1) / 2)

@@ -55,7 +55,7 @@ def test_bounds_hold_for_any_keys(dtype, kept, numbers, query):
         jnp.asarray(q),
         found,
         (),
-        PageTable(jnp.zeros((1, 1), jnp.int32), jnp.asarray([PAGE], jnp.int32), PAGE),
+        PageTable.of_full_pages(jnp.zeros((1, 1), jnp.int32), jnp.asarray([PAGE], jnp.int32), PAGE),
         scale=1.0,
         implementation="xla",
     )

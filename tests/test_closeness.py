@@ -10,8 +10,8 @@ import pytest
 from bench import closeness
 from bench.score_candidates import CANDIDATES
 from flexijax.evaluation import Comparison, Evaluation
+from flexijax.pallas_kernels.page_selection.xla import attended_first, page_ranks
 from flexijax.policies.adaptive import Adaptive
-from flexijax.policies.base import keep_first_and_newest
 from flexijax.policies.flexi import Flexi
 from flexijax.policies.h2o import H2O
 from flexijax.policies.minmax import MinMax
@@ -72,10 +72,14 @@ def test_a_name_that_says_nothing_is_refused(name, words):
 
 def test_recent_chooses_the_first_and_the_newest_pages():
     score, lengths = closeness.Recent(), jnp.array([35, 9], jnp.int32)
-    q, table = jnp.zeros((2, 3, 2, 8)), PageTable(jnp.zeros((2, 10), jnp.int32), lengths, 4)
+    q, table = (
+        jnp.zeros((2, 3, 2, 8)),
+        PageTable.of_full_pages(jnp.zeros((2, 10), jnp.int32), lengths, 4),
+    )
     summaries = score.empty(10, 3, PageShape(4, 8, "float32"))
     found = score.scores(q, summaries, (), table, scale=1.0, implementation=None)
-    ranked = np.asarray(keep_first_and_newest(found, lengths, page_size=4))
+    ranked = attended_first(page_ranks(found), lengths, lengths, page_size=4, sinks=1)
+    ranked = np.asarray(ranked)
     assert (np.argsort(-ranked[0], axis=-1, kind="stable")[:, :4] == [0, 8, 7, 6]).all()
     assert (np.argsort(-ranked[1], axis=-1, kind="stable")[:, :3] == [0, 2, 1]).all()
     assert np.isneginf(ranked[1, :, 3:]).all()
@@ -94,7 +98,7 @@ def scored(name, keys, q, scale):
         q,
         summaries,
         jax.tree.map(lambda leaf: leaf[None], state),
-        PageTable(jnp.arange(PAGES, dtype=jnp.int32)[None], length[None], PAGE),
+        PageTable.of_full_pages(jnp.arange(PAGES, dtype=jnp.int32)[None], length[None], PAGE),
         scale=scale,
         implementation="xla",
     )

@@ -1,6 +1,7 @@
 """The evicting groups of the cache keep what H2O's simulation in float64 keeps, chunk by chunk."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,12 @@ def test_h2o_in_the_cache_keeps_what_the_simulation_keeps(chunk):
     group, _, stats = jax.jit(evicting.commit, static_argnums=0)(
         program, group, None, stats, prompt
     )
-    attend = jax.jit(evicting.attend, static_argnums=0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def add(program, group, q, now, step):
+        store = evicting.store(program, group, tuple(range(HEADS)), q, step)
+        return evicting.after_step(group, store.append(now, now), step)
+
     end_chunk = jax.jit(evicting.end_chunk, static_argnums=0)
 
     def kept(head):
@@ -70,9 +76,9 @@ def test_h2o_in_the_cache_keeps_what_the_simulation_keeps(chunk):
         assert kept(head) == expected[head][0].tolist()
     for at, start in enumerate(range(PROMPT, PROMPT + STEPS, chunk), start=1):
         for step in range(start, start + chunk):
-            place = Step(table, jnp.full(1, step, jnp.int32), active)
+            place = Step(table, jnp.full(1, step, jnp.int32), jnp.zeros(1, jnp.int32))
             now = k[None, :, step]
-            _, group = attend(program, group, q[None, :, :, step], now, now, place)
+            group = add(program, group, q[None, :, :, step], now, place)
         ended = Chunk(
             block_table=table,
             before=jnp.full(1, start, jnp.int32),

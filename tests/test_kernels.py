@@ -224,6 +224,8 @@ def test_triton_that_cannot_run_raises():
 # The implementations of each operation.
 FILES = {
     "page_scores": {"pallas", "triton", "xla"},
+    "page_selection": {"pallas", "xla"},
+    "sketch_query": {"pallas", "xla"},
     "sketch_scores": {"pallas", "triton", "xla"},
     "sparse_decode": {"pallas", "triton", "xla"},
     "prefill": {"cudnn", "xla"},

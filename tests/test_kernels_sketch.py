@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexijax.pallas_kernels import dispatch, sketches
+from flexijax.pallas_kernels import dispatch, lanes, sketches
+from flexijax.pallas_kernels.page_selection.xla import page_ranks
+from flexijax.pallas_kernels.sketch_query import reference as query_reference
 from flexijax.pallas_kernels.sketch_scores import reference
 from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery
 from flexijax.policies.page_score import PageTable
-from flexijax.policies.sketch import Sketch, log_mass
+from flexijax.policies.sketch import Sketch
 from tests.kernel_cases import SKETCH_CASES, assert_numbers_close, sketch_inputs
 
 
@@ -107,14 +109,30 @@ def test_a_prepared_query_gives_the_products_with_the_levels():
     assert np.abs(exact).max() > 10 * np.abs(found - exact).max()
 
 
-def test_log_mass_by_hand():
-    """Two query heads: shares 1/4, 3/4 and 1/2, 1/2 of two pages; a third page is not there."""
-    logits = np.log([[[[1.0, 3.0, 1e-30], [5.0, 5.0, 1e-30]]]])
-    logits[..., 2] = -np.inf
-    found = log_mass(jnp.asarray(logits, jnp.float32))
-    np.testing.assert_allclose(found[0, 0, :2], np.log([3 / 8, 5 / 8]), rtol=1e-6)
-    assert found[0, 0, 2] == -np.inf
-    assert (np.asarray(log_mass(jnp.full((1, 1, 2, 3), -jnp.inf))) == -np.inf).all()
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize(
+    ("width", "group", "dtype"),
+    [(64, 3, "float32"), (8, 1, "float32"), (80, 17, "float32"), (128, 4, "bfloat16")],
+)
+def test_a_query_is_rotated_and_rounded(width, group, dtype, implementation):
+    """To the nearest whole weights, packed four to a word where a kernel does it."""
+    bits, scale, batch, heads = 2, 0.125, 3, 2
+    rng = np.random.default_rng(width)
+    q = jnp.asarray(rng.normal(size=(batch, heads, group, width)), dtype)
+    mean, step = rng.normal(size=(2, batch, heads, width)).astype(np.float32)
+    code = SketchCode(jnp.asarray(mean), jnp.asarray(np.abs(step) + 0.1))
+    run = functools.partial(
+        dispatch.sketch_query, bits=bits, scale=scale, implementation=implementation
+    )
+    found = jax.jit(run)(q, code)
+    weights, offset, unit = query_reference.sketch_query(
+        np.asarray(q, np.float32), mean, np.asarray(code.step), bits=bits, scale=scale
+    )
+    np.testing.assert_allclose(found.unit, unit, rtol=1e-5)
+    expected = lanes.pack(jnp.asarray(np.round(weights), jnp.int8))
+    assert (lanes.packed(found.weights) == expected).all()
+    # Of a sum of many terms, so within rounding of the terms, not of the sum.
+    np.testing.assert_allclose(found.offset, offset, atol=1e-5 * width)
 
 
 @pytest.mark.parametrize(("bits", "least"), [(1, 0.75), (2, 0.9), (4, 0.98)])
@@ -133,7 +151,7 @@ def test_a_sketch_scores_as_attention_would(bits, least):
         jnp.asarray(q),
         score.summarize(jnp.asarray(keys), state),
         jax.tree.map(lambda leaf: leaf[None], state),
-        PageTable(jnp.arange(pages, dtype=jnp.int32)[None], length[None], page),
+        PageTable.of_full_pages(jnp.arange(pages, dtype=jnp.int32)[None], length[None], page),
         scale=scale,
         implementation=None,
     )
@@ -141,8 +159,9 @@ def test_a_sketch_scores_as_attention_would(bits, least):
     logits = np.log(np.exp(products).sum(-1))
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     truth = np.log(shares.mean(1))
+    ranks = page_ranks(found)
     for head in range(heads):
-        assert np.corrcoef(found[0, head], truth[head])[0, 1] > least
+        assert np.corrcoef(ranks[0, head], truth[head])[0, 1] > least
 
 
 def bad_calls():

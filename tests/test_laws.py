@@ -232,7 +232,7 @@ def test_a_score_bounds_every_product(summaries, dtype):
         q,
         score.summarize(k),
         (),
-        PageTable(
+        PageTable.of_full_pages(
             jnp.arange(blocks, dtype=jnp.int32)[None], jnp.asarray([blocks * page], jnp.int32), page
         ),
         scale=0.1,

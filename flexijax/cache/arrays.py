@@ -20,8 +20,18 @@ class Step:
     """One decode step."""
 
     block_table: jax.Array  # int32[B, P], block of each page
-    lengths: jax.Array  # int32[B], tokens held before this step
-    active: jax.Array  # bool[B], requests that take part
+    held: jax.Array  # int32[B], tokens held before this step; -1: the request takes no part
+    summarized: jax.Array  # int32[B], tokens of the pages that have a summary
+
+    @property
+    def active(self) -> jax.Array:
+        """bool[B], requests that take part."""
+        return self.held >= 0
+
+    @property
+    def lengths(self) -> jax.Array:
+        """int32[B], tokens with that of this step; 0 of requests that take no part."""
+        return self.held + 1
 
 
 @jax.tree_util.register_dataclass

@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flexijax.cache.arrays import Step
 from flexijax.cache.cache import kind
 from flexijax.cache.layout import CacheLayout, GroupProgram, without_heads
 from flexijax.cache.prefill_kv import replaced
+from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels.stores import of_heads
 from flexijax.policies.base import Policy
 
 
@@ -22,14 +25,16 @@ class DecodeState:
 
     layers: tuple[tuple[Any, ...], ...]  # head groups of each layer
     step: Step
-    queries: tuple[tuple[jax.Array | None, ...], ...]  # per layer done so far and group
+    queries: tuple[jax.Array, ...]  # of each layer done so far, see `DecodeAttention`
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeAttention:
     """Writes each token's key and value, then attends; an `attention_fn`, hashable.
 
-    The state is a `DecodeState`; of groups that want them it collects queries [B, K, G, H].
+    The state is a `DecodeState`. Of each layer it collects [B, M, H] in the cache's dtype, of which
+    the first N are the rotated queries: where dtypes agree, the array that the kernels read, so
+    that keeping it copies nothing.
     """
 
     layout: CacheLayout
@@ -41,33 +46,31 @@ class DecodeAttention:
     ) -> tuple[jax.Array, DecodeState]:
         """q [B, 1, N, H], k and v [B, 1, K, H] -> out [B, 1, N, H]."""
         sizes = self.layout.sizes
-        shape = sizes.shape
-        grouped = q.reshape(q.shape[0], shape.num_kv_heads, shape.group_size, shape.head_dim)
-        k, v = k[:, 0].astype(sizes.dtype), v[:, 0].astype(sizes.dtype)
-        outs, heads, groups, queries = [], [], [], []
-        for group, arrays in zip(self.layout.groups[layer], state.layers[layer], strict=True):
+        shape, dtype = sizes.shape, jnp.dtype(sizes.dtype)
+        heads = q.shape[2]
+        rows, k, v = q[:, 0], k[:, 0].astype(dtype), v[:, 0].astype(dtype)
+        kept = rows.astype(dtype)
+        if rows.dtype == dtype:
+            # Rotated once, for all that reads any of it; a slice alone would be rotated again.
+            kept = lax.optimization_barrier(jnp.concatenate([rows, k, v], axis=1))
+            rows, k, v = jnp.split(kept, [heads, heads + shape.num_kv_heads], axis=1)
+        grouped = rows.reshape(len(rows), shape.num_kv_heads, shape.group_size, shape.head_dim)
+        groups, stores = self.layout.groups[layer], []
+        for group, arrays in zip(groups, state.layers[layer], strict=True):
             program = GroupProgram(
                 sizes, without_heads(group), self.policy, self.implementation, None
             )
-            mine = [_of_heads(x, group.heads) for x in (grouped, k, v)]
-            out, arrays = kind(group).attend(program, arrays, *mine, state.step)
-            outs.append(out)
-            heads += group.heads
-            groups.append(arrays)
-            wanted = kind(group).num_queries(program)
-            queries.append(mine[0].astype(sizes.dtype) if wanted else None)
-        # Back from the groups' order of heads to the model's.
-        place = tuple(heads.index(head) for head in range(shape.num_kv_heads))
-        out = _of_heads(jnp.concatenate(outs, axis=1), place)
+            mine = of_heads(grouped, group.heads)
+            stores.append(kind(group).store(program, arrays, group.heads, mine, state.step))
+        out, stores = dispatch.decode_attention(
+            grouped, k, v, tuple(stores), scale=shape.scale, implementation=self.implementation
+        )
+        arrays = tuple(
+            kind(group).after_step(arrays, store, state.step)
+            for group, arrays, store in zip(groups, state.layers[layer], stores, strict=True)
+        )
         return out.reshape(q.shape), dataclasses.replace(
             state,
-            layers=replaced(state.layers, layer, tuple(groups)),
-            queries=(*state.queries, tuple(queries)),
+            layers=replaced(state.layers, layer, arrays),
+            queries=(*state.queries, kept),
         )
-
-
-def _of_heads(x: jax.Array, wanted: tuple[int, ...]) -> jax.Array:
-    """x [B, K, ...] of the wanted heads; in slices, which XLA fuses where it would not a gather."""
-    if wanted == tuple(range(x.shape[1])):
-        return x
-    return jnp.stack([x[:, head] for head in wanted], axis=1)

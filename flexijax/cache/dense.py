@@ -6,12 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from flexijax.cache.arrays import Chunk, Prompt, Step, empty_state, set_row, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.observe import observe_chunk, prompt_state
-from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels.stores import SlotStore
 from flexijax.policies.base import PolicyState
 
 
@@ -37,33 +36,16 @@ def empty(program: GroupProgram, heads: int) -> tuple[DenseGroup, None]:
     return group, None
 
 
-def attend(
-    program: GroupProgram,
-    group: DenseGroup,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    step: Step,
-) -> tuple[jax.Array, DenseGroup]:
-    """Writes a token's key and value and attends to all: q [B, K, G, H] -> out of that shape."""
-    sizes = program.sizes
-    page, offset = lax.div(step.lengths, sizes.page_size), lax.rem(step.lengths, sizes.page_size)
-    slot = jnp.where(step.active, page, sizes.pages)[:, None]  # out of bounds: dropped
-    row, head = jnp.arange(k.shape[0])[:, None], jnp.arange(k.shape[1])[None, :]
-    new_k = group.k.at[row, head, :, slot, offset[:, None]].set(k, mode="drop")
-    new_v = group.v.at[row, head, slot, offset[:, None]].set(v, mode="drop")
-    lengths = jnp.where(step.active, step.lengths + 1, 0)
-    first = jnp.arange(sizes.pages, dtype=jnp.int32) * sizes.page_size
-    counts = jnp.clip(lengths[:, None] - first, 0, sizes.page_size)  # [B, P]
-    out, _ = dispatch.slot_decode(
-        q,
-        new_k,
-        new_v,
-        jnp.broadcast_to(counts[:, None], (*k.shape[:2], sizes.pages)),
-        scale=sizes.shape.scale,
-        implementation=program.implementation,
-    )
-    return out, dataclasses.replace(group, k=new_k, v=new_v)
+def store(
+    program: GroupProgram, group: DenseGroup, heads: tuple[int, ...], q: jax.Array, step: Step
+) -> SlotStore:
+    """Where a token's key and value go, and what is attended: all."""
+    return SlotStore(group.k, group.v, None, step.held, heads)
+
+
+def after_step(group: DenseGroup, store: SlotStore, step: Step) -> DenseGroup:
+    """The group with the token in it."""
+    return dataclasses.replace(group, k=store.k, v=store.v)
 
 
 def commit(

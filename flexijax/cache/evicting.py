@@ -17,7 +17,7 @@ from jax import lax
 from flexijax.cache.arrays import Chunk, Prompt, Step, empty_state, set_row, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.observe import observe_chunk, prompt_positions, prompt_state
-from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels.stores import SlotStore
 from flexijax.policies.base import PolicyState, Tokens
 
 
@@ -55,37 +55,25 @@ def empty(program: GroupProgram, heads: int) -> tuple[EvictingGroup, EvictionSta
     return group, EvictionStats(zeros((batch, heads), "int32"))
 
 
-def attend(
-    program: GroupProgram,
-    group: EvictingGroup,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    step: Step,
-) -> tuple[jax.Array, EvictingGroup]:
-    """Writes a token's key and value and attends to all that is held: q, out [B, K, G, H]."""
-    sizes, slots = program.sizes, program.slots
+def store(
+    program: GroupProgram, group: EvictingGroup, heads: tuple[int, ...], q: jax.Array, step: Step
+) -> SlotStore:
+    """Where a token's key and value go, and what is attended: all that is held."""
+    held = jnp.where(step.active[:, None], group.count, -1)
+    return SlotStore(group.k, group.v, None, held, heads)
+
+
+def after_step(group: EvictingGroup, store: SlotStore, step: Step) -> EvictingGroup:
+    """The group with the token in it."""
     row, head = _rows_and_heads(group.count)
-    place = jnp.where(step.active[:, None], group.count, slots * sizes.page_size)  # dropped
-    slot, offset = lax.div(place, sizes.page_size), lax.rem(place, sizes.page_size)
-    group = dataclasses.replace(
+    place = jnp.where(step.active[:, None], group.count, group.position.shape[2])  # dropped
+    return dataclasses.replace(
         group,
-        k=group.k.at[row, head, :, slot, offset].set(k, mode="drop"),
-        v=group.v.at[row, head, slot, offset].set(v, mode="drop"),
-        position=group.position.at[row, head, place].set(step.lengths[:, None], mode="drop"),
+        k=store.k,
+        v=store.v,
+        position=group.position.at[row, head, place].set(step.held[:, None], mode="drop"),
         count=group.count + step.active[:, None].astype(jnp.int32),
     )
-    first = jnp.arange(slots, dtype=jnp.int32) * sizes.page_size
-    counts = jnp.clip(group.count[..., None] - first, 0, sizes.page_size)
-    out, _ = dispatch.slot_decode(
-        q,
-        group.k,
-        group.v,
-        jnp.where(step.active[:, None, None], counts, 0),
-        scale=sizes.shape.scale,
-        implementation=program.implementation,
-    )
-    return out, group
 
 
 def commit(

@@ -16,9 +16,9 @@ from jax import lax
 from flexijax.cache.arrays import Chunk, Prompt, Step, set_row, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.rerank import Plan, filled_pages, find_slots, plan_rerank
-from flexijax.cache.selected import scatter, top_pages
+from flexijax.cache.selected import choose_pages, scatter
 from flexijax.cache.tiers import HostPages, offload, promote
-from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels.stores import SlotStore
 from flexijax.policies.page_score import PageTable
 
 
@@ -78,32 +78,16 @@ def empty(program: GroupProgram, heads: int) -> tuple[OffloadedGroup, RerankStat
     return group, stats
 
 
-def attend(
-    program: GroupProgram,
-    group: OffloadedGroup,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    step: Step,
-) -> tuple[jax.Array, OffloadedGroup]:
-    """Writes a token's key and value and attends to whatever the slots hold: q [B, K, G, H]."""
-    sizes = program.sizes
-    page, offset = lax.div(step.lengths, sizes.page_size), lax.rem(step.lengths, sizes.page_size)
-    slot = find_slots(group.slot_page, page[:, None])[:, :, 0]  # [B, K]
-    slot = jnp.where(step.active[:, None] & (slot >= 0), slot, program.slots)
-    row, head = jnp.arange(slot.shape[0])[:, None], jnp.arange(slot.shape[1])[None, :]
-    new_k = group.k.at[row, head, :, slot, offset[:, None]].set(k, mode="drop")
-    new_v = group.v.at[row, head, slot, offset[:, None]].set(v, mode="drop")
-    lengths = jnp.where(step.active, step.lengths + 1, 0)
-    out, _ = dispatch.slot_decode(
-        q,
-        new_k,
-        new_v,
-        slot_counts(group.slot_page, lengths, page_size=sizes.page_size),
-        scale=sizes.shape.scale,
-        implementation=program.implementation,
-    )
-    return out, dataclasses.replace(group, k=new_k, v=new_v)
+def store(
+    program: GroupProgram, group: OffloadedGroup, heads: tuple[int, ...], q: jax.Array, step: Step
+) -> SlotStore:
+    """Where a token's key and value go, and what is attended: whatever the slots hold."""
+    return SlotStore(group.k, group.v, group.slot_page, step.held, heads)
+
+
+def after_step(group: OffloadedGroup, store: SlotStore, step: Step) -> OffloadedGroup:
+    """The group with the token in it."""
+    return dataclasses.replace(group, k=store.k, v=store.v)
 
 
 def commit(
@@ -126,8 +110,8 @@ def commit(
     state = score.fit(k_pages, prompt.length)
     at = jnp.where(full >= 0, full, sizes.blocks)
     summaries = scatter(group.summaries, at, score.summarize(k_pages, state))
-    # Blocks of the newest page may not be in `full`; scoring it is not needed, it stays by rule.
-    table = PageTable(jnp.maximum(full, 0)[None], length, sizes.page_size)
+    # Blocks of the newest page may not be in `full`; it has no summary and stays by rule.
+    table = PageTable.of_full_pages(jnp.maximum(full, 0)[None], length, sizes.page_size)
     of_row = jax.tree.map(lambda leaf: leaf[None], state)
     chosen = _chosen(program, prompt.queries[-1:], summaries, of_row, table)
     nothing = jnp.full((1, heads, program.slots), -1, jnp.int32)
@@ -179,7 +163,7 @@ def end_chunk(
     rows = score.summarize(keys, group.score_state)  # leaves [E, B, K, ...]
     at = jnp.where(filled >= 0, block, sizes.blocks).T
     summaries = scatter(group.summaries, at, rows)
-    table = PageTable(block_table, lengths, page_size)
+    table = PageTable.of_full_pages(block_table, lengths, page_size)
     chosen = _chosen(program, chunk.queries[-1], summaries, group.score_state, table)
     due, since = _due(program, group.schedule, chunk, stats.reranks.shape)
     plan = plan_rerank(
@@ -201,31 +185,12 @@ def end_chunk(
     return group, host, _counted(stats, plan, due, slot)
 
 
-def slot_counts(slot_page: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
-    """int32[B, K, S]: how many tokens of the page in each slot exist; 0 for an empty slot."""
-    counts = jnp.clip(lengths[:, None, None] - slot_page * page_size, 0, page_size)
-    return jnp.where(slot_page < 0, 0, counts)
-
-
 def _chosen(
     program: GroupProgram, q: jax.Array, summaries: Any, score_state: Any, table: PageTable
 ) -> jax.Array:
     """int32[B, K, room]: the pages to be resident, for q [B, K, G, H]; -1 where there are fewer."""
-    scores = program.score.scores(
-        q,
-        summaries,
-        score_state,
-        table,
-        scale=program.sizes.shape.scale,
-        implementation=program.implementation,
-    )
-    ranks = program.policy.rank_pages(scores, table.lengths, page_size=table.page_size)
-    # Whatever the policy says of it: the tokens of the page being filled are nowhere else.
-    newest = lax.div(table.lengths - 1, table.page_size)[:, None, None]
-    page = jnp.arange(ranks.shape[-1], dtype=jnp.int32)
-    filling = (page == newest) & (table.lengths > 0)[:, None, None]
     assert program.group.room is not None
-    return top_pages(jnp.where(filling, jnp.inf, ranks), program.group.room)
+    return choose_pages(program, q, summaries, score_state, table, count=program.group.room)
 
 
 def _counted(stats: RerankStats, plan: Plan, due: jax.Array, offloaded: jax.Array) -> RerankStats:

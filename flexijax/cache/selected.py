@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from flexijax.cache.arrays import Prompt, Step, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels.stores import PageStore
 from flexijax.policies.page_score import PageTable
 
 
@@ -40,53 +40,30 @@ def empty(program: GroupProgram, heads: int) -> tuple[SelectedGroup, None]:
     return group, None
 
 
-def attend(
-    program: GroupProgram,
-    group: SelectedGroup,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    step: Step,
-) -> tuple[jax.Array, SelectedGroup]:
-    """Writes a token's key and value, attends to the best pages: q, out [B, K, G, H]."""
-    sizes, score = program.sizes, program.score
-    page_size, blocks = sizes.page_size, sizes.blocks
-    # Of whole numbers that are never negative; // and % would be 18 instructions in each layer.
-    page, offset = lax.div(step.lengths, page_size), lax.rem(step.lengths, page_size)
-    block = jnp.take_along_axis(step.block_table, page[:, None], axis=1, mode="clip")[:, 0]
-    written = jnp.where(step.active, block, blocks)  # out of bounds: dropped
-    pages_k = group.k.at[written, :, offset].set(k, mode="drop")
-    pages_v = group.v.at[written, :, offset].set(v, mode="drop")
-    # A page is summarised once, when it is full; until then it is the newest, chosen by rule.
-    full = jnp.where(offset == page_size - 1, written, blocks)
-    filled = score.summarize(jnp.take(pages_k, block, axis=0, mode="clip"), group.score_state)
-    summaries = jax.tree.map(
-        lambda pool, rows: pool.at[full].set(rows, mode="drop"), group.summaries, filled
-    )
-    lengths = jnp.where(step.active, step.lengths + 1, 0)
-    scores = score.scores(
-        q,
-        summaries,
-        group.score_state,
-        PageTable(step.block_table, lengths, page_size),
-        scale=sizes.shape.scale,
-        implementation=program.implementation,
-    )
-    ranks = program.policy.rank_pages(scores, lengths, page_size=page_size)
+def store(
+    program: GroupProgram, group: SelectedGroup, heads: tuple[int, ...], q: jax.Array, step: Step
+) -> PageStore:
+    """Where a token's key and value go, and what is attended: the best pages for q [B, K, G, H].
+
+    Pages that have filled since the chunk began have no summary yet, and are attended by rule.
+    """
+    sizes = program.sizes
     assert program.group.attends is not None
-    pages = top_pages(ranks, program.group.attends)
-    ids = jnp.take_along_axis(step.block_table[:, None], jnp.maximum(pages, 0), axis=2)
-    counts = jnp.clip(lengths[:, None, None] - pages * page_size, 0, page_size)
-    out, _ = dispatch.paged_decode(
+    pages = choose_pages(
+        program,
         q,
-        pages_k,
-        pages_v,
-        jnp.where(pages < 0, -1, ids),
-        jnp.where(pages < 0, 0, counts),
-        scale=sizes.shape.scale,
-        implementation=program.implementation,
+        group.summaries,
+        group.score_state,
+        PageTable(step.block_table, step.lengths, step.summarized, sizes.page_size),
+        count=program.group.attends,
+        newer=-(-sizes.chunk_steps // sizes.page_size),
     )
-    return out, SelectedGroup(pages_k, pages_v, summaries, group.score_state)
+    return PageStore(group.k, group.v, pages, step.block_table, step.held, heads)
+
+
+def after_step(group: SelectedGroup, store: PageStore, step: Step) -> SelectedGroup:
+    """The group with the token in it."""
+    return dataclasses.replace(group, k=store.k, v=store.v)
 
 
 def commit(
@@ -116,10 +93,35 @@ def num_queries(program: GroupProgram) -> int:
     return 0
 
 
-def top_pages(ranks: jax.Array, count: int) -> jax.Array:
-    """int32[B, K, n]: the pages of the n = min(count, P) greatest ranks, -1 where none is left."""
-    best, page = lax.top_k(ranks, min(count, ranks.shape[-1]))
-    return jnp.where(best > -jnp.inf, page, -1).astype(jnp.int32)
+def choose_pages(
+    program: GroupProgram,
+    q: jax.Array,
+    summaries: Any,
+    score_state: Any,
+    table: PageTable,
+    *,
+    count: int,
+    newer: int = 0,
+) -> jax.Array:
+    """int32[B, K, n]: the pages that q [B, K, G, H] ranks highest; see `dispatch.select_pages`."""
+    scores = program.score.scores(
+        q,
+        summaries,
+        score_state,
+        table,
+        scale=program.sizes.shape.scale,
+        implementation=program.implementation,
+    )
+    return dispatch.select_pages(
+        scores,
+        table.lengths,
+        table.summarized,
+        count=count,
+        newer=newer,
+        page_size=table.page_size,
+        sinks=program.policy.sink_pages,
+        implementation=program.implementation,
+    )
 
 
 def scatter(pools: Any, at: jax.Array, rows: Any) -> Any:

@@ -22,6 +22,9 @@ from flexijax.models.decoder import Params
 Queries: TypeAlias = tuple[tuple[jax.Array | None, ...], ...]
 
 
+# Of each layer [..., B, M, H], see `DecodeAttention`; None where no group asks for queries.
+_Kept: TypeAlias = tuple[jax.Array | None, ...]
+
 # Of each layer, its head groups: the arrays that a step reads and writes.
 Groups: TypeAlias = tuple[tuple[Any, ...], ...]
 
@@ -41,10 +44,13 @@ def decode_steps(
     that `end_chunk_layer` asks for.
     """
 
+    steps = program.chunk_steps
+    summarized = _whole_pages(program, lengths)
+
     def step(carry, _):
-        groups, lengths, batch, _ = carry
-        at = Step(block_table, lengths, batch.active)
-        groups, logits, (last, every) = _step(program, params, groups, at, batch.tokens)
+        groups, lengths, batch, _, index, sampled = carry
+        at = Step(block_table, jnp.where(batch.active, lengths, -1), summarized)
+        groups, logits, (last, every) = _step(program, params, groups, lengths, at, batch.tokens)
         if program.suppress_ids:
             logits = logits.at[:, jnp.array(program.suppress_ids)].set(-jnp.inf)
         keys = step_keys(batch.seeds, batch.generated)
@@ -59,14 +65,22 @@ def decode_steps(
             remaining=batch.remaining - count,
             generated=batch.generated + count,
         )
-        sampled = SampledTokens(token, logprob, active)
-        return (groups, lengths + count, batch, last), (sampled, every)
+        # Not collected by the scan: on a GPU that is a copy for each, outside of any graph.
+        now = (jnp.arange(steps) == index)[:, None]
+        sampled = SampledTokens(
+            jnp.where(now, token, sampled.tokens),
+            jnp.where(now, logprob, sampled.logprobs),
+            jnp.where(now, active, sampled.emitted),
+        )
+        return (groups, lengths + count, batch, last, index + 1, sampled), every
 
-    carry = (groups, lengths, batch, _no_queries(program))
-    (groups, lengths, batch, last), (sampled, every) = lax.scan(
-        step, carry, None, length=program.chunk_steps
+    shape = (steps, *lengths.shape)
+    sampled = SampledTokens(
+        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
     )
-    return groups, lengths, batch, sampled, _joined(last, every)
+    carry = (groups, lengths, batch, _no_queries(program), jnp.int32(0), sampled)
+    (groups, lengths, batch, last, _, sampled), every = lax.scan(step, carry, None, length=steps)
+    return groups, lengths, batch, sampled, _queries(program, last, every)
 
 
 def teacher_forced_steps(
@@ -84,15 +98,17 @@ def teacher_forced_steps(
     the logits float32[R, B, V] of what would come after each token, and queries.
     """
 
+    summarized = _whole_pages(program, lengths)
+
     def step(carry, token):
         groups, lengths, _ = carry
-        at = Step(block_table, lengths, active)
-        groups, logits, (last, every) = _step(program, params, groups, at, token)
+        at = Step(block_table, jnp.where(active, lengths, -1), summarized)
+        groups, logits, (last, every) = _step(program, params, groups, lengths, at, token)
         return (groups, lengths + active.astype(jnp.int32), last), (logits, every)
 
     carry = (groups, lengths, _no_queries(program))
     (groups, lengths, last), (logits, every) = lax.scan(step, carry, tokens)
-    return groups, lengths, logits, _joined(last, every)
+    return groups, lengths, logits, _queries(program, last, every)
 
 
 @jax.tree_util.register_dataclass
@@ -138,48 +154,61 @@ def end_chunk_layer(
     return LayerCache(tuple(groups), tuple(hosts), tuple(counts))
 
 
+def _whole_pages(program: Program, lengths: jax.Array) -> jax.Array:
+    """int32[B]: tokens that have a summary during the steps; what fills up has one after them."""
+    return lengths - lax.rem(lengths, program.layout.sizes.page_size)
+
+
 def _step(
-    program: Program, params: Params, groups: Groups, step: Step, tokens: jax.Array
-) -> tuple[Groups, jax.Array, tuple[Queries, Queries]]:
-    """One token a request: (groups, logits float32[B, V], queries kept of the last, of every)."""
+    program: Program,
+    params: Params,
+    groups: Groups,
+    lengths: jax.Array,
+    step: Step,
+    tokens: jax.Array,
+) -> tuple[Groups, jax.Array, tuple[_Kept, _Kept]]:
+    """One token a request: (groups, logits float32[B, V], what is kept of the last, of every)."""
     attention_fn = DecodeAttention(program.layout, program.policy, program.implementation)
     x, state = program.decoder.hidden(
-        params, tokens[:, None], step.lengths[:, None], attention_fn, DecodeState(groups, step, ())
+        params, tokens[:, None], lengths[:, None], attention_fn, DecodeState(groups, step, ())
     )
-    last = _where(program, state.queries, lambda wanted: wanted == 1)
-    every = _where(program, state.queries, lambda wanted: wanted > 1)
-    return state.layers, program.decoder.logits(params, x[:, 0]), (last, every)
+    last, every = [], []
+    for kept, count in zip(state.queries, _num_queries(program), strict=True):
+        last.append(kept if count == 1 else None)
+        every.append(kept if count > 1 else None)
+    return state.layers, program.decoder.logits(params, x[:, 0]), (tuple(last), tuple(every))
 
 
-def _where(program: Program, queries: Any, wanted: Any) -> Queries:
-    """The queries of groups whose number of them is wanted, None for the others."""
-    return tuple(
-        tuple(
-            q if wanted(kind(of.group).num_queries(of)) else None
-            for of, q in zip(program.groups[layer], of_layer, strict=True)
-        )
-        for layer, of_layer in enumerate(queries)
-    )
+def _num_queries(program: Program) -> list[int]:
+    """Of each layer: how many of a chunk's last queries its head groups ask for at most."""
+    return [
+        max(kind(group.group).num_queries(group) for group in groups) for groups in program.groups
+    ]
 
 
-def _no_queries(program: Program) -> Queries:
+def _no_queries(program: Program) -> _Kept:
+    """What `_step` gives as the last of each layer, before there is one."""
     sizes = program.layout.sizes
     shape = sizes.shape
-    queries = tuple(
-        tuple(
-            jnp.zeros(
-                (sizes.batch, len(group.heads), shape.group_size, shape.head_dim), sizes.dtype
-            )
-            for group in groups
-        )
-        for groups in program.layout.groups
-    )
-    return _where(program, queries, lambda wanted: wanted == 1)
+    heads = shape.num_kv_heads * (shape.group_size + 2)
+    nothing = jnp.zeros((sizes.batch, heads, shape.head_dim), sizes.dtype)
+    return tuple(nothing if count == 1 else None for count in _num_queries(program))
 
 
-def _joined(last: Queries, every: Queries) -> Queries:
-    """One tree of both: the last query as a window of one, of groups that want no more."""
-    return tuple(
-        tuple(many if one is None else one[None] for one, many in zip(ones, manies, strict=True))
-        for ones, manies in zip(last, every, strict=True)
-    )
+def _queries(program: Program, last: _Kept, every: _Kept) -> Queries:
+    """Of what was kept of each layer, what its head groups ask for."""
+    shape, found = program.layout.sizes.shape, []
+    for layer, groups in enumerate(program.groups):
+        one, many = last[layer], every[layer]
+        kept = many if one is None else one[None]
+        queries = []
+        for group, named in zip(groups, program.layout.groups[layer], strict=True):
+            count = kind(group.group).num_queries(group)
+            if not count or kept is None:
+                queries.append(None)
+                continue
+            rows = kept[-count:, :, : shape.num_kv_heads * shape.group_size]
+            rows = rows.reshape(*rows.shape[:2], shape.num_kv_heads, shape.group_size, -1)
+            queries.append(jnp.stack([rows[:, :, head] for head in named.heads], axis=2))
+        found.append(tuple(queries))
+    return tuple(found)

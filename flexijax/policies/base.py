@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from flexijax.models.config import AttentionShape
 from flexijax.policies.adaptive import Adaptive
@@ -171,8 +170,8 @@ class PolicyState:
 class Policy(abc.ABC):
     """A cache method: a frozen dataclass of pure functions, hashable, one file each.
 
-    `groups` is all that must be given. What is here besides are the defaults: the first and the
-    newest page always rank highest, no query is observed, the newest tokens stay.
+    `groups` is all that must be given. What is here besides are the defaults: the first page is
+    always attended, no query is observed, the newest tokens stay.
     """
 
     @property
@@ -196,18 +195,14 @@ class Policy(abc.ABC):
         """Whether the queries of each chunk of decode steps are observed at its end."""
         return False
 
+    @property
+    def sink_pages(self) -> int:
+        """How many first pages are attended whatever their score, as the newest one always is."""
+        return 1
+
     @abc.abstractmethod
     def groups(self, layer: int, run: RunSpec) -> tuple[HeadGroup, ...]:
         """How each KV head of a layer is kept; every head is in one group."""
-
-    def rank_pages(self, scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
-        """What pages are chosen by, in a step or at a rerank: float32[B, K, P], -inf for never.
-
-        scores: float32[B, K, P] of the group's page score. lengths: int32[B]. The newest page's
-        score may be anything, so a method says by rule whether to attend to it; of an offloaded
-        head it stays on the device whatever its rank, since its tokens are nowhere else.
-        """
-        return keep_first_and_newest(scores, lengths, page_size=page_size)
 
     def init_state(self, tokens: int) -> PolicyState:
         """What is remembered of a head of which nothing was observed yet; tokens: T."""
@@ -223,17 +218,6 @@ class Policy(abc.ABC):
         Ranks of places without a token (position -1) are ignored.
         """
         return tokens.position.astype(jnp.float32)
-
-
-def keep_first_and_newest(scores: jax.Array, lengths: jax.Array, *, page_size: int) -> jax.Array:
-    """Scores with the first page (the attention sink) and the newest page at +inf.
-
-    scores: float32[B, K, P]; lengths: int32[B]. A free row stays at -inf everywhere.
-    """
-    page = jnp.arange(scores.shape[-1])[None, :]
-    newest = lax.div(lengths - 1, page_size)
-    keep = ((page == 0) | (page == newest[:, None])) & (lengths > 0)[:, None]
-    return jnp.where(keep[:, None, :], jnp.inf, scores)
 
 
 def attention(window: Window) -> jax.Array:

@@ -76,10 +76,10 @@ class MinMax:
             q,
             summaries,
             table.blocks,
-            table.lengths,
+            table.summarized,
             page_size=table.page_size,
             implementation=implementation,
-        )
+        )[:, :, None]
 
 
 def _outward(bounds: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
+from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,13 @@ class PageTable:
 
     blocks: jax.Array  # int32[B, P], the block of each page; anything beyond a request's own
     lengths: jax.Array  # int32[B], tokens of each request, 0 for a free row
+    summarized: jax.Array  # int32[B], tokens of those of its pages that have a summary: full ones
     page_size: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of_full_pages(cls, blocks: jax.Array, lengths: jax.Array, page_size: int) -> PageTable:
+        """Where every full page has a summary."""
+        return cls(blocks, lengths, lengths - lax.rem(lengths, page_size), page_size)
 
 
 class PageScore(Protocol):
@@ -68,8 +75,10 @@ class PageScore(Protocol):
         scale: float,
         implementation: str | None,
     ) -> jax.Array:
-        """q [B, K, G, H], unscaled, state [B, K, ...] -> float32[B, K, P].
+        """q [B, K, G, H], unscaled, state [B, K, ...] -> float32[B, K, 1, P] or [B, K, G, P].
 
-        -inf beyond the request; the newest page's score may be anything. scale: of the logits.
+        One score for all query heads is the page's rank. G of them are logs of the attention mass
+        that each head gives to the page, up to a constant of the head; the rank is the mean share.
+        -inf for pages without a summary. scale: of the logits.
         """
         ...

@@ -60,25 +60,15 @@ class Sketch:
         scale: float,
         implementation: str | None,
     ) -> jax.Array:
-        """See `PageScore.scores`; the newest page is scored once it is full."""
-        logits = dispatch.sketch_scores(
-            sketches.prepare(q, state, bits=self.bits, scale=scale),
+        """See `PageScore.scores`: of each query head, the log of its summed exponentials."""
+        query = dispatch.sketch_query(
+            q, state, bits=self.bits, scale=scale, implementation=implementation
+        )
+        return dispatch.sketch_scores(
+            query,
             summaries,
             table.blocks,
-            table.lengths,
+            table.summarized,
             page_size=table.page_size,
             implementation=implementation,
         )
-        return log_mass(logits)
-
-
-def log_mass(logits: jax.Array) -> jax.Array:
-    """Log of the share of attention that each page gets, mean over the query heads.
-
-    logits: float32[B, K, G, P], per page the log of its summed exponentials, -inf for none.
-    Returns float32[B, K, P]; -inf where every query head has -inf.
-    """
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # Not inf - inf where there is no page at all.
-    shares = jnp.where(jnp.isneginf(logits), -jnp.inf, logits - total)
-    return jax.nn.logsumexp(shares, axis=2) - jnp.log(float(logits.shape[2]))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flexijax.pallas_kernels.page_selection.xla import attended_first, page_ranks
 from flexijax.policies.base import (
     HeadGroup,
     Policy,
@@ -18,7 +19,6 @@ from flexijax.policies.base import (
     Tokens,
     Window,
     attention,
-    keep_first_and_newest,
 )
 from flexijax.policies.page_score import PageScore, PageShape, PageTable
 
@@ -82,10 +82,11 @@ class Recording(Policy):
         lengths = window.position + 1  # [R], 0 for no query
         if self.score is None:
             first = jnp.arange(per_page.shape[1]) * self.page.page_size
-            scores = jnp.where(first < lengths[:, None], per_page, -jnp.inf)[:, None]
+            ranks = jnp.where(first < lengths[:, None], per_page, -jnp.inf)[:, None]
         else:
-            scores = self._scores(self.score, window, pages, fitted, lengths)
-        ranks = keep_first_and_newest(scores, lengths, page_size=self.page.page_size)[:, 0]
+            ranks = page_ranks(self._scores(self.score, window, pages, fitted, lengths))
+        size = self.page.page_size
+        ranks = attended_first(ranks, lengths, lengths, page_size=size, sinks=self.sink_pages)[:, 0]
         best, ids = lax.top_k(ranks, choices.pages.shape[1])
         held = jnp.cumsum(jnp.take_along_axis(per_page, ids, axis=1), axis=1)
         mass = jnp.stack([held[:, budget - 1] for budget in self.budgets], axis=-1)
@@ -95,14 +96,14 @@ class Recording(Policy):
     def _scores(
         self, score: PageScore, window: Window, pages: jax.Array, fitted: Any, lengths: jax.Array
     ) -> jax.Array:
-        """float32[R, 1, P]: each step scored as a request of its own over the same pages."""
+        """float32[R, 1, G, P]: each step scored as a request of its own over the same pages."""
         steps, count = lengths.shape[0], pages.shape[0]
         blocks = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (steps, count))
         return score.scores(
             window.q.swapaxes(0, 1)[:, None],
             score.summarize(pages, fitted),
             jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (steps, *leaf.shape)), fitted),
-            PageTable(blocks, lengths, self.page.page_size),
+            PageTable.of_full_pages(blocks, lengths, self.page.page_size),
             scale=self.scale,
             implementation=None,
         )

@@ -30,7 +30,7 @@ def sketch_scores(
     page_size: int,
 ) -> jax.Array:
     """float32[B, K, G, P], -inf where a page is not full; see `dispatch.sketch_scores`."""
-    batch, heads, group, _ = query.weights.shape
+    batch, heads, group = query.unit.shape
     pages = block_table.shape[1]
     bits, words = codes.shape[2:4]
     config = TuningConfig.choose(pages=pages, page_size=page_size, group=group, heads=batch * heads)
@@ -86,4 +86,4 @@ def sketch_scores(
         out_shape=jax.ShapeDtypeStruct((batch, heads, group, pages), jnp.float32),
         num_warps=config.num_warps,
         num_stages=1,
-    )(lanes.pack(query.weights), query.offset, query.unit, codes, block_table, lengths)
+    )(lanes.packed(query.weights), query.offset, query.unit, codes, block_table, lengths)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from flexijax.pallas_kernels import lanes, platform
 from flexijax.pallas_kernels.sketch_scores.tuning import TuningConfig
-from flexijax.pallas_kernels.sketches import SketchQuery, words
+from flexijax.pallas_kernels.sketches import WORD, SketchQuery, words
 
 
 @triton.jit
@@ -130,14 +130,20 @@ def sketch_scores(
     page_size: int,
 ) -> jax.Array:
     """float32[B, K, G, P], -inf where a page is not full; see `dispatch.sketch_scores`."""
-    batch, heads, group, width = query.weights.shape
+    batch, heads, group = query.unit.shape
     pages = block_table.shape[1]
     bits = codes.shape[2]
     constants = options(
-        batch=batch, heads=heads, group=group, width=width, pages=pages, page=page_size, bits=bits
+        batch=batch,
+        heads=heads,
+        group=group,
+        width=codes.shape[3] * WORD,
+        pages=pages,
+        page=page_size,
+        bits=bits,
     )
     [scores] = platform.triton_call(
-        lanes.pack(query.weights),
+        lanes.packed(query.weights),
         query.offset,
         query.unit,
         codes,

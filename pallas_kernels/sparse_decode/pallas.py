@@ -6,18 +6,20 @@ the 16 rows of a tensor core. A head's pages are split over several programs, so
 one fills the GPU, and a second small kernel merges the parts by their log-sum-exp.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.online_softmax import (
+    LOG2_E,
+    empty_carry,
+    load_query,
+    normalized,
+    softmax_over,
+)
 from flexijax.pallas_kernels.platform import pltriton
 from flexijax.pallas_kernels.sparse_decode.tuning import MIN_ROWS, TuningConfig
-
-_LOG2_E = math.log2(math.e)
 
 
 def paged_decode(
@@ -103,7 +105,7 @@ def _decode(
             out_ref,
             lse_ref,
             page=page,
-            scale=scale * _LOG2_E,
+            scale=scale * LOG2_E,
             config=config,
         )
 
@@ -139,81 +141,38 @@ def _attend(
     split, head, request = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     _, num_heads, group, width = q_ref.shape
     pages = counts_ref.shape[2]
-    block, padded = config.block_tokens, pl.next_power_of_2(width)
     rows = max(MIN_ROWS, pl.next_power_of_2(group))
+    q = load_query(q_ref, (request, head), 0, group, rows, width).astype(k_ref.dtype)
 
-    row, column = jnp.arange(rows), jnp.arange(padded)
-    in_width = (column < width)[None, :]
-    in_group = (row < group)[:, None] & in_width
-    q = pltriton.load(
-        q_ref.at[request, head, row[:, None], column[None, :]], mask=in_group, other=0.0
-    ).astype(k_ref.dtype)
-    # Without this, float32 would be rounded to ten bits of mantissa on its way into tensor cores.
-    precision = platform.float32_precision() if k_ref.dtype == jnp.float32 else None
-
-    def step(i, carry):
-        peak, total, out = carry
-        token = (split * config.steps + i) * block + jnp.arange(block)
-        index, place = token // page, token % page  # [block]
-        listed = index < pages
+    def source(index, listed):
         count = pltriton.load(counts_ref.at[request, head, index], mask=listed, other=0)
-        valid = place < count
-        # What is not valid may hold anything, and 0 * NaN is NaN. Values are read under a mask;
-        # keys only decide logits of their own, which are dropped.
         if ids_ref is None:
-            stored = (request * num_heads + head) * pages + index
-            # One condition for the whole block: with one per token, loads along the tokens would
-            # shrink from 128 bits to single numbers.
-            needed = (jnp.max(count) > 0) & (token < pages * page)
-            k = pltriton.load(
-                k_ref.at[request, head, column[:, None], token[None, :]],
-                mask=(column < width)[:, None] & needed[None, :],
-                other=0.0,
-            )
-            logits = scale * _dot(q, k, (1, 0), precision)
-        else:
-            block_id = pltriton.load(ids_ref.at[request, head, index], mask=listed, other=0)
-            stored = block_id * num_heads + head
-            valid &= block_id >= 0
-            k = pltriton.load(
-                k_ref.at[(stored * page + place)[:, None], column[None, :]],
-                mask=valid[:, None] & in_width,
-                other=0.0,
-            )
-            logits = scale * _dot(q, k, (1, 1), precision)
-        v = pltriton.load(
-            v_ref.at[(stored * page + place)[:, None], column[None, :]],
-            mask=valid[:, None] & in_width,
-            other=0.0,
-        )
-        logits = jnp.where(valid[None, :], logits, -jnp.inf)
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
-        safe = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-        shrink = jnp.exp2(peak - safe)
-        weights = jnp.exp2(logits - safe[:, None])
-        total = total * shrink + jnp.sum(weights, axis=1)
-        out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v, (1, 0), precision)
-        return new_peak, total, out
+            return count, (request * num_heads + head) * pages + index
+        block_id = pltriton.load(ids_ref.at[request, head, index], mask=listed, other=0)
+        return jnp.where(block_id >= 0, count, 0), block_id * num_heads + head
 
-    carry = (
-        jnp.full((rows,), -jnp.inf, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-        jnp.zeros((rows, padded), jnp.float32),
+    carry = softmax_over(
+        q,
+        k_ref,
+        v_ref,
+        source,
+        empty_carry(rows, width),
+        split=split,
+        at=(request, head) if ids_ref is None else None,
+        pages=pages,
+        page=page,
+        width=width,
+        scale=scale,
+        config=config,
     )
-    peak, total, out = lax.fori_loop(0, config.steps, step, carry)
-    out = out / jnp.where(total == 0.0, 1.0, total)[:, None]
-    lse = jnp.where(total == 0.0, -jnp.inf, (peak + jnp.log2(total)) / _LOG2_E)
+    out, lse = normalized(carry)
+    row, column = jnp.arange(rows), jnp.arange(out.shape[1])
     pltriton.store(
         out_ref.at[split, request, head, row[:, None], column[None, :]],
         out.astype(out_ref.dtype),
-        mask=in_group,
+        mask=(row < group)[:, None] & (column < width)[None, :],
     )
     pltriton.store(lse_ref.at[split, request, head, row], lse, mask=row < group)
-
-
-def _dot(a, b, contract, precision):
-    axes = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def merge_splits(

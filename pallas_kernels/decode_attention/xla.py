@@ -1,0 +1,40 @@
+"""A layer's decode attention store by store: the token is written, then all of it is attended.
+
+Also the form of implementation="triton", whose kernels attend what XLA has written.
+"""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from flexijax.pallas_kernels.sparse_decode import xla
+from flexijax.pallas_kernels.stores import PageStore, Store, of_heads
+
+
+def decode_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    stores: tuple[Store, ...],
+    *,
+    scale: float,
+    kernels: ModuleType = xla,
+) -> tuple[jax.Array, tuple[Store, ...]]:
+    """See `dispatch.decode_attention`; kernels: `sparse_decode`'s implementation."""
+    outs, heads, kept = [], [], []
+    for store in stores:
+        of_store, new_k, new_v = (of_heads(x, store.heads) for x in (q, k, v))
+        store = store.append(new_k, new_v)
+        if isinstance(store, PageStore):
+            ids, counts = store.listed()
+            out, _ = kernels.paged_decode(of_store, store.k, store.v, ids, counts, scale=scale)
+        else:
+            counts = store.counts()
+            out, _ = kernels.slot_decode(of_store, store.k, store.v, counts, scale=scale)
+        outs.append(out)
+        heads += store.heads
+        kept.append(store)
+    # Back from the stores' order of heads to the model's.
+    place = tuple(heads.index(head) for head in range(len(heads)))
+    return of_heads(jnp.concatenate(outs, axis=1), place), tuple(kept)
