@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.sketches import SPACING, SketchQuery, words
+from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
 
 
@@ -52,11 +52,7 @@ def check_sketch_scores(
         block_table=(block_table, "B P"),
         lengths=(lengths, "B"),
     )
-    if sizes["bits"] not in SPACING:
-        raise ValueError(
-            f"codes has shape {codes.shape}: bits must be one of {tuple(SPACING)}, "
-            f"got {sizes['bits']}"
-        )
+    _check_bits(codes, sizes["bits"])
     _check_dtype("weights", query.weights, jnp.int8)
     _check_dtype("offset", query.offset, jnp.float32)
     _check_dtype("unit", query.unit, jnp.float32)
@@ -64,6 +60,41 @@ def check_sketch_scores(
     _check_dtype("block_table", block_table, jnp.int32)
     _check_dtype("lengths", lengths, jnp.int32)
     _check_page_size(page_size)
+
+
+def check_paged_encode(
+    codes: jax.Array, code: SketchCode, k_pages: jax.Array, block: jax.Array
+) -> None:
+    """The arguments of `dispatch_rerank.paged_encode`."""
+    axis_sizes(
+        mean=(code.mean, "B K H"),
+        k_pages=(k_pages, "blocks K page H"),
+        block=(block, "B E"),
+    )
+    _check_encode(codes, code, k_pages, k_pages.shape[2])
+    axis_sizes(k_pages=(k_pages, "blocks K page H"), codes=(codes, "blocks K bits W page"))
+    _check_dtype("block", block, jnp.int32)
+
+
+def check_slot_encode(
+    codes: jax.Array,
+    code: SketchCode,
+    k_slots: jax.Array,
+    slot_page: jax.Array,
+    page: jax.Array,
+    block: jax.Array,
+) -> None:
+    """The arguments of `dispatch_rerank.slot_encode`."""
+    axis_sizes(
+        mean=(code.mean, "B K H"),
+        k_slots=(k_slots, "B K H S page"),
+        slot_page=(slot_page, "B K S"),
+        page=(page, "B E"),
+        block=(block, "B E"),
+    )
+    _check_encode(codes, code, k_slots, k_slots.shape[4])
+    for name, array in (("slot_page", slot_page), ("page", page), ("block", block)):
+        _check_dtype(name, array, jnp.int32)
 
 
 def check_paged_decode(
@@ -166,6 +197,27 @@ def _check_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> 
         raise ValueError(f"keys and values must have one dtype, got {k.dtype} and {v.dtype}")
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
+
+
+def _check_encode(codes: jax.Array, code: SketchCode, keys: jax.Array, page_size: int) -> None:
+    sizes = axis_sizes(
+        mean=(code.mean, "B K H"),
+        step=(code.step, "B K H"),
+        codes=(codes, f"blocks K bits {words(code.mean.shape[-1])} {page_size}"),
+    )
+    _check_bits(codes, sizes["bits"])
+    _check_dtype("mean", code.mean, jnp.float32)
+    _check_dtype("step", code.step, jnp.float32)
+    _check_dtype("codes", codes, jnp.uint32)
+    _check_float("keys", keys)
+    _check_page_size(page_size)
+
+
+def _check_bits(codes: jax.Array, bits: int) -> None:
+    if bits not in SPACING:
+        raise ValueError(
+            f"codes has shape {codes.shape}: bits must be one of {tuple(SPACING)}, got {bits}"
+        )
 
 
 def _check_tiers(

@@ -1,28 +1,21 @@
 """The public operations: check the arguments, then choose who computes.
 
-An operation is a folder, an implementation a file in it, such as `page_scores/triton.py`.
-`implementation` is None (Pallas on a GPU, XLA elsewhere), "xla", "pallas" (on a CPU in interpret
-mode: slow, for tests) or "triton" (jax-triton, GPU only). A named one that cannot run raises.
+What `implementation` means is in `implementations.py`; what only a rerank calls, beside the moves
+between the tiers, is in `dispatch_rerank.py`.
 
 Two operations know fewer: `prefill_attention` has neither a Pallas nor a Triton kernel and maps
 those names to cuDNN or XLA, as it says; moves between the tiers are Pallas kernels only.
 """
 
-import importlib
-import importlib.util
-from types import ModuleType
 from typing import Literal, overload
 
 import jax
 
-from flexijax.pallas_kernels import checks, platform
+from flexijax.pallas_kernels import checks
+from flexijax.pallas_kernels.implementations import choose, module_of
 from flexijax.pallas_kernels.partials import merge as merge
 from flexijax.pallas_kernels.sketches import SketchQuery
 from flexijax.pallas_kernels.summaries import Summaries
-
-# "pallas" and "triton" are one kernel written twice for GPUs: jax deprecates Pallas through Triton,
-# and both are kept only until it is gone; then "triton" stays.
-IMPLEMENTATIONS = ("xla", "pallas", "triton")
 
 
 def page_scores(
@@ -50,7 +43,7 @@ def page_scores(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_page_scores(q, summaries, block_table, lengths, page_size)
-    module = _module("page_scores", _choose(implementation))
+    module = module_of("page_scores", choose(implementation))
     return module.page_scores(q, summaries, block_table, lengths, page_size=page_size)
 
 
@@ -77,7 +70,7 @@ def sketch_scores(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_sketch_scores(query, codes, block_table, lengths, page_size)
-    module = _module("sketch_scores", _choose(implementation))
+    module = module_of("sketch_scores", choose(implementation))
     return module.sketch_scores(query, codes, block_table, lengths, page_size=page_size)
 
 
@@ -105,7 +98,7 @@ def paged_decode(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_paged_decode(q, k_pages, v_pages, block_ids, token_counts, scale)
-    module = _module("sparse_decode", _choose(implementation))
+    module = module_of("sparse_decode", choose(implementation))
     return module.paged_decode(q, k_pages, v_pages, block_ids, token_counts, scale=scale)
 
 
@@ -131,7 +124,7 @@ def slot_decode(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_slot_decode(q, k_slots, v_slots, token_counts, scale)
-    module = _module("sparse_decode", _choose(implementation))
+    module = module_of("sparse_decode", choose(implementation))
     return module.slot_decode(q, k_slots, v_slots, token_counts, scale=scale)
 
 
@@ -191,10 +184,10 @@ def prefill_attention(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_prefill_attention(q, k, v, scale)
-    named, cudnn = _choose(implementation), _module("prefill", "cudnn")
+    named, cudnn = choose(implementation), module_of("prefill", "cudnn")
     if named != "xla" and not return_lse and cudnn.fits(q):
         return cudnn.prefill_attention(q, k, v, start, scale=scale)
-    xla = _module("prefill", "xla")
+    xla = module_of("prefill", "xla")
     out, lse = xla.prefill_attention(q, k, v, start, scale=scale, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
@@ -221,7 +214,7 @@ def promote(
       ValueError: shapes or dtypes do not fit.
     """
     checks.check_promote(slots_k, slots_v, host_k, host_v, load)
-    return _module("page_moves", "pallas").promote(slots_k, slots_v, host_k, host_v, load)
+    return module_of("page_moves", "pallas").promote(slots_k, slots_v, host_k, host_v, load)
 
 
 def offload(
@@ -251,24 +244,5 @@ def offload(
       ValueError: shapes or dtypes do not fit.
     """
     checks.check_offload(host_k, host_v, slots_k, slots_v, store_block, store_slot)
-    module = _module("page_moves", "pallas")
+    module = module_of("page_moves", "pallas")
     return module.offload(host_k, host_v, slots_k, slots_v, store_block, store_slot)
-
-
-def _choose(implementation: str | None) -> str:
-    chosen = platform.default_implementation() if implementation is None else implementation
-    if chosen not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {chosen!r}")
-    if chosen == "triton":
-        if importlib.util.find_spec("jax_triton") is None:
-            raise ValueError(
-                "implementation='triton' needs jax-triton: pip install 'flexijax[cuda12]'"
-            )
-        if not platform.is_gpu():
-            raise ValueError("implementation='triton' runs on NVIDIA GPUs only, not on this device")
-    return chosen
-
-
-def _module(operation: str, name: str) -> ModuleType:
-    """An operation's implementation, imported when first used: Triton and cuDNN are optional."""
-    return importlib.import_module(f"flexijax.pallas_kernels.{operation}.{name}")

@@ -225,6 +225,7 @@ def test_triton_that_cannot_run_raises():
 FILES = {
     "page_scores": {"pallas", "triton", "xla"},
     "sketch_scores": {"pallas", "triton", "xla"},
+    "sketch_encode": {"pallas", "xla"},
     "sparse_decode": {"pallas", "triton", "xla"},
     "prefill": {"cudnn", "xla"},
     "page_moves": {"pallas"},

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.cache.arrays import Prompt, Step, zeros
+from flexijax.cache.arrays import Chunk, Prompt, Step, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.pallas_kernels import dispatch
-from flexijax.policies.page_score import PageTable
+from flexijax.policies.page_score import FilledPages, PageTable
 
 
 @jax.tree_util.register_dataclass
@@ -112,8 +112,26 @@ def commit(
 
 
 def num_queries(program: GroupProgram) -> int:
-    """None: nothing is left to do at the end of a chunk."""
+    """How many of a chunk's last queries `end_chunk` asks for: none, it chooses nothing."""
     return 0
+
+
+def has_chunk_end(program: GroupProgram) -> bool:
+    """Whether `end_chunk` has anything to do."""
+    return True
+
+
+def end_chunk(
+    program: GroupProgram, group: SelectedGroup, host: None, stats: None, chunk: Chunk
+) -> tuple[SelectedGroup, None, None]:
+    """Summarises the pages that filled up, those of requests that ended in this chunk too."""
+    summaries = program.score.update(
+        group.summaries,
+        group.score_state,
+        FilledPages(group.k, None, chunk.filled_page, chunk.filled_block),
+        implementation=program.implementation,
+    )
+    return dataclasses.replace(group, summaries=summaries), None, None
 
 
 def top_pages(ranks: jax.Array, count: int) -> jax.Array:

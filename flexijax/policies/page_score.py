@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import jax
 
+from flexijax.pallas_kernels.filled import keys_in_blocks, keys_in_slots, set_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class PageShape:
@@ -25,6 +27,22 @@ class PageTable:
     blocks: jax.Array  # int32[B, P], the block of each page; anything beyond a request's own
     lengths: jax.Array  # int32[B], tokens of each request, 0 for a free row
     page_size: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FilledPages:
+    """Pages of a batch of requests that have filled up, with their keys where they lie.
+
+    k: a pool [blocks, K, page, H], read by block, where slot_page is None; else the heads' slots
+    [B, K, H, S, page]. slot_page: int32[B, K, S], the page in each slot, -1 for none. page, block:
+    int32[B, E], -1 for none.
+    """
+
+    k: jax.Array
+    slot_page: jax.Array | None
+    page: jax.Array
+    block: jax.Array
 
 
 class PageScore(Protocol):
@@ -58,6 +76,16 @@ class PageScore(Protocol):
         """
         ...
 
+    def update(
+        self, summaries: Any, state: Any, filled: FilledPages, *, implementation: str | None
+    ) -> Any:
+        """The summaries with those of pages that filled up, in their blocks' rows.
+
+        Leaves [blocks, K, ...], to be donated; state: leaves [B, K, ...]. What `summarize` makes of
+        them; `update_by_summaries` is enough where no kernel does it.
+        """
+        ...
+
     def scores(
         self,
         q: jax.Array,
@@ -73,3 +101,19 @@ class PageScore(Protocol):
         -inf beyond the request; the newest page's score may be anything. scale: of the logits.
         """
         ...
+
+
+def update_by_summaries(
+    score: PageScore,
+    summaries: Any,
+    state: Any,
+    filled: FilledPages,
+    *,
+    implementation: str | None,
+) -> Any:
+    """`PageScore.update` by `PageScore.summarize`: keys are gathered, summaries scattered."""
+    if filled.slot_page is None:
+        keys, block = keys_in_blocks(filled.k, filled.block)
+    else:
+        keys, block = keys_in_slots(filled.k, filled.slot_page, filled.page, filled.block)
+    return set_rows(summaries, block, score.summarize(keys, state))
