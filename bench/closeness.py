@@ -31,7 +31,7 @@ from flexijax.models.load import load
 from flexijax.policies.adaptive import Adaptive
 from flexijax.policies.base import Policy
 from flexijax.policies.flexi import Flexi
-from flexijax.policies.page_score import PageScore, PageShape, PageTable
+from flexijax.policies.page_score import PageScore, PageShape, PageTable, update_by_summaries
 from flexijax.policies.quest import Quest
 from flexijax.profiles.documents import read_documents
 
@@ -64,6 +64,8 @@ class Recent:
     def summarize(self, k_pages: jax.Array, state: object = ()) -> jax.Array:
         """Zeros [..., 1]: see `PageScore`."""
         return jnp.zeros((*k_pages.shape[:-2], 1), jnp.int8)
+
+    update = update_by_summaries
 
     def scores(
         self,

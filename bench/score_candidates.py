@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from bench.score_fitted import Early, LowRank, Product, SketchMax
 from flexijax.pallas_kernels import platform
 from flexijax.policies.minmax import MinMax
-from flexijax.policies.page_score import PageScore, PageShape, PageTable
+from flexijax.policies.page_score import PageScore, PageShape, PageTable, update_by_summaries
 from flexijax.policies.sketch import Sketch
 
 
@@ -47,6 +47,8 @@ class Candidate:
     def summarize(self, k_pages: jax.Array, state: Any) -> jax.Array:
         """See `PageScore.summarize`."""
         return self.of_page(k_pages.astype(jnp.float32)).astype(jnp.bfloat16)
+
+    update = update_by_summaries
 
     def scores(
         self,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from flexijax.pallas_kernels import dispatch, platform, sketches
 from flexijax.pallas_kernels.sketches import SketchCode
-from flexijax.policies.page_score import PageScore, PageShape, PageTable
+from flexijax.policies.page_score import PageScore, PageShape, PageTable, update_by_summaries
 from flexijax.policies.sketch import Sketch
 
 
@@ -37,6 +37,8 @@ class Early:
     def summarize(self, k_pages: jax.Array, state: Any) -> Any:
         """See `PageScore.summarize`."""
         return self.score.summarize(k_pages, state)
+
+    update = update_by_summaries
 
     def scores(self, *args: Any, **options: Any) -> jax.Array:
         """See `PageScore.scores`."""
@@ -105,6 +107,8 @@ class LowRank:
         """See `PageScore.summarize`."""
         basis, code = state
         return sketches.encode(_projected(k_pages, basis), code, bits=self.bits)
+
+    update = update_by_summaries
 
     def scores(
         self,
@@ -176,6 +180,8 @@ class Product:
         centroids = jnp.broadcast_to(state, (*lead, *state.shape[-3:]))
         code = _nearest(parts.swapaxes(-2, -3), centroids).swapaxes(-1, -2).astype(jnp.uint8)
         return code[..., 0::2] | (code[..., 1::2] << jnp.uint8(4))
+
+    update = update_by_summaries
 
     def scores(
         self,

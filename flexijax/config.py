@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass
 
 from flexijax import policies
-from flexijax.pallas_kernels.dispatch import IMPLEMENTATIONS
+from flexijax.pallas_kernels.implementations import IMPLEMENTATIONS
 from flexijax.policies.adaptive import Adaptive
 from flexijax.policies.base import Policy
 from flexijax.profiles.head_profile import HeadProfile

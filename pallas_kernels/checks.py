@@ -3,102 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery, words
 from flexijax.pallas_kernels.stores import PageStore, Store
-from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
-
-
-def check_page_scores(
-    q: jax.Array, summaries: Summaries, block_table: jax.Array, lengths: jax.Array, page_size: int
-) -> None:
-    """The arguments of `dispatch.page_scores`."""
-    quantized = isinstance(summaries, QuantizedSummaries)
-    values = summaries.values if quantized else summaries
-    sizes = axis_sizes(
-        q=(q, "B K G H"),
-        summaries=(values, "blocks K 2 H"),
-        block_table=(block_table, "B P"),
-        lengths=(lengths, "B"),
-    )
-    if quantized:
-        groups = sizes["H"] // group_size(sizes["H"])
-        if summaries.exponents.shape != (*values.shape[:3], groups):
-            raise ValueError(
-                f"summaries.exponents has shape {summaries.exponents.shape}, expected "
-                f"{(*values.shape[:3], groups)} beside summaries.values of shape {values.shape}"
-            )
-        _check_dtype("summaries.values", values, jnp.int8)
-        _check_dtype("summaries.exponents", summaries.exponents, jnp.uint8)
-    else:
-        _check_float("summaries", values)
-    _check_float("q", q)
-    _check_dtype("block_table", block_table, jnp.int32)
-    _check_dtype("lengths", lengths, jnp.int32)
-    _check_page_size(page_size)
-
-
-def check_sketch_query(q: jax.Array, code: SketchCode, bits: int, scale: float) -> None:
-    """The arguments of `dispatch.sketch_query`."""
-    axis_sizes(q=(q, "B K G H"), mean=(code.mean, "B K H"), step=(code.step, "B K H"))
-    _check_float("q", q)
-    _check_dtype("mean", code.mean, jnp.float32)
-    _check_dtype("step", code.step, jnp.float32)
-    if bits not in SPACING:
-        raise ValueError(f"bits must be one of {tuple(SPACING)}, got {bits}")
-    _check_scale(scale)
-
-
-def check_sketch_scores(
-    query: SketchQuery,
-    codes: jax.Array,
-    block_table: jax.Array,
-    lengths: jax.Array,
-    page_size: int,
-) -> None:
-    """The arguments of `dispatch.sketch_scores`."""
-    packed = query.weights.dtype == jnp.int32
-    width = "W" if packed else str(words(query.weights.shape[-1]))
-    sizes = axis_sizes(
-        weights=(query.weights, "B K G W 8" if packed else "B K G H"),
-        offset=(query.offset, "B K G"),
-        unit=(query.unit, "B K G"),
-        codes=(codes, f"blocks K bits {width} {page_size}"),
-        block_table=(block_table, "B P"),
-        lengths=(lengths, "B"),
-    )
-    if sizes["bits"] not in SPACING:
-        raise ValueError(
-            f"codes has shape {codes.shape}: bits must be one of {tuple(SPACING)}, "
-            f"got {sizes['bits']}"
-        )
-    if not packed:
-        _check_dtype("weights", query.weights, jnp.int8)
-    _check_dtype("offset", query.offset, jnp.float32)
-    _check_dtype("unit", query.unit, jnp.float32)
-    _check_dtype("codes", codes, jnp.uint32)
-    _check_dtype("block_table", block_table, jnp.int32)
-    _check_dtype("lengths", lengths, jnp.int32)
-    _check_page_size(page_size)
-
-
-def check_select_pages(
-    scores: jax.Array,
-    lengths: jax.Array,
-    scored: jax.Array,
-    count: int,
-    newer: int,
-    sinks: int,
-    page_size: int,
-) -> None:
-    """The arguments of `dispatch.select_pages`."""
-    axis_sizes(scores=(scores, "B K G P"), lengths=(lengths, "B"), scored=(scored, "B"))
-    _check_dtype("scores", scores, jnp.float32)
-    _check_dtype("lengths", lengths, jnp.int32)
-    _check_dtype("scored", scored, jnp.int32)
-    _check_page_size(page_size)
-    for name, value, least in (("count", count, 1), ("newer", newer, 0), ("sinks", sinks, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value} of select_pages must be at least {least}")
 
 
 def check_paged_decode(
@@ -118,9 +23,9 @@ def check_paged_decode(
         token_counts=(token_counts, "B K n"),
     )
     _check_attention(q, k_pages, v_pages, scale)
-    _check_page_size(k_pages.shape[2])
-    _check_dtype("block_ids", block_ids, jnp.int32)
-    _check_dtype("token_counts", token_counts, jnp.int32)
+    check_page_size(k_pages.shape[2])
+    check_dtype("block_ids", block_ids, jnp.int32)
+    check_dtype("token_counts", token_counts, jnp.int32)
 
 
 def check_slot_decode(
@@ -134,8 +39,8 @@ def check_slot_decode(
         token_counts=(token_counts, "B K S"),
     )
     _check_attention(q, k_slots, v_slots, scale)
-    _check_page_size(k_slots.shape[4])
-    _check_dtype("token_counts", token_counts, jnp.int32)
+    check_page_size(k_slots.shape[4])
+    check_dtype("token_counts", token_counts, jnp.int32)
 
 
 def check_decode_attention(
@@ -148,7 +53,7 @@ def check_decode_attention(
         raise ValueError(f"stores name heads {named}; each of 0 .. {sizes['K'] - 1} must be in one")
     if len({store.page_size for store in stores}) > 1:
         raise ValueError(f"stores differ in page size: {[store.page_size for store in stores]}")
-    _check_page_size(stores[0].page_size)
+    check_page_size(stores[0].page_size)
     rows, width = sizes["B"], sizes["H"]
     for store in stores:
         heads = len(store.heads)
@@ -170,7 +75,7 @@ def check_decode_attention(
                 axes["slot_page"] = (store.slot_page, f"{rows} {heads} S")
         axis_sizes(**axes)
         for name in axes.keys() - {"k", "v"}:
-            _check_dtype(name, axes[name][0], jnp.int32)
+            check_dtype(name, axes[name][0], jnp.int32)
         for array in (store.k, store.v):
             if array.dtype != k.dtype or array.dtype != v.dtype:
                 raise ValueError(
@@ -191,7 +96,7 @@ def check_promote(
     """The arguments of `dispatch.promote`."""
     _check_tiers(slots_k, slots_v, host_k, host_v)
     axis_sizes(slots_v=(slots_v, "B K S page H"), load=(load, "B K S"))
-    _check_dtype("load", load, jnp.int32)
+    check_dtype("load", load, jnp.int32)
 
 
 def check_offload(
@@ -209,8 +114,8 @@ def check_offload(
         store_block=(store_block, "B E"),
         store_slot=(store_slot, "B K E"),
     )
-    _check_dtype("store_block", store_block, jnp.int32)
-    _check_dtype("store_slot", store_slot, jnp.int32)
+    check_dtype("store_block", store_block, jnp.int32)
+    check_dtype("store_slot", store_slot, jnp.int32)
 
 
 def axis_sizes(**arrays: tuple[jax.Array, str]) -> dict[str, int]:
@@ -237,13 +142,14 @@ def axis_sizes(**arrays: tuple[jax.Array, str]) -> dict[str, int]:
 
 def _check_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
     for name, array in (("q", q), ("keys", k), ("values", v)):
-        _check_float(name, array)
+        check_float(name, array)
     if k.dtype != v.dtype:
         raise ValueError(f"keys and values must have one dtype, got {k.dtype} and {v.dtype}")
-    _check_scale(scale)
+    check_scale(scale)
 
 
-def _check_scale(scale: float) -> None:
+def check_scale(scale: float) -> None:
+    """Positive and finite."""
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
 
@@ -262,16 +168,19 @@ def _check_tiers(
         raise ValueError(f"slots and host pages must have one dtype, got {sorted(dtypes)}")
 
 
-def _check_float(name: str, array: jax.Array) -> None:
+def check_float(name: str, array: jax.Array) -> None:
+    """Of a dtype that is computed with."""
     if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
 
 
-def _check_dtype(name: str, array: jax.Array, dtype: type) -> None:
+def check_dtype(name: str, array: jax.Array, dtype: type) -> None:
+    """Of that dtype."""
     if array.dtype != dtype:
         raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {array.dtype}")
 
 
-def _check_page_size(page_size: int) -> None:
+def check_page_size(page_size: int) -> None:
+    """A power of two."""
     if page_size < 1 or page_size & (page_size - 1):
         raise ValueError(f"page size must be a power of two, got {page_size}")

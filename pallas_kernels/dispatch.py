@@ -1,157 +1,25 @@
 """The public operations: check the arguments, then choose who computes.
 
-An operation is a folder, an implementation a file in it, such as `page_scores/triton.py`.
-`implementation` is None (Pallas on a GPU, XLA elsewhere), "xla", "pallas" (on a CPU in interpret
-mode: slow, for tests) or "triton" (jax-triton, GPU only). A named one that cannot run raises.
+What `implementation` means is in `implementations.py`. Those that choose pages are in
+`dispatch_scores.py`, and those that only a rerank calls, beside the moves between the tiers, in
+`dispatch_rerank.py`.
 
 Two operations know fewer: `prefill_attention` has neither a Pallas nor a Triton kernel and maps
 those names to cuDNN or XLA, as it says; moves between the tiers are Pallas kernels only.
 """
 
-import importlib
-import importlib.util
-from types import ModuleType
 from typing import Literal, overload
 
 import jax
 
-from flexijax.pallas_kernels import checks, platform
+from flexijax.pallas_kernels import checks
+from flexijax.pallas_kernels.dispatch_scores import page_scores as page_scores
+from flexijax.pallas_kernels.dispatch_scores import select_pages as select_pages
+from flexijax.pallas_kernels.dispatch_scores import sketch_query as sketch_query
+from flexijax.pallas_kernels.dispatch_scores import sketch_scores as sketch_scores
+from flexijax.pallas_kernels.implementations import choose, module_of
 from flexijax.pallas_kernels.partials import merge as merge
-from flexijax.pallas_kernels.sketches import SketchCode, SketchQuery
 from flexijax.pallas_kernels.stores import Store
-from flexijax.pallas_kernels.summaries import Summaries
-
-# "pallas" and "triton" are one kernel written twice for GPUs: jax deprecates Pallas through Triton,
-# and both are kept only until it is gone; then "triton" stays.
-IMPLEMENTATIONS = ("xla", "pallas", "triton")
-
-
-def page_scores(
-    q: jax.Array,
-    summaries: Summaries,
-    block_table: jax.Array,
-    lengths: jax.Array,
-    *,
-    page_size: int,
-    implementation: str | None = None,
-) -> jax.Array:
-    """Upper bound of q.k over every page: max over G of sum over H of max(q*max, q*min).
-
-    Quest, https://arxiv.org/abs/2406.10774, equation 2.
-
-    Args:
-      q: float[B, K, G, H], unscaled.
-      summaries: float[blocks, K, 2, H], minimum then maximum, or `QuantizedSummaries` of it.
-      block_table: int32[B, P], the block of each page; not read beyond a request's length.
-      lengths: int32[B], tokens of each request.
-      page_size: tokens a page.
-    Returns:
-      float32[B, K, P]; -inf at and beyond page ceil(length / page_size).
-    Raises:
-      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
-    """
-    checks.check_page_scores(q, summaries, block_table, lengths, page_size)
-    module = _module("page_scores", _choose(implementation))
-    return module.page_scores(q, summaries, block_table, lengths, page_size=page_size)
-
-
-def sketch_query(
-    q: jax.Array,
-    code: SketchCode,
-    *,
-    bits: int,
-    scale: float,
-    implementation: str | None = None,
-) -> SketchQuery:
-    """Queries made ready for `sketch_scores`: rotated, and rounded to 6 bits; see `sketches`.
-
-    Args:
-      q: float[B, K, G, H], unscaled. code: of the keys, leaves float32[B, K, H].
-      bits: of each key element. scale: factor of the logits, usually H ** -0.5.
-      implementation: "triton" has no kernel of its own here and takes the Pallas one.
-    Returns:
-      A `SketchQuery`; its weights are packed where a kernel made them.
-    Raises:
-      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
-    """
-    checks.check_sketch_query(q, code, bits, scale)
-    named = _choose(implementation)
-    module = _module("sketch_query", "pallas" if named == "triton" else named)
-    return module.sketch_query(q, code, bits=bits, scale=scale)
-
-
-def sketch_scores(
-    query: SketchQuery,
-    codes: jax.Array,
-    block_table: jax.Array,
-    lengths: jax.Array,
-    *,
-    page_size: int,
-    implementation: str | None = None,
-) -> jax.Array:
-    """Log of the sum of exp(offset + unit * sum over H of weight * code) over a page's tokens.
-
-    Args:
-      query: `SketchQuery`, as `sketch_query` makes it.
-      codes: uint32[blocks, K, bits, W, page], bit planes packed as `sketches` says.
-      block_table: int32[B, P], the block of each page; read for full pages only.
-      lengths: int32[B], tokens of each request.
-      page_size: tokens a page.
-    Returns:
-      float32[B, K, G, P]; -inf for a page that is not full.
-    Raises:
-      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
-    """
-    checks.check_sketch_scores(query, codes, block_table, lengths, page_size)
-    module = _module("sketch_scores", _choose(implementation))
-    return module.sketch_scores(query, codes, block_table, lengths, page_size=page_size)
-
-
-def select_pages(
-    scores: jax.Array,
-    lengths: jax.Array,
-    scored: jax.Array,
-    *,
-    count: int,
-    page_size: int,
-    newer: int = 0,
-    sinks: int = 1,
-    implementation: str | None = None,
-) -> jax.Array:
-    """The pages that each head attends: what is always attended, then those of greatest rank.
-
-    Always attended are the first `sinks` pages, and the tail: the newest page, and from the page of
-    token `scored` on all others, since they have no score yet. Of equal ranks the lower page goes
-    first.
-
-    Args:
-      scores: float32[B, K, G, P], -inf for a page that is never attended unless by the rule. With
-        G = 1 a page's rank is its score. Else they are logs of the attention mass that each query
-        head gives to a page, and the rank is the mean over heads of the page's share of it.
-      lengths: int32[B], tokens of each request, 0 for a free row, which attends nothing. scored:
-        int32[B], tokens of those pages that have scores.
-      count: pages of each head; page_size: tokens. newer: so many pages of the tail, those behind
-        its first one, are attended beside the count.
-      implementation: "triton" has no kernel of its own here and takes the Pallas one.
-    Returns:
-      int32[B, K, min(count + newer, P)], in any order, -1 where fewer are attended.
-    Raises:
-      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
-    """
-    checks.check_select_pages(scores, lengths, scored, count, newer, sinks, page_size)
-    pages = scores.shape[-1]
-    count = min(count, pages)
-    named = _choose(implementation)
-    module = _module("page_selection", "pallas" if named == "triton" else named)
-    return module.select_pages(
-        scores,
-        lengths,
-        scored,
-        count=count,
-        newer=min(newer, pages - count),
-        page_size=page_size,
-        sinks=sinks,
-    )
 
 
 def paged_decode(
@@ -178,7 +46,7 @@ def paged_decode(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_paged_decode(q, k_pages, v_pages, block_ids, token_counts, scale)
-    module = _module("sparse_decode", _choose(implementation))
+    module = module_of("sparse_decode", choose(implementation))
     return module.paged_decode(q, k_pages, v_pages, block_ids, token_counts, scale=scale)
 
 
@@ -204,7 +72,7 @@ def slot_decode(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_slot_decode(q, k_slots, v_slots, token_counts, scale)
-    module = _module("sparse_decode", _choose(implementation))
+    module = module_of("sparse_decode", choose(implementation))
     return module.slot_decode(q, k_slots, v_slots, token_counts, scale=scale)
 
 
@@ -233,11 +101,11 @@ def decode_attention(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_decode_attention(q, k, v, stores, scale)
-    named = _choose(implementation)
+    named = choose(implementation)
     if named == "pallas":
-        return _module("decode_attention", named).decode_attention(q, k, v, stores, scale=scale)
-    kernels = _module("sparse_decode", named)
-    module = _module("decode_attention", "xla")
+        return module_of("decode_attention", named).decode_attention(q, k, v, stores, scale=scale)
+    kernels = module_of("sparse_decode", named)
+    module = module_of("decode_attention", "xla")
     return module.decode_attention(q, k, v, stores, scale=scale, kernels=kernels)
 
 
@@ -297,10 +165,10 @@ def prefill_attention(
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
     checks.check_prefill_attention(q, k, v, scale)
-    named, cudnn = _choose(implementation), _module("prefill", "cudnn")
+    named, cudnn = choose(implementation), module_of("prefill", "cudnn")
     if named != "xla" and not return_lse and cudnn.fits(q):
         return cudnn.prefill_attention(q, k, v, start, scale=scale)
-    xla = _module("prefill", "xla")
+    xla = module_of("prefill", "xla")
     out, lse = xla.prefill_attention(q, k, v, start, scale=scale, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
@@ -327,7 +195,7 @@ def promote(
       ValueError: shapes or dtypes do not fit.
     """
     checks.check_promote(slots_k, slots_v, host_k, host_v, load)
-    return _module("page_moves", "pallas").promote(slots_k, slots_v, host_k, host_v, load)
+    return module_of("page_moves", "pallas").promote(slots_k, slots_v, host_k, host_v, load)
 
 
 def offload(
@@ -357,24 +225,5 @@ def offload(
       ValueError: shapes or dtypes do not fit.
     """
     checks.check_offload(host_k, host_v, slots_k, slots_v, store_block, store_slot)
-    module = _module("page_moves", "pallas")
+    module = module_of("page_moves", "pallas")
     return module.offload(host_k, host_v, slots_k, slots_v, store_block, store_slot)
-
-
-def _choose(implementation: str | None) -> str:
-    chosen = platform.default_implementation() if implementation is None else implementation
-    if chosen not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {chosen!r}")
-    if chosen == "triton":
-        if importlib.util.find_spec("jax_triton") is None:
-            raise ValueError(
-                "implementation='triton' needs jax-triton: pip install 'flexijax[cuda12]'"
-            )
-        if not platform.is_gpu():
-            raise ValueError("implementation='triton' runs on NVIDIA GPUs only, not on this device")
-    return chosen
-
-
-def _module(operation: str, name: str) -> ModuleType:
-    """An operation's implementation, imported when first used: Triton and cuDNN are optional."""
-    return importlib.import_module(f"flexijax.pallas_kernels.{operation}.{name}")

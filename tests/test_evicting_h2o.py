@@ -85,6 +85,8 @@ def test_h2o_in_the_cache_keeps_what_the_simulation_keeps(chunk):
             held=jnp.full(1, start + chunk, jnp.int32),
             lengths=jnp.full(1, start + chunk, jnp.int32),
             active=active,
+            filled_page=jnp.full((1, 1), -1, jnp.int32),
+            filled_block=jnp.full((1, 1), -1, jnp.int32),
             layer=scalar(0),
             queries=q[:, :, start : start + chunk].transpose(2, 0, 1, 3)[:, None],
         )
@@ -126,6 +128,8 @@ def test_where_all_tokens_are_to_stay_some_that_are_there_go():
         held=count * one,
         lengths=count * one,
         active=one > 0,
+        filled_page=-one[:, None],
+        filled_block=-one[:, None],
         layer=one[0],
         queries=queries,
     )

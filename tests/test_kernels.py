@@ -227,6 +227,7 @@ FILES = {
     "page_selection": {"pallas", "xla"},
     "sketch_query": {"pallas", "xla"},
     "sketch_scores": {"pallas", "triton", "xla"},
+    "sketch_encode": {"pallas", "xla"},
     "sparse_decode": {"pallas", "triton", "xla"},
     "prefill": {"cudnn", "xla"},
     "page_moves": {"pallas"},

@@ -195,7 +195,7 @@ def test_the_mover_is_given_promoted_pages_alone(cache, lm, monkeypatch):
         return sum(int(s.promoted.sum()) for s in layer.stats if s is not None)
 
     for _ in range(3):
-        groups, after, batch, _, queries = steps(
+        groups, end, batch, _, queries = steps(
             program,
             lm.params,
             tuple(layer.groups for layer in layers),
@@ -203,7 +203,6 @@ def test_the_mover_is_given_promoted_pages_alone(cache, lm, monkeypatch):
             lengths,
             batch,
         )
-        end = decode.ChunkEnd(held.block_table, lengths, after, batch.active)
         for at, layer in enumerate(layers):
             stepped = dataclasses.replace(layer, groups=groups[at])
             layers[at], given = end_chunk(
@@ -212,7 +211,7 @@ def test_the_mover_is_given_promoted_pages_alone(cache, lm, monkeypatch):
             named = sum(int((load >= 0).sum()) for load in given)
             assert len(given) == 1 and named == promoted(layers[at]) - promoted(layer)
             total += named
-        lengths = after
+        lengths = end.held
     assert total > 0, "nothing moved, so nothing was tested"
 
 

@@ -37,8 +37,8 @@ CACHES = {
     "h2o": dataclasses.replace(SMALL, policy=H2O()),
 }
 PROGRAMS = ("prefill_chunk", "commit_layer", "decode_steps", "end_chunk_layer")
-# What full and quest have nothing to do in.
-NOTHING_TO_END = ("full", "quest")
+# What full has nothing to do in.
+NOTHING_TO_END = ("full",)
 
 
 @dataclasses.dataclass(frozen=True)

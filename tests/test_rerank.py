@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexijax.cache.rerank import filled_pages, find_slots, plan_rerank
+from flexijax.pallas_kernels.filled import filled_pages, find_slots
+from flexijax.pallas_kernels.rerank import plan_rerank
 
 # name, chosen, slots, tokens held, held at the last rerank, -> slots afterwards, load, promoted,
 # overlap, RCO. Pages of 4 tokens, 12 pages. Incoming pages take the freed slots in ascending order,

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.cache.layout import GroupProgram
+from flexijax.cache.layout import CacheSizes, GroupProgram
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.filled import filled_pages
 from flexijax.policies.base import PolicyState
 
 
@@ -36,16 +37,28 @@ class Step:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """What a group needs at the end of R decode steps; nothing is chosen for what has ended."""
+class ChunkEnd:
+    """Where a batch stands after R decode steps; nothing is chosen for what has ended.
+
+    All of it is the same in every layer, so it is worked out once, see `chunk_end`.
+    """
 
     block_table: jax.Array  # int32[B, P]
     before: jax.Array  # int32[B], tokens held before the steps
     held: jax.Array  # int32[B], after them
     lengths: jax.Array  # int32[B], the same; 0 for requests that have ended
     active: jax.Array  # bool[B]
+    filled_page: jax.Array  # int32[B, E], pages that filled up, those of the ended too; -1 for none
+    filled_block: jax.Array  # int32[B, E], the block of each, -1 for none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk(ChunkEnd):
+    """What one group needs at the end of R decode steps."""
+
     layer: jax.Array  # int32[]
-    queries: jax.Array  # [W, B, K, G, H], the group's last W queries
+    queries: jax.Array | None  # [W, B, K, G, H], the group's last W; None where it wants none
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +74,31 @@ class Prompt:
     blocks: jax.Array  # int32[P], block of each page, good below ceil(length / page)
     length: jax.Array  # int32[]
     layer: jax.Array  # int32[]
+
+
+def chunk_end(
+    sizes: CacheSizes,
+    block_table: jax.Array,
+    before: jax.Array,
+    held: jax.Array,
+    active: jax.Array,
+) -> ChunkEnd:
+    """Where rows with `before` tokens stand now that they hold `held`, both int32[B].
+
+    block_table: int32[B, P]. active: bool[B], rows that go on.
+    """
+    most = -(-sizes.chunk_steps // sizes.page_size)
+    page = filled_pages(before, held, page_size=sizes.page_size, count=most)
+    block = jnp.take_along_axis(block_table, jnp.maximum(page, 0), axis=1, mode="clip")
+    return ChunkEnd(
+        block_table=block_table,
+        before=before,
+        held=held,
+        lengths=jnp.where(active, held, 0),
+        active=active,
+        filled_page=page,
+        filled_block=jnp.where(page >= 0, block, -1),
+    )
 
 
 def zeros(shape: tuple[int, ...], dtype: str) -> jax.Array:

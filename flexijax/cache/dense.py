@@ -66,8 +66,13 @@ def commit(
 
 
 def num_queries(program: GroupProgram) -> int:
-    """How many of a chunk's last queries `end_chunk` asks for; 0: it is not called."""
+    """How many of a chunk's last queries `end_chunk` asks for."""
     return program.sizes.chunk_steps if program.policy.observes_decode else 0
+
+
+def has_chunk_end(program: GroupProgram) -> bool:
+    """Whether `end_chunk` has anything to do."""
+    return program.policy.observes_decode
 
 
 def end_chunk(

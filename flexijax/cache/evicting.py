@@ -117,6 +117,11 @@ def num_queries(program: GroupProgram) -> int:
     return program.sizes.chunk_steps if program.policy.observes_decode else 1
 
 
+def has_chunk_end(program: GroupProgram) -> bool:
+    """Whether `end_chunk` has anything to do."""
+    return True
+
+
 def end_chunk(
     program: GroupProgram, group: EvictingGroup, host: None, stats: EvictionStats, chunk: Chunk
 ) -> tuple[EvictingGroup, None, EvictionStats]:

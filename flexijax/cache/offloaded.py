@@ -15,11 +15,12 @@ from jax import lax
 
 from flexijax.cache.arrays import Chunk, Prompt, Step, set_row, zeros
 from flexijax.cache.layout import GroupProgram
-from flexijax.cache.rerank import Plan, filled_pages, find_slots, plan_rerank
 from flexijax.cache.selected import choose_pages, scatter
 from flexijax.cache.tiers import HostPages, offload, promote
+from flexijax.pallas_kernels.filled import find_slots
+from flexijax.pallas_kernels.rerank import Plan, plan_rerank
 from flexijax.pallas_kernels.stores import SlotStore
-from flexijax.policies.page_score import PageTable
+from flexijax.policies.page_score import FilledPages, PageTable
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +138,11 @@ def num_queries(program: GroupProgram) -> int:
     return 1
 
 
+def has_chunk_end(program: GroupProgram) -> bool:
+    """Whether `end_chunk` has anything to do."""
+    return True
+
+
 def end_chunk(
     program: GroupProgram,
     group: OffloadedGroup,
@@ -151,18 +157,15 @@ def end_chunk(
     """
     sizes, score = program.sizes, program.score
     page_size, lengths, block_table = sizes.page_size, chunk.lengths, chunk.block_table
-    filled = filled_pages(
-        chunk.before, chunk.held, page_size=page_size, count=-(-sizes.chunk_steps // page_size)
-    )  # [B, E]
-    block = jnp.take_along_axis(block_table, jnp.maximum(filled, 0), axis=1)
-    slot = find_slots(group.slot_page, filled)  # [B, K, E]
-    store = jnp.where(filled >= 0, block, -1)
-    host = offload(host, group.k, group.v, store, slot, transfer=program.transfer)
-    source = jnp.maximum(slot, 0)[:, :, None, :, None]
-    keys = jnp.take_along_axis(group.k, source, axis=3).transpose(3, 0, 1, 4, 2)
-    rows = score.summarize(keys, group.score_state)  # leaves [E, B, K, ...]
-    at = jnp.where(filled >= 0, block, sizes.blocks).T
-    summaries = scatter(group.summaries, at, rows)
+    slot = find_slots(group.slot_page, chunk.filled_page)  # [B, K, E]
+    host = offload(host, group.k, group.v, chunk.filled_block, slot, transfer=program.transfer)
+    summaries = score.update(
+        group.summaries,
+        group.score_state,
+        FilledPages(group.k, group.slot_page, chunk.filled_page, chunk.filled_block),
+        implementation=program.implementation,
+    )
+    assert chunk.queries is not None
     table = PageTable.of_full_pages(block_table, lengths, page_size)
     chosen = _chosen(program, chunk.queries[-1], summaries, group.score_state, table)
     due, since = _due(program, group.schedule, chunk, stats.reranks.shape)

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexijax.cache.arrays import Prompt, Step, zeros
+from flexijax.cache.arrays import Chunk, Prompt, Step, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.stores import PageStore
-from flexijax.policies.page_score import PageTable
+from flexijax.policies.page_score import FilledPages, PageTable
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +89,7 @@ def commit(
 
 
 def num_queries(program: GroupProgram) -> int:
-    """None: nothing is left to do at the end of a chunk."""
+    """How many of a chunk's last queries `end_chunk` asks for: none, it chooses nothing."""
     return 0
 
 
@@ -122,6 +122,24 @@ def choose_pages(
         sinks=program.policy.sink_pages,
         implementation=program.implementation,
     )
+
+
+def has_chunk_end(program: GroupProgram) -> bool:
+    """Whether `end_chunk` has anything to do."""
+    return True
+
+
+def end_chunk(
+    program: GroupProgram, group: SelectedGroup, host: None, stats: None, chunk: Chunk
+) -> tuple[SelectedGroup, None, None]:
+    """Summarises the pages that filled up, those of requests that ended in this chunk too."""
+    summaries = program.score.update(
+        group.summaries,
+        group.score_state,
+        FilledPages(group.k, None, chunk.filled_page, chunk.filled_block),
+        implementation=program.implementation,
+    )
+    return dataclasses.replace(group, summaries=summaries), None, None
 
 
 def scatter(pools: Any, at: jax.Array, rows: Any) -> Any:

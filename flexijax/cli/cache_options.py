@@ -7,7 +7,7 @@ import dataclasses
 
 from flexijax import policies
 from flexijax.config import ADAPTIVE, TRANSFERS, CacheConfig
-from flexijax.pallas_kernels.dispatch import IMPLEMENTATIONS
+from flexijax.pallas_kernels.implementations import IMPLEMENTATIONS
 from flexijax.policies.base import Policy
 from flexijax.policies.page_scores import SCORES
 from flexijax.profiles.head_profile import HeadProfile

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.cache.arrays import Chunk, Step
+from flexijax.cache.arrays import Chunk, ChunkEnd, Step, chunk_end
 from flexijax.cache.cache import LayerCache, kind
 from flexijax.cache.decode_attention import DecodeAttention, DecodeState
 from flexijax.cache.layout import GroupProgram
@@ -36,12 +36,12 @@ def decode_steps(
     block_table: jax.Array,
     lengths: jax.Array,
     batch: BatchState,
-) -> tuple[Groups, jax.Array, BatchState, SampledTokens, Queries]:
+) -> tuple[Groups, ChunkEnd, BatchState, SampledTokens, Queries]:
     """R = `program.chunk_steps` decode steps of all requests; groups are donated.
 
     block_table: int32[B, P]; lengths: int32[B], tokens held. Nothing goes to Python or to the host
-    in between. Returns groups, lengths and batch after the steps, what was sampled, and the queries
-    that `end_chunk_layer` asks for.
+    in between. Returns groups and batch after the steps, what was sampled, and what
+    `end_chunk_layer` asks for.
     """
 
     steps = program.chunk_steps
@@ -79,8 +79,9 @@ def decode_steps(
         jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
     )
     carry = (groups, lengths, batch, _no_queries(program), jnp.int32(0), sampled)
-    (groups, lengths, batch, last, _, sampled), every = lax.scan(step, carry, None, length=steps)
-    return groups, lengths, batch, sampled, _queries(program, last, every)
+    (groups, held, batch, last, _, sampled), every = lax.scan(step, carry, None, length=steps)
+    end = chunk_end(program.layout.sizes, block_table, lengths, held, batch.active)
+    return groups, end, batch, sampled, _queries(program, last, every)
 
 
 def teacher_forced_steps(
@@ -91,11 +92,11 @@ def teacher_forced_steps(
     lengths: jax.Array,
     tokens: jax.Array,
     active: jax.Array,
-) -> tuple[Groups, jax.Array, jax.Array, Queries]:
+) -> tuple[Groups, ChunkEnd, jax.Array, Queries]:
     """As `decode_steps` on given tokens, for comparing policies on one and the same text.
 
-    tokens: int32[R, B], fed in order; active: bool[B]; groups: donated. Returns groups, lengths,
-    the logits float32[R, B, V] of what would come after each token, and queries.
+    tokens: int32[R, B], fed in order; active: bool[B]; groups: donated. Returns groups, where the
+    batch stands, the logits float32[R, B, V] of what would come after each token, and queries.
     """
 
     summarized = _whole_pages(program, lengths)
@@ -107,19 +108,9 @@ def teacher_forced_steps(
         return (groups, lengths + active.astype(jnp.int32), last), (logits, every)
 
     carry = (groups, lengths, _no_queries(program))
-    (groups, lengths, last), (logits, every) = lax.scan(step, carry, tokens)
-    return groups, lengths, logits, _queries(program, last, every)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ChunkEnd:
-    """Where a batch stands after R decode steps."""
-
-    block_table: jax.Array  # int32[B, P]
-    before: jax.Array  # int32[B], tokens held before the steps
-    lengths: jax.Array  # int32[B], after them
-    active: jax.Array  # bool[B], after them: requests that have ended take no part
+    (groups, held, last), (logits, every) = lax.scan(step, carry, tokens)
+    end = chunk_end(program.layout.sizes, block_table, lengths, held, active)
+    return groups, end, logits, _queries(program, last, every)
 
 
 def end_chunk_layer(
@@ -138,16 +129,8 @@ def end_chunk_layer(
         programs, layer_cache.groups, layer_cache.host, layer_cache.stats, queries, strict=True
     ):
         made = (group, host, stats)
-        if mine is not None:
-            chunk = Chunk(
-                block_table=end.block_table,
-                before=end.before,
-                held=end.lengths,
-                lengths=jnp.where(end.active, end.lengths, 0),
-                active=end.active,
-                layer=layer,
-                queries=mine,
-            )
+        if kind(program.group).has_chunk_end(program):
+            chunk = Chunk(**vars(end), layer=layer, queries=mine)
             made = kind(program.group).end_chunk(program, group, host, stats, chunk)
         for parts, part in zip((groups, hosts, counts), made, strict=True):
             parts.append(part)

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax.cache.arrays import Prompt
+from flexijax.cache.arrays import ChunkEnd, Prompt
 from flexijax.cache.cache import Cache, init_layer, init_tables, reset_row
 from flexijax.cache.refit import is_due, refit_layer
 from flexijax.engine.batch import BatchState, SampledTokens
 from flexijax.engine.decode import (
-    ChunkEnd,
     Groups,
     Queries,
     decode_steps,
@@ -73,10 +72,9 @@ def run_decode(
 ) -> tuple[Cache, BatchState, SampledTokens]:
     """R decode steps of all requests and what follows them; cache is donated."""
     args = (params, _groups(cache), cache.block_table, cache.lengths, batch)
-    groups, lengths, batch, sampled, queries = runner.run(
+    groups, end, batch, sampled, queries = runner.run(
         "decode", decode_steps, program, args, donate=(1,)
     )
-    end = ChunkEnd(cache.block_table, cache.lengths, lengths, batch.active)
     return _end_chunk(runner, program, cache, groups, end, queries), batch, sampled
 
 
@@ -89,12 +87,12 @@ def run_teacher_forced(
     active: jax.Array,
 ) -> tuple[Cache, jax.Array]:
     """`teacher_forced_steps` and what follows them: the cache, and logits float32[R, B, V]."""
+    # It comes back as it is, and what is placed otherwise than a result is compiled for once more.
+    active = jax.device_put(active, platform.sharding())
     args = (params, _groups(cache), cache.block_table, cache.lengths, tokens, active)
-    groups, lengths, logits, queries = runner.run(
+    groups, end, logits, queries = runner.run(
         "teacher-forced decode", teacher_forced_steps, program, args, donate=(1,)
     )
-    active = jax.device_put(active, platform.sharding())
-    end = ChunkEnd(cache.block_table, cache.lengths, lengths, active)
     return _end_chunk(runner, program, cache, groups, end, queries), logits
 
 
@@ -128,12 +126,12 @@ def _end_chunk(
         dataclasses.replace(layer, groups=mine)
         for layer, mine in zip(cache.layers, groups, strict=True)
     ]
-    for layer in _with_chunk_ends(queries):
+    for layer in program.chunk_ends:
         args = (layers[layer], end, queries[layer], _index(layer))
         name = "end of a chunk"
         layers[layer] = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
     chunks = cache.chunks + end.active.astype(jnp.int32)
-    return Cache(tuple(layers), cache.block_table, end.lengths, chunks)
+    return Cache(tuple(layers), cache.block_table, end.held, chunks)
 
 
 @functools.cache
@@ -144,8 +142,3 @@ def _index(number: int) -> jax.Array:
 
 def _groups(cache: Cache) -> Groups:
     return tuple(layer.groups for layer in cache.layers)
-
-
-def _with_chunk_ends(queries: Queries) -> list[int]:
-    """The layers of which a group has something to do at the end of a chunk."""
-    return [layer for layer, groups in enumerate(queries) if any(q is not None for q in groups)]

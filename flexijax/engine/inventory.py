@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexijax.cache.arrays import Prompt
+from flexijax.cache.arrays import Prompt, chunk_end
 from flexijax.cache.cache import abstract, kind
 from flexijax.cache.prefill_kv import empty_prefill_kv
 from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import BatchState, empty_batch
-from flexijax.engine.decode import ChunkEnd, Queries, decode_steps, end_chunk_layer
+from flexijax.engine.decode import Queries, decode_steps, end_chunk_layer
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.jit_cache import jitted
 from flexijax.engine.prefill import PrefillProgram, commit_layer, head_arrays, prefill_chunk
@@ -84,23 +84,25 @@ def decode_calls(
     if batch is None:
         count = program.layout.sizes.batch
         batch = platform.placed(jax.eval_shape(lambda: empty_batch(count)))
+    assert batch is not None
     cache = abstract(program.layout, program.policy)
     groups = tuple(layer.groups for layer in cache.layers)
     args = (params, groups, cache.block_table, cache.lengths, batch)
     yield ProgramCall("decode", decode_steps, program, args, donate=(1,))
     lengths, queries = cache.lengths, _abstract_queries(program)
-    end = ChunkEnd(cache.block_table, lengths, lengths, _like(jnp.bool_, *lengths.shape))
+    at = (cache.block_table, lengths, lengths, batch.active)
+    end = jax.eval_shape(functools.partial(chunk_end, program.layout.sizes), *at)
+    end = platform.placed(end)
     yield from _distinct(
         [
             ProgramCall(
                 "end of a chunk",
                 end_chunk_layer,
-                groups,
+                program.groups[layer],
                 (cache.layers[layer], end, queries[layer], _like(jnp.int32)),
                 donate=(0,),
             )
-            for layer, groups in enumerate(program.groups)
-            if any(query is not None for query in queries[layer])
+            for layer in program.chunk_ends
         ]
     )
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from flexijax.cache.cache import group_programs
+from flexijax.cache.cache import group_programs, kind
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import trim_heap
 from flexijax.cache.prefill_kv import PrefillSpec, chunk_size
@@ -61,6 +61,15 @@ class Program:
                 transfer=self.transfer,
             )
             for layer in range(len(self.layout.groups))
+        )
+
+    @functools.cached_property
+    def chunk_ends(self) -> tuple[int, ...]:
+        """The layers of which a group has something to do at the end of a chunk."""
+        return tuple(
+            layer
+            for layer, groups in enumerate(self.groups)
+            if any(kind(of.group).has_chunk_end(of) for of in groups)
         )
 
     @functools.cached_property

@@ -11,7 +11,12 @@ from jax.typing import DTypeLike
 
 from flexijax.pallas_kernels import dispatch, platform
 from flexijax.pallas_kernels.summaries import quantize, summarize
-from flexijax.policies.page_score import PageShape, PageTable
+from flexijax.policies.page_score import (
+    FilledPages,
+    PageShape,
+    PageTable,
+    update_by_summaries,
+)
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -60,6 +65,12 @@ class MinMax:
         if self.dtype == "int8":
             return quantize(bounds)
         return _outward(bounds, self.dtype or k_pages.dtype)
+
+    def update(
+        self, summaries: Any, state: Any, filled: FilledPages, *, implementation: str | None
+    ) -> Any:
+        """See `PageScore.update`."""
+        return update_by_summaries(self, summaries, state, filled, implementation=implementation)
 
     def scores(
         self,

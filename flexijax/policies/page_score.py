@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import jax
 from jax import lax
 
+from flexijax.pallas_kernels.filled import keys_in_blocks, keys_in_slots, set_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class PageShape:
@@ -32,6 +34,22 @@ class PageTable:
     def of_full_pages(cls, blocks: jax.Array, lengths: jax.Array, page_size: int) -> PageTable:
         """Where every full page has a summary."""
         return cls(blocks, lengths, lengths - lax.rem(lengths, page_size), page_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FilledPages:
+    """Pages of a batch of requests that have filled up, with their keys where they lie.
+
+    k: a pool [blocks, K, page, H], read by block, where slot_page is None; else the heads' slots
+    [B, K, H, S, page]. slot_page: int32[B, K, S], the page in each slot, -1 for none. page, block:
+    int32[B, E], -1 for none.
+    """
+
+    k: jax.Array
+    slot_page: jax.Array | None
+    page: jax.Array
+    block: jax.Array
 
 
 class PageScore(Protocol):
@@ -65,6 +83,16 @@ class PageScore(Protocol):
         """
         ...
 
+    def update(
+        self, summaries: Any, state: Any, filled: FilledPages, *, implementation: str | None
+    ) -> Any:
+        """The summaries with those of pages that filled up, in their blocks' rows.
+
+        Leaves [blocks, K, ...], to be donated; state: leaves [B, K, ...]. What `summarize` makes of
+        them; `update_by_summaries` is enough where no kernel does it.
+        """
+        ...
+
     def scores(
         self,
         q: jax.Array,
@@ -82,3 +110,19 @@ class PageScore(Protocol):
         -inf for pages without a summary. scale: of the logits.
         """
         ...
+
+
+def update_by_summaries(
+    score: PageScore,
+    summaries: Any,
+    state: Any,
+    filled: FilledPages,
+    *,
+    implementation: str | None,
+) -> Any:
+    """`PageScore.update` by `PageScore.summarize`: keys are gathered, summaries scattered."""
+    if filled.slot_page is None:
+        keys, block = keys_in_blocks(filled.k, filled.block)
+    else:
+        keys, block = keys_in_slots(filled.k, filled.slot_page, filled.page, filled.block)
+    return set_rows(summaries, block, score.summarize(keys, state))

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels import dispatch, platform, sketches
+from flexijax.pallas_kernels import dispatch, dispatch_rerank, platform, sketches
 from flexijax.pallas_kernels.sketches import SketchCode
-from flexijax.policies.page_score import PageShape, PageTable
+from flexijax.policies.page_score import FilledPages, PageShape, PageTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,24 @@ class Sketch:
     def summarize(self, k_pages: jax.Array, state: Any) -> Any:
         """See `PageScore.summarize`."""
         return sketches.encode(k_pages, state, bits=self.bits)
+
+    def update(
+        self, summaries: Any, state: Any, filled: FilledPages, *, implementation: str | None
+    ) -> Any:
+        """See `PageScore.update`: on a GPU one kernel."""
+        if filled.slot_page is None:
+            return dispatch_rerank.paged_encode(
+                summaries, state, filled.k, filled.block, implementation=implementation
+            )
+        return dispatch_rerank.slot_encode(
+            summaries,
+            state,
+            filled.k,
+            filled.slot_page,
+            filled.page,
+            filled.block,
+            implementation=implementation,
+        )
 
     def scores(
         self,

@@ -90,22 +90,6 @@ def plan_rerank(
     )
 
 
-def filled_pages(before: jax.Array, after: jax.Array, *, page_size: int, count: int) -> jax.Array:
-    """int32[B, count]: the pages that filled up while lengths int32[B] grew, -1 for none."""
-    page = lax.div(before, page_size)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
-    return jnp.where(page < lax.div(after, page_size)[:, None], page, -1)
-
-
-def find_slots(slot_page: jax.Array, pages: jax.Array) -> jax.Array:
-    """int32[B, K, n]: the slot that holds each of the pages int32[B, n], -1 where none does.
-
-    slot_page: int32[B, K, S], -1 for an empty slot; a page of -1 is in none.
-    """
-    match = (slot_page[..., None] == pages[:, None, None]) & (pages >= 0)[:, None, None]
-    slot = jnp.arange(slot_page.shape[-1], dtype=jnp.int32)[:, None]
-    return jnp.max(jnp.where(match, slot, -1), axis=2)
-
-
 def _members(pages_of: jax.Array, pages: int) -> jax.Array:
     """int32[B, K, n] -> bool[B, K, P]: which pages are named; -1 names none."""
     row = jnp.arange(pages_of.shape[0])[:, None, None]
