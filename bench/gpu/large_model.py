@@ -186,7 +186,7 @@ def _random_prompt(
         lambda: (empty_prefill_kv(spec), jnp.zeros((1, sizes.large.hidden_size), spec.dtype))
     )
     leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
     where = platform.sharding()
     made = [
         jax.device_put(_normal(key, leaf.shape, leaf.dtype), where)
