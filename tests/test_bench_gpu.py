@@ -18,10 +18,19 @@ from flexijax.pallas_kernels import platform
 @pytest.fixture(scope="module", autouse=True)
 def fast_compiling():
     """All that these parts take is compiling; how fast their programs run is of no interest."""
+    if platform.is_gpu():
+        yield
+        return
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """What the bench names for its processes is not for those of other tests."""
+    monkeypatch.setenv(platform.PINNED_LIMIT, "64")
 
 
 def run(name, function=None):
@@ -30,6 +39,7 @@ def run(name, function=None):
     return run_part(name, lambda part: function(part, QUICK), report._silent).record()
 
 
+@pytest.mark.slow
 def test_every_part_passes_and_is_written(tmp_path, capsys):
     path = tmp_path / "gpu.json"
     assert gpu.main(["--quick", "--one-process", "--json", str(path)]) == 0
@@ -183,6 +193,8 @@ def test_parts_run_in_a_process_of_their_own(tmp_path, monkeypatch):
     options = ["--quick", "--parts", "bandwidth", "--json", str(path)]
     repository = gpu.__file__.rpartition("/bench/")[0]
     monkeypatch.setenv("PYTHONPATH", repository)
+    # This process may hold most of a GPU's memory.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     assert gpu.main(options) == 0
     content = json.loads(path.read_text())
     assert content["parts"][0]["speeds"] and content["environment"]["device"]["kind"]

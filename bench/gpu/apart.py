@@ -35,7 +35,11 @@ def run_apart(
     while left := names[len(done) :]:
         lines.write_text("", encoding="utf-8")
         process = subprocess.Popen(command(left, lines))
-        why = _watch(process, lines, done, seconds, write)
+        try:
+            why = _watch(process, lines, done, seconds, write)
+        finally:
+            process.kill()
+            process.wait()
         if why is not None and len(done) < len(names):
             part = Part(names[len(done)], status=FAILED, why=why)
             done.append(part.record())
@@ -65,7 +69,5 @@ def _watch(
             fine = taken and (ended == 0 or broke(done[-1]))
             return None if fine else f"the process ended with {ended}"
         if time.monotonic() - since > seconds:
-            process.kill()
-            process.wait()
             return f"it took longer than {seconds:.0f} s"
         time.sleep(_POLL_S)

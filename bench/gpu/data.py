@@ -51,10 +51,13 @@ def _spread(base: jax.Array, source: jax.Array, counts: jax.Array | None) -> jax
 def block_table(
     rng: np.random.Generator, lengths: np.ndarray, *, blocks: int, pages: int, page: int
 ) -> np.ndarray:
-    """int32[B, P]: blocks all over a pool, its last one among them; 2**30 beyond a request."""
+    """int32[B, P]: blocks all over a pool; 2**30 beyond a request.
+
+    The pool's last two are the first page of the first request and the newest of the last one.
+    """
     begun = -(-lengths // page)
-    drawn = rng.choice(blocks - 1, int(begun.sum()), replace=False)
-    drawn[-1] = blocks - 1
+    drawn = rng.choice(blocks - 2, int(begun.sum()), replace=False)
+    drawn[0], drawn[-1] = blocks - 1, blocks - 2
     table = np.full((len(lengths), pages), 2**30, np.int32)
     table[np.arange(pages) < begun[:, None]] = drawn
     return table

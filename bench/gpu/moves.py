@@ -44,7 +44,8 @@ class Tiers:
     def placed(self) -> Tiers:
         """The same as arrays of jax, each in the memory of its tier."""
         host = jax.device_put(self.host, platform.sharding("pinned_host"))
-        return Tiers(*jax.device_put((self.k, self.v), platform.sharding()), host)
+        k, v = jax.device_put((self.k, self.v), platform.sharding())
+        return Tiers(k, v, host)
 
     def arrays(self) -> tuple[Any, ...]:
         """All four."""
@@ -94,15 +95,15 @@ def round_trips(part: Part, sizes: Sizes) -> None:
     # A CPU takes NumPy's own memory as it is, which cannot be donated: that trip does not count.
     plan = _plan(rng, sizes, blocks=blocks, batch=batch)
     held, wanted = _trip(wanted.placed(), *plan), _wanted(wanted, *plan)
-    places = [array.unsafe_buffer_pointer() for array in held.arrays()]
+    places = _places(held)
     right, donated, stayed, pinned = (0 for _ in range(4))
+    part.progress("round trips", 0, sizes.trips)
     for trip in range(sizes.trips):
         before, plan = held, _plan(rng, sizes, blocks=blocks, batch=batch)
         held, wanted = _trip(held, *plan), _wanted(wanted, *plan)
         right += all(map(same_bits, held.arrays(), wanted.arrays()))
         donated += all(array.is_deleted() for array in before.arrays())
-        found = [array.unsafe_buffer_pointer() for array in held.arrays()]
-        stayed += found == places
+        stayed += _places(held) == places
         pinned += all(a.sharding.memory_kind == "pinned_host" for a in (held.host.k, held.host.v))
         part.progress("round trips", trip + 1, sizes.trips)
     for what, count in (
@@ -112,6 +113,14 @@ def round_trips(part: Part, sizes: Sizes) -> None:
         ("the host tier stays in pinned memory", pinned),
     ):
         part.check(what, count == sizes.trips, f"{count} of {sizes.trips} trips")
+
+
+def _places(held: Tiers) -> object:
+    """Where the buffers lie; equal to nothing where the runtime does not say."""
+    try:
+        return [array.unsafe_buffer_pointer() for array in held.arrays()]
+    except jax.errors.JaxRuntimeError:
+        return object()
 
 
 def _plan(

@@ -19,6 +19,7 @@ from flexijax.engine.program import Progress
 from flexijax.pallas_kernels import platform
 
 PASSED, FAILED, SKIPPED = "passed", "FAILED", "skipped"
+_COLUMNS = ("part", "what", "ms", "gb_per_s", "share", "of")
 # The part that measures what speeds are compared with.
 BANDWIDTH = "bandwidth"
 
@@ -123,10 +124,17 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     speeds = [{"part": record["name"], **speed} for record in records for speed in record["speeds"]]
     texts = [table(parts, ("part", "result", "checks", "seconds"))]
     if speeds:
-        columns = dict.fromkeys(name for row in speeds for name in row)
-        texts.append(table(speeds, tuple(columns)))
+        texts.append(table(speeds, _COLUMNS))
+        texts.append("\n".join(filter(None, map(_beside, speeds))))
     texts += [text for record in records for text in _reasons(record)]
     return "\n\n".join(texts)
+
+
+def _beside(speed: dict[str, Any]) -> str:
+    """What the table has no column for."""
+    rest = {name: value for name, value in speed.items() if name not in _COLUMNS}
+    shown = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
+    return f"{speed['what']}: {', '.join(shown)}" if rest else ""
 
 
 def _reasons(record: dict[str, Any]) -> Iterable[str]:
@@ -152,7 +160,7 @@ def machine() -> dict[str, Any]:
                 "--format=csv,noheader",
             ),
         },
-        "commit": _said("git", "describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": _said(*("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")),
     }
 
 

@@ -82,7 +82,7 @@ _TINY = dataclasses.replace(
     num_layers=1,
     num_heads=4,
     num_kv_heads=4,
-    head_dim=8,
+    head_dim=16,
     max_context=512,
 )
 

@@ -46,8 +46,8 @@ def _chained(
             # Nought, which the compiler cannot know.
             leaves[0] = leaves[0] + before.astype(leaves[0].dtype)
             out = jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
-            total = sum((leaf.astype(jnp.float32).sum() for leaf in out[1:]), start=out[0].sum())
-            before = jnp.isnan(total.astype(jnp.float32)).astype(jnp.float32)
+            total = jnp.stack([leaf.astype(jnp.float32).sum() for leaf in out]).sum()
+            before = jnp.isnan(total).astype(jnp.float32)
         return before
 
     return lax.fori_loop(0, calls, turn, jnp.zeros((), jnp.float32))
