@@ -90,7 +90,7 @@ def load_plan(
 
 def round_trips(part: Part, sizes: Sizes) -> None:
     """Pages to the host and others back, `sizes.trips` times, against NumPy's own after each."""
-    rng, batch, blocks = np.random.default_rng(0), min(4, sizes.batch), 2 * sizes.pages
+    rng, batch, blocks = np.random.default_rng(0), min(4, sizes.batch), 16 * sizes.slots
     wanted = Tiers.make(sizes, blocks=blocks, batch=batch, rng=rng)
     # A CPU takes NumPy's own memory as it is, which cannot be donated: that trip does not count.
     plan = _plan(rng, sizes, blocks=blocks, batch=batch)
