@@ -109,7 +109,6 @@ def test_unequal_tiers_are_counted(monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(small_model, "compared_pages", spoilt)
-    monkeypatch.setattr(small_model, "RERANKS", 1)
     assert run("tiers", small_model.tiers)["status"] == "FAILED"
     assert seen[0][0] > seen[0][1] == 1
 
