@@ -14,11 +14,13 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest
 
-# On a machine with an NVIDIA GPU; an environment of its own, since jax for CUDA is another one.
+# On a machine with an NVIDIA GPU: the tests, then what runs there and how fast, into gpu.json. An
+# environment of its own, since jax for CUDA is another one.
 gpu-test:
 	$(MAKE) .venv-gpu/test.stamp VENV=.venv-gpu
 	.venv-gpu/bin/python -m pip install --quiet --editable ".[cuda12,dev]"
-	.venv-gpu/bin/python -m pytest
+	.venv-gpu/bin/python -m pytest; tests=$$?; \
+	.venv-gpu/bin/python -m bench.gpu --json gpu.json && exit $$tests
 
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check .

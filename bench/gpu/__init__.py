@@ -1,0 +1,1 @@
+"""First contact with an NVIDIA GPU: is what runs there right, and how fast is it?"""
