@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from flexijax.pallas_kernels.rerank import RerankStats
 from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
 
@@ -166,6 +167,58 @@ def check_offload(
     )
     _check_dtype("store_block", store_block, jnp.int32)
     _check_dtype("store_slot", store_slot, jnp.int32)
+
+
+def check_offload_pages(
+    host_k: jax.Array,
+    host_v: jax.Array,
+    slots_k: jax.Array,
+    slots_v: jax.Array,
+    slot_page: jax.Array,
+    page: jax.Array,
+    block: jax.Array,
+) -> None:
+    """The arguments of `dispatch_rerank.offload_pages`."""
+    _check_tiers(slots_k, slots_v, host_k, host_v)
+    axis_sizes(
+        slots_v=(slots_v, "B K S page H"),
+        slot_page=(slot_page, "B K S"),
+        pages=(page, "B E"),
+        block=(block, "B E"),
+    )
+    for name, array in (("slot_page", slot_page), ("page", page), ("block", block)):
+        _check_dtype(name, array, jnp.int32)
+
+
+def check_rerank(
+    chosen: jax.Array,
+    slot_page: jax.Array,
+    lengths: jax.Array,
+    since: jax.Array,
+    due: jax.Array,
+    block_table: jax.Array,
+    filled_page: jax.Array,
+    stats: RerankStats,
+    page_size: int,
+) -> None:
+    """The arguments of `dispatch_rerank.rerank`."""
+    arrays = {
+        "chosen": (chosen, "B K n"),
+        "slot_page": (slot_page, "B K S"),
+        "lengths": (lengths, "B"),
+        "since": (since, "B 1" if since.shape[1:] == (1,) else "B K"),
+        "due": (due, "B 1" if due.shape[1:] == (1,) else "B K"),
+        "block_table": (block_table, "B P"),
+        "filled_page": (filled_page, "B E"),
+    }
+    counts = {f"stats.{name}": (count, "B K") for name, count in vars(stats).items()}
+    axis_sizes(**arrays, **counts)
+    for name, (array, _) in arrays.items():
+        _check_dtype(name, array, jnp.int32)
+    for name, (count, _) in counts.items():
+        sums = name in ("stats.overlap", "stats.rco")
+        _check_dtype(name, count, jnp.float32 if sums else jnp.int32)
+    _check_page_size(page_size)
 
 
 def axis_sizes(**arrays: tuple[jax.Array, str]) -> dict[str, int]:

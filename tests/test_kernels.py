@@ -226,6 +226,7 @@ FILES = {
     "page_scores": {"pallas", "triton", "xla"},
     "sketch_scores": {"pallas", "triton", "xla"},
     "sketch_encode": {"pallas", "xla"},
+    "rerank_plan": {"pallas", "xla"},
     "sparse_decode": {"pallas", "triton", "xla"},
     "prefill": {"cudnn", "xla"},
     "page_moves": {"pallas"},
