@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.rerank import RerankStats
-from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery, words
+from flexijax.pallas_kernels.sketches import SPACING, SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
 
 
@@ -27,14 +26,14 @@ def check_page_scores(
                 f"summaries.exponents has shape {summaries.exponents.shape}, expected "
                 f"{(*values.shape[:3], groups)} beside summaries.values of shape {values.shape}"
             )
-        _check_dtype("summaries.values", values, jnp.int8)
-        _check_dtype("summaries.exponents", summaries.exponents, jnp.uint8)
+        check_dtype("summaries.values", values, jnp.int8)
+        check_dtype("summaries.exponents", summaries.exponents, jnp.uint8)
     else:
-        _check_float("summaries", values)
-    _check_float("q", q)
-    _check_dtype("block_table", block_table, jnp.int32)
-    _check_dtype("lengths", lengths, jnp.int32)
-    _check_page_size(page_size)
+        check_float("summaries", values)
+    check_float("q", q)
+    check_dtype("block_table", block_table, jnp.int32)
+    check_dtype("lengths", lengths, jnp.int32)
+    check_page_size(page_size)
 
 
 def check_sketch_scores(
@@ -53,49 +52,14 @@ def check_sketch_scores(
         block_table=(block_table, "B P"),
         lengths=(lengths, "B"),
     )
-    _check_bits(codes, sizes["bits"])
-    _check_dtype("weights", query.weights, jnp.int8)
-    _check_dtype("offset", query.offset, jnp.float32)
-    _check_dtype("unit", query.unit, jnp.float32)
-    _check_dtype("codes", codes, jnp.uint32)
-    _check_dtype("block_table", block_table, jnp.int32)
-    _check_dtype("lengths", lengths, jnp.int32)
-    _check_page_size(page_size)
-
-
-def check_paged_encode(
-    codes: jax.Array, code: SketchCode, k_pages: jax.Array, block: jax.Array
-) -> None:
-    """The arguments of `dispatch_rerank.paged_encode`."""
-    axis_sizes(
-        mean=(code.mean, "B K H"),
-        k_pages=(k_pages, "blocks K page H"),
-        block=(block, "B E"),
-    )
-    _check_encode(codes, code, k_pages, k_pages.shape[2])
-    axis_sizes(k_pages=(k_pages, "blocks K page H"), codes=(codes, "blocks K bits W page"))
-    _check_dtype("block", block, jnp.int32)
-
-
-def check_slot_encode(
-    codes: jax.Array,
-    code: SketchCode,
-    k_slots: jax.Array,
-    slot_page: jax.Array,
-    page: jax.Array,
-    block: jax.Array,
-) -> None:
-    """The arguments of `dispatch_rerank.slot_encode`."""
-    axis_sizes(
-        mean=(code.mean, "B K H"),
-        k_slots=(k_slots, "B K H S page"),
-        slot_page=(slot_page, "B K S"),
-        page=(page, "B E"),
-        block=(block, "B E"),
-    )
-    _check_encode(codes, code, k_slots, k_slots.shape[4])
-    for name, array in (("slot_page", slot_page), ("page", page), ("block", block)):
-        _check_dtype(name, array, jnp.int32)
+    check_bits(codes, sizes["bits"])
+    check_dtype("weights", query.weights, jnp.int8)
+    check_dtype("offset", query.offset, jnp.float32)
+    check_dtype("unit", query.unit, jnp.float32)
+    check_dtype("codes", codes, jnp.uint32)
+    check_dtype("block_table", block_table, jnp.int32)
+    check_dtype("lengths", lengths, jnp.int32)
+    check_page_size(page_size)
 
 
 def check_paged_decode(
@@ -115,9 +79,9 @@ def check_paged_decode(
         token_counts=(token_counts, "B K n"),
     )
     _check_attention(q, k_pages, v_pages, scale)
-    _check_page_size(k_pages.shape[2])
-    _check_dtype("block_ids", block_ids, jnp.int32)
-    _check_dtype("token_counts", token_counts, jnp.int32)
+    check_page_size(k_pages.shape[2])
+    check_dtype("block_ids", block_ids, jnp.int32)
+    check_dtype("token_counts", token_counts, jnp.int32)
 
 
 def check_slot_decode(
@@ -131,8 +95,8 @@ def check_slot_decode(
         token_counts=(token_counts, "B K S"),
     )
     _check_attention(q, k_slots, v_slots, scale)
-    _check_page_size(k_slots.shape[4])
-    _check_dtype("token_counts", token_counts, jnp.int32)
+    check_page_size(k_slots.shape[4])
+    check_dtype("token_counts", token_counts, jnp.int32)
 
 
 def check_prefill_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
@@ -145,9 +109,9 @@ def check_promote(
     slots_k: jax.Array, slots_v: jax.Array, host_k: jax.Array, host_v: jax.Array, load: jax.Array
 ) -> None:
     """The arguments of `dispatch.promote`."""
-    _check_tiers(slots_k, slots_v, host_k, host_v)
+    check_tiers(slots_k, slots_v, host_k, host_v)
     axis_sizes(slots_v=(slots_v, "B K S page H"), load=(load, "B K S"))
-    _check_dtype("load", load, jnp.int32)
+    check_dtype("load", load, jnp.int32)
 
 
 def check_offload(
@@ -159,66 +123,14 @@ def check_offload(
     store_slot: jax.Array,
 ) -> None:
     """The arguments of `dispatch.offload`."""
-    _check_tiers(slots_k, slots_v, host_k, host_v)
+    check_tiers(slots_k, slots_v, host_k, host_v)
     axis_sizes(
         slots_v=(slots_v, "B K S page H"),
         store_block=(store_block, "B E"),
         store_slot=(store_slot, "B K E"),
     )
-    _check_dtype("store_block", store_block, jnp.int32)
-    _check_dtype("store_slot", store_slot, jnp.int32)
-
-
-def check_offload_pages(
-    host_k: jax.Array,
-    host_v: jax.Array,
-    slots_k: jax.Array,
-    slots_v: jax.Array,
-    slot_page: jax.Array,
-    page: jax.Array,
-    block: jax.Array,
-) -> None:
-    """The arguments of `dispatch_rerank.offload_pages`."""
-    _check_tiers(slots_k, slots_v, host_k, host_v)
-    axis_sizes(
-        slots_v=(slots_v, "B K S page H"),
-        slot_page=(slot_page, "B K S"),
-        pages=(page, "B E"),
-        block=(block, "B E"),
-    )
-    for name, array in (("slot_page", slot_page), ("page", page), ("block", block)):
-        _check_dtype(name, array, jnp.int32)
-
-
-def check_rerank(
-    chosen: jax.Array,
-    slot_page: jax.Array,
-    lengths: jax.Array,
-    since: jax.Array,
-    due: jax.Array,
-    block_table: jax.Array,
-    filled_page: jax.Array,
-    stats: RerankStats,
-    page_size: int,
-) -> None:
-    """The arguments of `dispatch_rerank.rerank`."""
-    arrays = {
-        "chosen": (chosen, "B K n"),
-        "slot_page": (slot_page, "B K S"),
-        "lengths": (lengths, "B"),
-        "since": (since, "B 1" if since.shape[1:] == (1,) else "B K"),
-        "due": (due, "B 1" if due.shape[1:] == (1,) else "B K"),
-        "block_table": (block_table, "B P"),
-        "filled_page": (filled_page, "B E"),
-    }
-    counts = {f"stats.{name}": (count, "B K") for name, count in vars(stats).items()}
-    axis_sizes(**arrays, **counts)
-    for name, (array, _) in arrays.items():
-        _check_dtype(name, array, jnp.int32)
-    for name, (count, _) in counts.items():
-        sums = name in ("stats.overlap", "stats.rco")
-        _check_dtype(name, count, jnp.float32 if sums else jnp.int32)
-    _check_page_size(page_size)
+    check_dtype("store_block", store_block, jnp.int32)
+    check_dtype("store_slot", store_slot, jnp.int32)
 
 
 def axis_sizes(**arrays: tuple[jax.Array, str]) -> dict[str, int]:
@@ -245,37 +157,25 @@ def axis_sizes(**arrays: tuple[jax.Array, str]) -> dict[str, int]:
 
 def _check_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
     for name, array in (("q", q), ("keys", k), ("values", v)):
-        _check_float(name, array)
+        check_float(name, array)
     if k.dtype != v.dtype:
         raise ValueError(f"keys and values must have one dtype, got {k.dtype} and {v.dtype}")
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
 
 
-def _check_encode(codes: jax.Array, code: SketchCode, keys: jax.Array, page_size: int) -> None:
-    sizes = axis_sizes(
-        mean=(code.mean, "B K H"),
-        step=(code.step, "B K H"),
-        codes=(codes, f"blocks K bits {words(code.mean.shape[-1])} {page_size}"),
-    )
-    _check_bits(codes, sizes["bits"])
-    _check_dtype("mean", code.mean, jnp.float32)
-    _check_dtype("step", code.step, jnp.float32)
-    _check_dtype("codes", codes, jnp.uint32)
-    _check_float("keys", keys)
-    _check_page_size(page_size)
-
-
-def _check_bits(codes: jax.Array, bits: int) -> None:
+def check_bits(codes: jax.Array, bits: int) -> None:
+    """Of the shape of codes: what `sketches` knows."""
     if bits not in SPACING:
         raise ValueError(
             f"codes has shape {codes.shape}: bits must be one of {tuple(SPACING)}, got {bits}"
         )
 
 
-def _check_tiers(
+def check_tiers(
     slots_k: jax.Array, slots_v: jax.Array, host_k: jax.Array, host_v: jax.Array
 ) -> None:
+    """Slots and host pages as `dispatch.promote` has them."""
     axis_sizes(
         slots_k=(slots_k, "B K H S page"),
         slots_v=(slots_v, "B K S page H"),
@@ -287,16 +187,19 @@ def _check_tiers(
         raise ValueError(f"slots and host pages must have one dtype, got {sorted(dtypes)}")
 
 
-def _check_float(name: str, array: jax.Array) -> None:
+def check_float(name: str, array: jax.Array) -> None:
+    """One of the dtypes of keys and values."""
     if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
 
 
-def _check_dtype(name: str, array: jax.Array, dtype: type) -> None:
+def check_dtype(name: str, array: jax.Array, dtype: type) -> None:
+    """Exactly that dtype."""
     if array.dtype != dtype:
         raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {array.dtype}")
 
 
-def _check_page_size(page_size: int) -> None:
+def check_page_size(page_size: int) -> None:
+    """A power of two."""
     if page_size < 1 or page_size & (page_size - 1):
         raise ValueError(f"page size must be a power of two, got {page_size}")

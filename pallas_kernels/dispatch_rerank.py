@@ -6,7 +6,7 @@ there, are Pallas kernels only; staged ones are in `flexijax.cache.tiers`.
 
 import jax
 
-from flexijax.pallas_kernels import checks
+from flexijax.pallas_kernels import checks_rerank
 from flexijax.pallas_kernels.implementations import choose_without_triton, module_of
 from flexijax.pallas_kernels.rerank import Reranked, RerankStats
 from flexijax.pallas_kernels.sketches import SketchCode
@@ -33,7 +33,7 @@ def paged_encode(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    checks.check_paged_encode(codes, code, k_pages, block)
+    checks_rerank.check_paged_encode(codes, code, k_pages, block)
     module = module_of("sketch_encode", choose_without_triton(implementation))
     return module.paged_encode(codes, code, k_pages, block)
 
@@ -62,7 +62,7 @@ def slot_encode(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    checks.check_slot_encode(codes, code, k_slots, slot_page, page, block)
+    checks_rerank.check_slot_encode(codes, code, k_slots, slot_page, page, block)
     module = module_of("sketch_encode", choose_without_triton(implementation))
     return module.slot_encode(codes, code, k_slots, slot_page, page, block)
 
@@ -88,7 +88,7 @@ def offload_pages(
     Raises:
       ValueError: shapes or dtypes do not fit.
     """
-    checks.check_offload_pages(host_k, host_v, slots_k, slots_v, slot_page, page, block)
+    checks_rerank.check_offload_pages(host_k, host_v, slots_k, slots_v, slot_page, page, block)
     module = module_of("page_moves", "pallas")
     return module.offload_pages(host_k, host_v, slots_k, slots_v, slot_page, page, block)
 
@@ -125,7 +125,7 @@ def rerank(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    checks.check_rerank(
+    checks_rerank.check_rerank(
         chosen, slot_page, lengths, since, due, block_table, filled_page, stats, page_size
     )
     return module_of("rerank_plan", choose_without_triton(implementation)).rerank(

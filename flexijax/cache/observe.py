@@ -41,6 +41,7 @@ def observe_chunk(
 
     position: int32[B, K, T], -1 for none.
     """
+    assert chunk.queries is not None
     steps = jnp.arange(chunk.queries.shape[0], dtype=jnp.int32)
     q_position = chunk.before[:, None] + steps  # [B, W]
     q_position = jnp.where(q_position < chunk.lengths[:, None], q_position, -1)
