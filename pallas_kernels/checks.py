@@ -94,7 +94,7 @@ def check_promote(
     slots_k: jax.Array, slots_v: jax.Array, host_k: jax.Array, host_v: jax.Array, load: jax.Array
 ) -> None:
     """The arguments of `dispatch.promote`."""
-    _check_tiers(slots_k, slots_v, host_k, host_v)
+    check_tiers(slots_k, slots_v, host_k, host_v)
     axis_sizes(slots_v=(slots_v, "B K S page H"), load=(load, "B K S"))
     check_dtype("load", load, jnp.int32)
 
@@ -108,7 +108,7 @@ def check_offload(
     store_slot: jax.Array,
 ) -> None:
     """The arguments of `dispatch.offload`."""
-    _check_tiers(slots_k, slots_v, host_k, host_v)
+    check_tiers(slots_k, slots_v, host_k, host_v)
     axis_sizes(
         slots_v=(slots_v, "B K S page H"),
         store_block=(store_block, "B E"),
@@ -154,9 +154,10 @@ def check_scale(scale: float) -> None:
         raise ValueError(f"scale must be positive and finite, got {scale}")
 
 
-def _check_tiers(
+def check_tiers(
     slots_k: jax.Array, slots_v: jax.Array, host_k: jax.Array, host_v: jax.Array
 ) -> None:
+    """Slots and host pages as `dispatch.promote` has them."""
     axis_sizes(
         slots_k=(slots_k, "B K H S page"),
         slots_v=(slots_v, "B K S page H"),
@@ -169,13 +170,13 @@ def _check_tiers(
 
 
 def check_float(name: str, array: jax.Array) -> None:
-    """Of a dtype that is computed with."""
+    """One of the dtypes of keys and values."""
     if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
 
 
 def check_dtype(name: str, array: jax.Array, dtype: type) -> None:
-    """Of that dtype."""
+    """Exactly that dtype."""
     if array.dtype != dtype:
         raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {array.dtype}")
 

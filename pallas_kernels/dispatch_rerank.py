@@ -1,12 +1,14 @@
 """The public operations that only a rerank calls: check the arguments, then choose who computes.
 
-As `dispatch.py`, but none has a Triton kernel: "triton" takes the one in Pallas.
+As `dispatch.py`, but none has a Triton kernel: "triton" takes the one in Pallas. Moves, here as
+there, are Pallas kernels only; staged ones are in `flexijax.cache.tiers`.
 """
 
 import jax
 
-from flexijax.pallas_kernels import score_checks as checks
+from flexijax.pallas_kernels import checks_rerank
 from flexijax.pallas_kernels.implementations import choose_without_triton, module_of
+from flexijax.pallas_kernels.rerank import Reranked, RerankStats
 from flexijax.pallas_kernels.sketches import SketchCode
 
 
@@ -31,7 +33,7 @@ def paged_encode(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    checks.check_paged_encode(codes, code, k_pages, block)
+    checks_rerank.check_paged_encode(codes, code, k_pages, block)
     module = module_of("sketch_encode", choose_without_triton(implementation))
     return module.paged_encode(codes, code, k_pages, block)
 
@@ -60,6 +62,80 @@ def slot_encode(
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    checks.check_slot_encode(codes, code, k_slots, slot_page, page, block)
+    checks_rerank.check_slot_encode(codes, code, k_slots, slot_page, page, block)
     module = module_of("sketch_encode", choose_without_triton(implementation))
     return module.slot_encode(codes, code, k_slots, slot_page, page, block)
+
+
+def offload_pages(
+    host_k: jax.Array,
+    host_v: jax.Array,
+    slots_k: jax.Array,
+    slots_v: jax.Array,
+    slot_page: jax.Array,
+    page: jax.Array,
+    block: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """As `dispatch.offload`, of pages that each head looks for in its slots.
+
+    Args:
+      host_k, host_v, slots_k, slots_v: as there.
+      slot_page: int32[B, K, S], the page in each slot, none twice in a head; negative for none.
+      page: int32[B, E], negative for none. A head in whose slots it is not moves nothing.
+      block: int32[B, E], the block each page is written to, negative for none.
+    Returns:
+      The new host_k and host_v, in device memory as far as the program is concerned, see there.
+    Raises:
+      ValueError: shapes or dtypes do not fit.
+    """
+    checks_rerank.check_offload_pages(host_k, host_v, slots_k, slots_v, slot_page, page, block)
+    module = module_of("page_moves", "pallas")
+    return module.offload_pages(host_k, host_v, slots_k, slots_v, slot_page, page, block)
+
+
+def rerank(
+    chosen: jax.Array,
+    slot_page: jax.Array,
+    lengths: jax.Array,
+    since: jax.Array,
+    due: jax.Array,
+    block_table: jax.Array,
+    filled_page: jax.Array,
+    stats: RerankStats,
+    *,
+    page_size: int,
+    implementation: str | None = None,
+) -> Reranked:
+    """The scheduler step: which chosen pages come into which slots, and what is counted of it.
+
+    Args:
+      chosen: int32[B, K, n], pages to be resident, none twice, negative for none; the newest page
+        is among them, and none is beyond it.
+      slot_page: int32[B, K, S], pages in the slots now, none twice, -1 for none; donate it.
+      lengths: int32[B], tokens held, 0 for a row that takes no part.
+      since: int32[B, K] or [B, 1], tokens held at a head's last rerank.
+      due: int32[B, K] or [B, 1], positive for heads that are reranked; the others stay as they are.
+      block_table: int32[B, P], the block of each page; read for chosen pages only.
+      filled_page: int32[B, E], pages that were offloaded, from heads that hold them in a slot;
+        negative for none.
+      stats: `RerankStats` of leaves [B, K], int32 and float32; donate it.
+      page_size: tokens a page.
+    Returns:
+      `Reranked`; see `rerank.plan_rerank` for the order in which slots are filled.
+    Raises:
+      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
+    """
+    checks_rerank.check_rerank(
+        chosen, slot_page, lengths, since, due, block_table, filled_page, stats, page_size
+    )
+    return module_of("rerank_plan", choose_without_triton(implementation)).rerank(
+        chosen,
+        slot_page,
+        lengths,
+        since,
+        due,
+        block_table,
+        filled_page,
+        stats,
+        page_size=page_size,
+    )

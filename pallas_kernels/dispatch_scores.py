@@ -2,7 +2,7 @@
 
 import jax
 
-from flexijax.pallas_kernels import score_checks as checks
+from flexijax.pallas_kernels import checks_scores as checks
 from flexijax.pallas_kernels.implementations import choose, choose_without_triton, module_of
 from flexijax.pallas_kernels.sketches import SketchCode, SketchQuery
 from flexijax.pallas_kernels.summaries import Summaries

@@ -30,6 +30,35 @@ class Plan:
     rco: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RerankStats:
+    """Reranks and moves of each head since its request was admitted; see `Plan`."""
+
+    reranks: jax.Array  # int32[B, K]
+    overlap: jax.Array  # float32[B, K], sum
+    rco: jax.Array  # float32[B, K], sum over those reranks at which there was a choice
+    choices: jax.Array  # int32[B, K], how many those were
+    promoted: jax.Array  # int32[B, K], pages host -> device
+    offloaded: jax.Array  # int32[B, K], pages device -> host after the prompt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reranked:
+    """What is left of a rerank when it is planned: where pages go, and what is counted of it.
+
+    slot_page: int32[B, K, S], as in `Plan`; heads that are not due keep theirs. load:
+    int32[B, K, S], the block to bring into each slot, -1 where nothing comes. rco: float32[B, K],
+    as in `Plan`, anything of heads that are not due. stats: with this rerank counted.
+    """
+
+    slot_page: jax.Array
+    load: jax.Array
+    rco: jax.Array
+    stats: RerankStats
+
+
 def plan_rerank(
     chosen: jax.Array,
     slot_page: jax.Array,

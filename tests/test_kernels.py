@@ -228,6 +228,7 @@ FILES = {
     "sketch_query": {"pallas", "xla"},
     "sketch_scores": {"pallas", "triton", "xla"},
     "sketch_encode": {"pallas", "xla"},
+    "rerank_plan": {"pallas", "xla"},
     "sparse_decode": {"pallas", "triton", "xla"},
     "prefill": {"cudnn", "xla"},
     "page_moves": {"pallas"},

@@ -11,9 +11,9 @@ import pytest
 from flexijax.aot import compile as aot
 from flexijax.aot.targets import target, targets
 from flexijax.cache import tiers
-from flexijax.pallas_kernels import dispatch, dispatch_rerank, platform
+from flexijax.pallas_kernels import dispatch, platform
 from flexijax.pallas_kernels.prefill import cudnn
-from flexijax.pallas_kernels.sketches import SketchCode, SketchQuery, words
+from flexijax.pallas_kernels.sketches import SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, group_size
 
 try:
@@ -159,38 +159,6 @@ def test_sketch_scores_fit_the_gpu(bits, width):
 
 @needs_compiler
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize(
-    ("kind", "bits", "width", "page", "dtype"),
-    [
-        ("pages", 2, 128, 16, jnp.bfloat16),
-        ("slots", 2, 128, 16, jnp.bfloat16),
-        ("slots", 4, 80, 8, jnp.float16),
-        ("pages", 1, 256, 64, jnp.float32),
-    ],
-    ids=str,
-)
-def test_encoding_is_one_kernel(kind, bits, width, page, dtype, gpu):
-    """Codes are written in place, keys are read where they lie, and products take tensor cores."""
-    batch, heads, blocks, slots, entries = 16, 6, 512, 65, 2
-    codes = shape(blocks, heads, bits, words(width), page, dtype=jnp.uint32)
-    code = SketchCode(*(shape(batch, heads, width, dtype=jnp.float32) for _ in range(2)))
-    listed = integers(batch, entries)
-    if kind == "pages":
-        keys = shape(blocks, heads, page, width, dtype=dtype)
-        op, arguments = dispatch_rerank.paged_encode, (codes, code, keys, listed)
-    else:
-        keys = shape(batch, heads, width, slots, page, dtype=dtype)
-        held = integers(batch, heads, slots)
-        op, arguments = dispatch_rerank.slot_encode, (codes, code, keys, held, listed, listed)
-    report = compiled(op, arguments, gpu=gpu, donate=(0,))
-    [kernel] = report.kernels
-    assert kernel.spill_bytes == 0 and kernel.registers <= (168 if dtype == jnp.float32 else 64)
-    assert report.aliased_arguments == {0} and report.device.temporaries == 0
-    assert not kernel.instructions or kernel.tensor_core_instructions > 0
-
-
-@needs_compiler
-@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("width", [80, 128])
 def test_moves_are_zero_copy(width, gpu):
     """Host pages stay in host memory, targets are written in place, and nothing is staged."""
@@ -210,8 +178,15 @@ def test_moves_are_zero_copy(width, gpu):
         gpu=gpu,
         donate=(0,),
     )
-    assert promote.device.aliased == slot_bytes and offload.host.aliased == pool_bytes
-    for report in (promote, offload):
+    found = compiled(
+        functools.partial(tiers.offload_pages, transfer="zero_copy"),
+        (pages, k, v, integers(4, 6, 66), integers(4, 2), integers(4, 2)),
+        gpu=gpu,
+        donate=(0,),
+    )
+    assert promote.device.aliased == slot_bytes
+    assert offload.host.aliased == found.host.aliased == pool_bytes
+    for report in (promote, offload, found):
         assert report.host.arguments == pool_bytes and report.host.temporaries == 0
         assert report.aliased_arguments == {0, 1}
         assert report.copies(at_least=1024) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flexijax.cache import tiers
-from flexijax.pallas_kernels import dispatch, platform, summaries
+from flexijax.pallas_kernels import dispatch, dispatch_rerank, platform, summaries
 from flexijax.pallas_kernels.page_moves import reference
 from flexijax.pallas_kernels.page_scores import reference as score_reference
 from tests.kernel_cases import numpy_dtype
@@ -43,6 +43,27 @@ def test_moves_equal_their_plan(dtype, page, width):
     stored = jax.jit(dispatch.offload)(*map(jnp.asarray, (*host, *slots, store_block, store_slot)))
     assert equal(stored, reference.offload(*host, *slots, store_block, store_slot))
     assert not equal(stored, host)
+
+
+def test_pages_are_found_in_their_slots():
+    """Empty slots, pages in no slot and entries that name none move nothing."""
+    rng = np.random.default_rng(0)
+    slots = [pages(rng, 2, 3, 5, 16, 24) for _ in "kv"]
+    slots[0] = np.moveaxis(slots[0], 4, 2).copy()
+    host = [pages(rng, 9, 3, 16, 24) for _ in "kv"]
+    slot_page = np.stack([rng.permutation(8)[:5] for _ in range(6)]).reshape(2, 3, 5)
+    slot_page[0, :, 2] = -1
+    where = [slot_page, np.array([[4, -1, 3], [0, 7, 5]]), np.array([[2, 6, -1], [8, 0, 1]])]
+    where = [x.astype(np.int32) for x in where]
+    stored = jax.jit(dispatch_rerank.offload_pages)(*map(jnp.asarray, (*host, *slots, *where)))
+    expected = reference.offload_pages(*host, *slots, *where)
+    assert equal(stored, expected) and not equal(stored, host)
+    tier = tiers.HostPages(*jax.device_put(host, platform.sharding("pinned_host")))
+    staged = jax.jit(
+        functools.partial(tiers.offload_pages, transfer="staged"),
+        out_shardings=platform.sharding("pinned_host"),
+    )(tier, *slots, *where)
+    assert equal((staged.k, staged.v), expected)
 
 
 def test_an_empty_plan_moves_nothing():

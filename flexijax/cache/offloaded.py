@@ -16,9 +16,9 @@ from jax import lax
 from flexijax.cache.arrays import Chunk, Prompt, Step, set_row, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.selected import choose_pages, scatter
-from flexijax.cache.tiers import HostPages, offload, promote
-from flexijax.pallas_kernels.filled import find_slots
-from flexijax.pallas_kernels.rerank import Plan, plan_rerank
+from flexijax.cache.tiers import HostPages, offload, offload_pages, promote
+from flexijax.pallas_kernels import dispatch_rerank
+from flexijax.pallas_kernels.rerank import RerankStats, plan_rerank
 from flexijax.pallas_kernels.stores import SlotStore
 from flexijax.policies.page_score import FilledPages, PageTable
 
@@ -43,19 +43,6 @@ class OffloadedGroup:
     summaries: Any  # leaves [blocks, K, ...]
     score_state: Any  # leaves [B, K, ...]
     schedule: RerankSchedule | None  # None: all are reranked after every chunk
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RerankStats:
-    """Reranks and moves of each head since its request was admitted; see `rerank.Plan`."""
-
-    reranks: jax.Array  # int32[B, K]
-    overlap: jax.Array  # float32[B, K], sum
-    rco: jax.Array  # float32[B, K], sum over those reranks at which there was a choice
-    choices: jax.Array  # int32[B, K], how many those were
-    promoted: jax.Array  # int32[B, K], pages host -> device
-    offloaded: jax.Array  # int32[B, K], pages device -> host after the prompt
 
 
 def empty(program: GroupProgram, heads: int) -> tuple[OffloadedGroup, RerankStats]:
@@ -157,35 +144,40 @@ def end_chunk(
     """
     sizes, score = program.sizes, program.score
     page_size, lengths, block_table = sizes.page_size, chunk.lengths, chunk.block_table
-    slot = find_slots(group.slot_page, chunk.filled_page)  # [B, K, E]
-    host = offload(host, group.k, group.v, chunk.filled_block, slot, transfer=program.transfer)
+    filled = (group.slot_page, chunk.filled_page, chunk.filled_block)
+    host = offload_pages(host, group.k, group.v, *filled, transfer=program.transfer)
     summaries = score.update(
         group.summaries,
         group.score_state,
-        FilledPages(group.k, group.slot_page, chunk.filled_page, chunk.filled_block),
+        FilledPages(group.k, *filled),
         implementation=program.implementation,
     )
     assert chunk.queries is not None
     table = PageTable.of_full_pages(block_table, lengths, page_size)
     chosen = _chosen(program, chunk.queries[-1], summaries, group.score_state, table)
-    due, since = _due(program, group.schedule, chunk, stats.reranks.shape)
-    plan = plan_rerank(
-        chosen, group.slot_page, lengths, since, pages=sizes.pages, page_size=page_size
+    due, since = _due(program, group.schedule, chunk)
+    plan = dispatch_rerank.rerank(
+        chosen,
+        group.slot_page,
+        lengths,
+        since,
+        due,
+        block_table,
+        chunk.filled_page,
+        stats,
+        page_size=page_size,
+        implementation=program.implementation,
     )
-    wanted = jnp.where(due[..., None], plan.load, -1)
-    blocks = jnp.broadcast_to(block_table[:, None], (sizes.batch, wanted.shape[1], sizes.pages))
-    load = jnp.take_along_axis(blocks, jnp.maximum(wanted, 0), axis=2)
-    load = jnp.where(wanted < 0, -1, load)
-    slots_k, slots_v = promote(group.k, group.v, host, load, transfer=program.transfer)
+    slots_k, slots_v = promote(group.k, group.v, host, plan.load, transfer=program.transfer)
     group = OffloadedGroup(
         k=slots_k,
         v=slots_v,
-        slot_page=jnp.where(due[..., None], plan.slot_page, group.slot_page),
+        slot_page=plan.slot_page,
         summaries=summaries,
         score_state=group.score_state,
         schedule=_next_schedule(program, group.schedule, due, plan.rco),
     )
-    return group, host, _counted(stats, plan, due, slot)
+    return group, host, plan.stats
 
 
 def _chosen(
@@ -196,29 +188,15 @@ def _chosen(
     return choose_pages(program, q, summaries, score_state, table, count=program.group.room)
 
 
-def _counted(stats: RerankStats, plan: Plan, due: jax.Array, offloaded: jax.Array) -> RerankStats:
-    """The statistics after a rerank of the heads `due`; offloaded: int32[B, K, E], -1 for none."""
-    chose = due & ~jnp.isnan(plan.rco)
-    return RerankStats(
-        reranks=stats.reranks + due.astype(jnp.int32),
-        overlap=stats.overlap + jnp.where(due, plan.overlap, 0.0),
-        rco=stats.rco + jnp.where(chose, plan.rco, 0.0),
-        choices=stats.choices + chose.astype(jnp.int32),
-        promoted=stats.promoted + jnp.where(due, plan.promoted, 0),
-        offloaded=stats.offloaded + (offloaded >= 0).sum(-1, dtype=jnp.int32),
-    )
-
-
 def _due(
-    program: GroupProgram, schedule: RerankSchedule | None, chunk: Chunk, shape: tuple[int, ...]
+    program: GroupProgram, schedule: RerankSchedule | None, chunk: Chunk
 ) -> tuple[jax.Array, jax.Array]:
-    """Which heads are reranked now, bool[B, K], and tokens held at their last, int32[B, K]."""
-    active = chunk.active[:, None]
+    """Heads reranked now, int32, positive, and tokens held at their last; [B, K] or [B, 1]."""
     if schedule is None:
-        before = jnp.broadcast_to(chunk.before[:, None], shape)
-        return jnp.broadcast_to(active, shape), before
-    due = active & (schedule.steps_until_rerank <= program.sizes.chunk_steps)
-    return due, chunk.lengths[:, None] - schedule.interval
+        # Where a request has ended its length is 0, and nowhere else.
+        return chunk.lengths[:, None], chunk.before[:, None]
+    due = chunk.active[:, None] & (schedule.steps_until_rerank <= program.sizes.chunk_steps)
+    return due.astype(jnp.int32), chunk.lengths[:, None] - schedule.interval
 
 
 def _first_schedule(
@@ -237,10 +215,10 @@ def _first_schedule(
 def _next_schedule(
     program: GroupProgram, schedule: RerankSchedule | None, due: jax.Array, rco: jax.Array
 ) -> RerankSchedule | None:
-    """The schedule after the rerank of the heads `due`, bool[B, K]."""
+    """The schedule after the rerank of the heads `due`, int32[B, K]."""
     adaptive = program.group.schedule
     if schedule is None or adaptive is None:
         return schedule
-    interval = jnp.where(due, adaptive.following(schedule.interval, rco), schedule.interval)
+    interval = jnp.where(due > 0, adaptive.following(schedule.interval, rco), schedule.interval)
     left = schedule.steps_until_rerank - program.sizes.chunk_steps
-    return RerankSchedule(interval, jnp.where(due, interval, left))
+    return RerankSchedule(interval, jnp.where(due > 0, interval, left))

@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 
 from flexijax.cache.layout import CacheSizes
-from flexijax.pallas_kernels import dispatch, platform
+from flexijax.pallas_kernels import dispatch, dispatch_rerank, platform
+from flexijax.pallas_kernels.filled import find_slots
 
 
 @jax.tree_util.register_dataclass
@@ -111,6 +112,29 @@ def offload(
         )
 
     return HostPages(*lax.fori_loop(0, count, move, (host.k, host.v)))
+
+
+def offload_pages(
+    host: HostPages,
+    slots_k: jax.Array,
+    slots_v: jax.Array,
+    slot_page: jax.Array,
+    page: jax.Array,
+    block: jax.Array,
+    *,
+    transfer: str | None,
+) -> HostPages:
+    """As `offload`, of the pages int32[B, E] in the slots of slot_page int32[B, K, S] they lie in.
+
+    block: int32[B, E], of each page; -1 for none in all three.
+    """
+    if (transfer or platform.default_transfer()) == "zero_copy":
+        moved = dispatch_rerank.offload_pages(
+            host.k, host.v, slots_k, slots_v, slot_page, page, block
+        )
+        return HostPages(*map(_to_host, moved))
+    slot = find_slots(slot_page, page)
+    return offload(host, slots_k, slots_v, block, slot, transfer="staged")
 
 
 def _entries(plan: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:

@@ -90,7 +90,7 @@ def decode_calls(
     args = (params, groups, cache.block_table, cache.lengths, batch)
     yield ProgramCall("decode", decode_steps, program, args, donate=(1,))
     lengths, queries = cache.lengths, _abstract_queries(program)
-    at = (cache.block_table, lengths, lengths, batch.active)
+    at = (cache.block_table, lengths, lengths, _like(jnp.bool_, *lengths.shape))
     end = jax.eval_shape(functools.partial(chunk_end, program.layout.sizes), *at)
     end = platform.placed(end)
     yield from _distinct(

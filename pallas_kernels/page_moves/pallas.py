@@ -5,11 +5,14 @@ once. The kernels write into an argument in place (`input_output_aliases`), so d
 transposed on the way: a page is [page, H] in the host tier and [H, page] in a slot.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.in_kernel import find_slot
 from flexijax.pallas_kernels.platform import pltriton
 
 
@@ -58,28 +61,66 @@ def offload(
     store_slot: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """host[store_block[b, e], h] = slots[b, h, store_slot[b, h, e]]; see `dispatch.offload`."""
-    batch, heads, slots, page, width = slots_v.shape
+
+    def find(refs, request, head, entry):
+        [slot_ref] = refs
+        return slot_ref[request, head, entry]
+
+    return _offload_both((host_k, host_v), (slots_k, slots_v), store_block, (store_slot,), find)
+
+
+def offload_pages(
+    host_k: jax.Array,
+    host_v: jax.Array,
+    slots_k: jax.Array,
+    slots_v: jax.Array,
+    slot_page: jax.Array,
+    page: jax.Array,
+    block: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """As `offload`, of pages that are looked for; see `dispatch_rerank.offload_pages`."""
+    slots = slot_page.shape[2]
+
+    def find(refs, request, head, entry):
+        slot_page_ref, page_ref = refs
+        return find_slot(slot_page_ref, request, head, page_ref[request, entry], slots=slots)
+
+    return _offload_both((host_k, host_v), (slots_k, slots_v), block, (slot_page, page), find)
+
+
+def _offload_both(
+    host: tuple[jax.Array, jax.Array],
+    slots: tuple[jax.Array, jax.Array],
+    block: jax.Array,
+    where: tuple[jax.Array, ...],
+    find: Callable[..., jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values; find: the slot of an entry, of what is in the arrays `where`."""
+    slots_k, slots_v = slots
+    batch, heads, count, page, width = slots_v.shape
     k_matrix = slots_k.reshape(_matrix(slots_k))
-    v_matrix = slots_v.reshape(batch, heads, slots * page, width)
-    new_k = _offload(host_k, k_matrix, store_block, store_slot, transposed=True)
-    return new_k, _offload(host_v, v_matrix, store_block, store_slot, transposed=False)
+    v_matrix = slots_v.reshape(batch, heads, count * page, width)
+    new_k = _offload(host[0], k_matrix, block, where, find, transposed=True)
+    return new_k, _offload(host[1], v_matrix, block, where, find, transposed=False)
 
 
 def _offload(
     host: jax.Array,
     slots: jax.Array,
-    store_block: jax.Array,
-    store_slot: jax.Array,
+    block: jax.Array,
+    where: tuple[jax.Array, ...],
+    find: Callable[..., jax.Array],
     *,
     transposed: bool,
 ) -> jax.Array:
     # One output a kernel: XLA's host offloading pass aborts on a tuple in host memory.
-    batch, heads, entries = store_slot.shape
+    batch, heads = slots.shape[:2]
     page, width = host.shape[2:]
 
-    def kernel(_, slots_ref, block_ref, slot_ref, host_ref):
+    def kernel(_, slots_ref, block_ref, *rest):
+        *refs, host_ref = rest
         entry, head, request = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        block, slot = block_ref[request, entry], slot_ref[request, head, entry]
+        block, slot = block_ref[request, entry], find(refs, request, head, entry)
 
         @pl.when((block >= 0) & (slot >= 0))
         def _():
@@ -91,11 +132,11 @@ def _offload(
     return platform.pallas_kernel(
         kernel,
         name="flexijax_offload",
-        grid=(entries, heads, batch),
+        grid=(block.shape[1], heads, batch),
         out_shape=jax.ShapeDtypeStruct(host.shape, host.dtype),
         aliases={0: 0},
         num_warps=4,
-    )(host, slots, store_block, store_slot)
+    )(host, slots, block, *where)
 
 
 def _matrix(slots_k: jax.Array) -> tuple[int, int, int, int]:

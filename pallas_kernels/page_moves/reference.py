@@ -40,3 +40,26 @@ def offload(
             new_k[blocks[b, e], h] = slots_k[b, h, :, slots[b, h, e]].T
             new_v[blocks[b, e], h] = slots_v[b, h, slots[b, h, e]]
     return new_k, new_v
+
+
+def offload_pages(
+    host_k: ArrayLike,
+    host_v: ArrayLike,
+    slots_k: ArrayLike,
+    slots_v: ArrayLike,
+    slot_page: ArrayLike,
+    page: ArrayLike,
+    block: ArrayLike,
+) -> tuple[np.ndarray, np.ndarray]:
+    """host[block[b, e], h] = the slot of head h that holds page[b, e], where there is one.
+
+    slot_page: int[B, K, S], the page in each slot; page, block: int[B, E], negative for none. The
+    others as in `offload`.
+    """
+    new_k, new_v = np.array(host_k), np.array(host_v)
+    slots_k, slots_v, held = np.asarray(slots_k), np.asarray(slots_v), np.asarray(slot_page)
+    page, block = np.asarray(page), np.asarray(block)
+    for b, e in zip(*np.nonzero((page >= 0) & (block >= 0)), strict=True):
+        for h, s in zip(*np.nonzero(held[b] == page[b, e]), strict=True):
+            new_k[block[b, e], h], new_v[block[b, e], h] = slots_k[b, h, :, s].T, slots_v[b, h, s]
+    return new_k, new_v

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.in_kernel import find_slot
 from flexijax.pallas_kernels.platform import pltriton
 from flexijax.pallas_kernels.sketches import WORD, SketchCode
 
@@ -50,20 +51,13 @@ def slot_encode(
     def find(refs, request, head, entry, token):
         slot_page_ref, page_ref, block_ref = refs
         at = block_ref[request, entry]
-        slot = find_slot(slot_page_ref, request, head, page_ref[request, entry], slots)
+        slot = find_slot(slot_page_ref, request, head, page_ref[request, entry], slots=slots)
         place = (slot * page_size + token)[None, :]
         there = (at >= 0) & (slot >= 0)
         return at, there, lambda channel: (request, head, channel[:, None], place)
 
     matrix = k_slots.reshape(batch, heads, width, slots * page_size)
     return _encode(codes, code, matrix, (slot_page, page, block), find, page.shape[1], page_size)
-
-
-def find_slot(slot_page_ref, request, head, page, slots: int):
-    """In a kernel: the slot of a head that holds the page, -1 where none does or page is -1."""
-    slot = jnp.arange(pl.next_power_of_2(slots))
-    held = pltriton.load(slot_page_ref.at[request, head, slot], mask=slot < slots, other=-1)
-    return jnp.max(jnp.where((held == page) & (page >= 0), slot, -1))
 
 
 def _encode(

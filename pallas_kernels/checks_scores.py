@@ -72,7 +72,7 @@ def check_sketch_scores(
         block_table=(block_table, "B P"),
         lengths=(lengths, "B"),
     )
-    _check_bits(codes, sizes["bits"])
+    check_bits(codes, sizes["bits"])
     if not packed:
         check_dtype("weights", query.weights, jnp.int8)
     check_dtype("offset", query.offset, jnp.float32)
@@ -103,56 +103,8 @@ def check_select_pages(
             raise ValueError(f"{name}={value} of select_pages must be at least {least}")
 
 
-def check_paged_encode(
-    codes: jax.Array, code: SketchCode, k_pages: jax.Array, block: jax.Array
-) -> None:
-    """The arguments of `dispatch_rerank.paged_encode`."""
-    axis_sizes(
-        mean=(code.mean, "B K H"),
-        k_pages=(k_pages, "blocks K page H"),
-        block=(block, "B E"),
-    )
-    _check_encode(codes, code, k_pages, k_pages.shape[2])
-    axis_sizes(k_pages=(k_pages, "blocks K page H"), codes=(codes, "blocks K bits W page"))
-    check_dtype("block", block, jnp.int32)
-
-
-def check_slot_encode(
-    codes: jax.Array,
-    code: SketchCode,
-    k_slots: jax.Array,
-    slot_page: jax.Array,
-    page: jax.Array,
-    block: jax.Array,
-) -> None:
-    """The arguments of `dispatch_rerank.slot_encode`."""
-    axis_sizes(
-        mean=(code.mean, "B K H"),
-        k_slots=(k_slots, "B K H S page"),
-        slot_page=(slot_page, "B K S"),
-        page=(page, "B E"),
-        block=(block, "B E"),
-    )
-    _check_encode(codes, code, k_slots, k_slots.shape[4])
-    for name, array in (("slot_page", slot_page), ("page", page), ("block", block)):
-        check_dtype(name, array, jnp.int32)
-
-
-def _check_encode(codes: jax.Array, code: SketchCode, keys: jax.Array, page_size: int) -> None:
-    sizes = axis_sizes(
-        mean=(code.mean, "B K H"),
-        step=(code.step, "B K H"),
-        codes=(codes, f"blocks K bits {words(code.mean.shape[-1])} {page_size}"),
-    )
-    _check_bits(codes, sizes["bits"])
-    check_dtype("mean", code.mean, jnp.float32)
-    check_dtype("step", code.step, jnp.float32)
-    check_dtype("codes", codes, jnp.uint32)
-    check_float("keys", keys)
-    check_page_size(page_size)
-
-
-def _check_bits(codes: jax.Array, bits: int) -> None:
+def check_bits(codes: jax.Array, bits: int) -> None:
+    """Of the shape of codes: what `sketches` knows."""
     if bits not in SPACING:
         raise ValueError(
             f"codes has shape {codes.shape}: bits must be one of {tuple(SPACING)}, got {bits}"
