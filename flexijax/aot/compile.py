@@ -21,9 +21,11 @@ import jax
 import numpy as np
 from jax import export
 
-from flexijax.aot import disassembly
+from flexijax.aot import disassembly, launches, thunks
 from flexijax.aot.disassembly import KernelReport
+from flexijax.aot.launches import Launches
 from flexijax.aot.targets import Target
+from flexijax.aot.thunks import Thunk
 from flexijax.pallas_kernels import platform
 
 # Without it the CUDA plugin refuses to load where there is no driver; jax looks when it first
@@ -66,13 +68,15 @@ class MemoryReport:
 class CompiledReport:
     """A program compiled for `target`: memory by tier, its kernels, and its optimized HLO text.
 
-    kept_arguments: which of the flattened leaves the program reads; the compiler has no other.
+    thunks: what the runtime carries out. kept_arguments: which of the flattened leaves the program
+    reads; the compiler has no other.
     """
 
     target: Target
     device: MemoryReport
     host: MemoryReport
     kernels: tuple[KernelReport, ...]
+    thunks: tuple[Thunk, ...]
     hlo: str
     kept_arguments: tuple[int, ...]
     lower_seconds: float
@@ -83,6 +87,11 @@ class CompiledReport:
         """Which arguments (index among the flattened leaves) are updated in place."""
         header = self.hlo.partition("entry_computation_layout")[0]
         return frozenset(self.kept_arguments[int(at)] for at in _ALIASED.findall(header))
+
+    @property
+    def launches(self) -> Launches:
+        """How many launches it takes, and what waits for the host."""
+        return launches.launches(self.thunks, launches.trip_counts(self.hlo))
 
     @property
     def host_callbacks(self) -> int:
@@ -169,8 +178,10 @@ def compile_for(
         executable = _compile(lowered.mlir_module(), gpu, folder)
         compile_seconds = time.perf_counter() - started
         tell("compiling", 1, 1)
+        carried_out = thunks.read(Path(folder))
         kernels = disassembly.kernels(
             Path(folder),
+            carried_out,
             target=target,
             named=kernels_named,
             progress=functools.partial(tell, "assembling kernels of"),
@@ -181,6 +192,7 @@ def compile_for(
         device=_memory(stats, ""),
         host=_memory(stats, "host_"),
         kernels=kernels,
+        thunks=carried_out,
         hlo=executable.hlo_modules()[0].to_string(),
         kept_arguments=tuple(lowered.module_kept_var_idx),
         lower_seconds=lower_seconds,

@@ -13,10 +13,11 @@ from flexijax.aot import compile as aot
 from flexijax.aot.compile import CompiledReport, MemoryReport
 from flexijax.aot.disassembly import KernelReport
 from flexijax.aot.footprint import Footprint, abstract_params, footprint
+from flexijax.aot.launches import Launches
 from flexijax.aot.targets import Target
 from flexijax.cache.memory import nbytes
 from flexijax.config import CacheConfig
-from flexijax.engine.inventory import ProgramCall, decode_calls, prompt_calls
+from flexijax.engine.inventory import ProgramCall, decode_calls, prompt_calls, refit_calls
 from flexijax.engine.program import Program
 from flexijax.models.config import ModelConfig
 from flexijax.profiles.head_profile import HeadProfile
@@ -30,11 +31,11 @@ OURS = "flexijax_"
 class ProgramReport:
     """One stage of a run; of those with a program for each kind of layer, all of them together.
 
-    programs: how many there are; calls: of them in a prompt or a chunk of decode steps. device,
-    host: of the largest. kernels: ours, every one that differs in more than its name.
-    staging_copies: instructions other than kernels that touch host memory. pool_copies: copies of
-    at least the smallest array of keys or values. unaliased: donated leaves that are not updated in
-    place.
+    programs: how many there are; calls: of them in a prompt, a chunk of decode steps or a refit.
+    launches: of all those calls together. device, host: of the largest. kernels: ours, every one
+    that differs in more than its name. staging_copies: instructions other than kernels that touch
+    host memory. pool_copies: copies of at least the smallest array of keys or values. unaliased:
+    donated leaves that are not updated in place.
     """
 
     programs: int
@@ -48,6 +49,7 @@ class ProgramReport:
     host_callbacks: int
     collectives: int
     unaliased: tuple[str, ...]
+    launches: Launches
     kernels: tuple[KernelReport, ...]
 
 
@@ -105,7 +107,11 @@ def compile_program(
     program: Program, params: Any, target: Target, progress: Progress | None = None
 ) -> dict[str, ProgramReport]:
     """Every program of a run, compiled for `target`; params: shapes of the model's weights."""
-    calls = [*prompt_calls(program, params), *decode_calls(program, params)]
+    calls = [
+        *prompt_calls(program, params),
+        *decode_calls(program, params),
+        *refit_calls(program),
+    ]
     smallest = min(nbytes(leaf) for leaf in _keys_and_values(calls))
     found: dict[str, list[ProgramReport]] = {}
     for call in calls:
@@ -160,6 +166,7 @@ def _program_report(call: ProgramCall, compiled: CompiledReport, pool_bytes: int
         host_callbacks=compiled.host_callbacks,
         collectives=compiled.collectives,
         unaliased=tuple(missing),
+        launches=compiled.launches.times(call.calls),
         kernels=compiled.kernels,
     )
 

@@ -6,20 +6,17 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flexijax.aot.targets import Target
+from flexijax.aot.thunks import Thunk
 
 _PTX_ENTRY = re.compile(r"\.entry (\w+)")
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
-_LAUNCH = re.compile(
-    r"(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]"
-    r"\s+shared_memory: (\d+) bytes"
-)
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 # Where the CUDA tools lie in the wheels nvidia-cuda-nvcc-cu12 and triton, below their packages.
@@ -75,12 +72,13 @@ def tool(name: str) -> str | None:
 
 def kernels(
     dump: Path,
+    thunks: Iterable[Thunk],
     *,
     target: Target,
     named: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[KernelReport, ...]:
-    """Reports on every kernel that XLA launched, from the folder given to `xla_dump_to`.
+    """Reports on every kernel in `thunks`, from the folder given to `xla_dump_to`.
 
     Kernels that differ in nothing but their name, as those of equal layers, are one report, under
     the first name.
@@ -92,11 +90,12 @@ def kernels(
     ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
     if ptxas is None:
         raise RuntimeError("no ptxas found: pip install 'flexijax[aot]'")
-    launches: dict[str, tuple[int, ...]] = {}
-    for path in dump.glob("*thunk_sequence.txt"):
-        for name, *numbers in _LAUNCH.findall(path.read_text()):
-            if named in name:
-                launches[name] = tuple(map(int, numbers))
+    launches = {
+        thunk.kernel: thunk
+        for outer in thunks
+        for thunk in outer
+        if thunk.kernel and named in thunk.kernel
+    }
     distinct: dict[tuple, Path] = {}
     for ptx in sorted(dump.glob("*.ptx")):
         source = ptx.read_text()
@@ -104,7 +103,8 @@ def kernels(
         for name in names:
             source = re.sub(rf"\b{name}\b", "kernel", source)
         if names:
-            distinct.setdefault((source, *(launches[name] for name in names)), ptx)
+            sizes = [(launches[name].grid, launches[name].shared_bytes) for name in names]
+            distinct.setdefault((source, *sizes), ptx)
     reports = []
     for done, ptx in enumerate(distinct.values(), start=1):
         reports += _assemble(ptx, launches, ptxas, nvdisasm, target)
@@ -115,7 +115,7 @@ def kernels(
 
 def _assemble(
     ptx: Path,
-    launches: dict[str, tuple[int, ...]],
+    launches: Mapping[str, Thunk],
     ptxas: str,
     nvdisasm: str | None,
     target: Target,
@@ -130,18 +130,17 @@ def _assemble(
         spills, registers = _SPILLS.search(text), _REGISTERS.search(text)
         if name not in launches or not spills or not registers:
             continue
-        launch = launches[name]
-        threads = launch[3] * launch[4] * launch[5]
-        used = int(registers[1])
+        launch, used = launches[name], int(registers[1])
+        shared, threads = launch.shared_bytes, launch.threads
         reports.append(
             KernelReport(
                 name=name,
                 registers=used,
                 spill_bytes=int(spills[1]) + int(spills[2]),
-                shared_bytes=launch[6],
+                shared_bytes=shared,
                 threads=threads,
-                grid=(launch[0], launch[1], launch[2]),
-                occupancy=target.occupancy(registers=used, shared_bytes=launch[6], threads=threads),
+                grid=launch.grid,
+                occupancy=target.occupancy(registers=used, shared_bytes=shared, threads=threads),
                 instructions=mixes.get(name, {}),
             )
         )

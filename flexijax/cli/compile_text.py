@@ -6,6 +6,7 @@ from typing import Any
 
 from flexijax.aot.compile_report import OURS, CompileReport, ProgramReport
 from flexijax.aot.disassembly import KernelReport
+from flexijax.aot.launches import Counts
 from flexijax.aot.sweep import Point
 from flexijax.cli.terminal import megabytes, table
 
@@ -22,6 +23,10 @@ def as_json(report: CompileReport) -> dict[str, Any]:
         of_stage = found["stages"][name]
         for tier in ("device", "host"):
             of_stage[tier]["peak"] = getattr(program, tier).peak
+        counts = program.launches
+        of_stage["launches"].update(
+            step=dataclasses.asdict(counts.step), total=dataclasses.asdict(counts.total)
+        )
         for kernel, entry in zip(program.kernels, of_stage["kernels"], strict=True):
             seen = bool(kernel.instructions)
             entry["tensor_core_instructions"] = kernel.tensor_core_instructions if seen else None
@@ -118,6 +123,7 @@ def text(report: CompileReport) -> str:
             ]
         ),
         _programs(report.stages),
+        _launches(report.stages),
         _kernels(report.stages),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -146,6 +152,30 @@ def _programs(programs: dict[str, ProgramReport]) -> str:
             ["cache leaves not in place", *(str(len(p.unaliased)) for p in columns)],
             ["lowered in", *(f"{p.lower_seconds:.1f} s" for p in columns)],
             ["compiled in", *(f"{p.compile_seconds:.1f} s" for p in columns)],
+        ]
+    )
+
+
+def _launches(programs: dict[str, ProgramReport]) -> str:
+    """Of a prompt's chunk, of all layers' commits, of a decode step, of a rerank of all layers."""
+    columns: dict[str, Counts] = {}
+    for name, program in programs.items():
+        found = program.launches
+        if name == "decode":
+            columns["a decode step"] = found.step
+            columns["beside R steps"] = found.once
+        else:
+            columns[name] = found.total
+    return table(
+        [
+            ["launches", *columns],
+            ["in graphs", *(str(c.in_graphs) for c in columns.values())],
+            ["outside", *(str(c.outside) for c in columns.values())],
+            ["graphs", *(str(c.graphs) for c in columns.values())],
+            ["conditionals", *(str(c.conditionals) for c in columns.values())],
+            ["loops", *(str(c.loops) for c in columns.values())],
+            ["of unknown trips", *(str(c.unknown_loops) for c in columns.values())],
+            ["waits of the host", *(str(c.host_syncs) for c in columns.values())],
         ]
     )
 
