@@ -7,7 +7,6 @@ the `aot` extra and no driver.
 
 import functools
 import importlib.util
-import math
 import os
 import re
 import tempfile
@@ -26,6 +25,7 @@ from flexijax.aot.disassembly import KernelReport
 from flexijax.aot.launches import Launches
 from flexijax.aot.targets import Target
 from flexijax.aot.thunks import Thunk
+from flexijax.aot.traffic import HOST, array_bytes
 from flexijax.pallas_kernels import platform
 
 # Without it the CUDA plugin refuses to load where there is no driver; jax looks when it first
@@ -46,8 +46,6 @@ _COLLECTIVE = re.compile(
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$", re.MULTILINE)
 # What hands an array on without reading it, and kernels, which address host memory themselves.
 _HANDS_ON = ("parameter", "tuple", "get-tuple-element", "bitcast", "custom-call")
-_HOST = "S(5)"  # XLA's number of the memory space
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16}
 
 
 @dataclass(frozen=True)
@@ -107,16 +105,16 @@ class CompiledReport:
     def staging_copies(self) -> int:
         """Instructions, kernels aside, that read or write arrays in host memory."""
         found = _INSTRUCTION.findall(self.hlo)
-        on_host = {name for name, made, *_ in found if _HOST in made and not made.startswith("(")}
+        on_host = {name for name, made, *_ in found if HOST in made and not made.startswith("(")}
         return sum(
             opcode not in _HANDS_ON
-            and (_HOST in made or not on_host.isdisjoint(re.findall(r"%[\w.-]+", operands)))
+            and (HOST in made or not on_host.isdisjoint(re.findall(r"%[\w.-]+", operands)))
             for _, made, opcode, operands in found
         )
 
     def copies(self, *, at_least: int) -> int:
         """How many instructions copy an array of `at_least` bytes or more."""
-        return sum(_bytes(*match) >= at_least for match in _COPY.findall(self.hlo))
+        return sum(array_bytes(*match) >= at_least for match in _COPY.findall(self.hlo))
 
 
 def prepare() -> None:
@@ -237,9 +235,3 @@ def _compile(module: str, gpu: Any, dump: str) -> Any:
 def _memory(stats: Any, prefix: str) -> MemoryReport:
     names = ("argument", "output", "alias", "temp")
     return MemoryReport(*(getattr(stats, f"{prefix}{name}_size_in_bytes") for name in names))
-
-
-def _bytes(dtype: str, dims: str) -> int:
-    """Size of an HLO shape such as bf16[16,128]: the digits of the type's name are its bits."""
-    bits = _BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype.lstrip("sufc")) or 8)
-    return math.prod(int(size) for size in dims.split(",") if size) * bits // 8

@@ -6,8 +6,13 @@ from typing import Any
 
 from flexijax.aot.compile_report import OURS, CompileReport, ProgramReport
 from flexijax.aot.disassembly import KernelReport
-from flexijax.aot.launches import Counts
 from flexijax.aot.sweep import Point
+from flexijax.cli.cost_text import (
+    capacity_table,
+    estimate_tables,
+    launches_table,
+    milliseconds,
+)
 from flexijax.cli.terminal import megabytes, table
 
 
@@ -19,10 +24,16 @@ def as_json(report: CompileReport) -> dict[str, Any]:
         found["counted"][name]["attention"].update(
             total=read.total, scoring_share=read.scoring_share
         )
+    found["step"]["seconds"] = report.step.seconds
+    for one, entry in zip(report.capacities, found["capacities"], strict=True):
+        entry["roofline_tokens_per_second"] = one.roofline_tokens_per_second
+        entry["estimated_tokens_per_second"] = one.estimated_tokens_per_second
     for name, program in report.stages.items():
         of_stage = found["stages"][name]
         for tier in ("device", "host"):
             of_stage[tier]["peak"] = getattr(program, tier).peak
+        if program.estimate is not None:
+            of_stage["estimate"]["seconds"] = program.estimate.seconds
         counts = program.launches
         of_stage["launches"].update(
             step=dataclasses.asdict(counts.step), total=dataclasses.asdict(counts.total)
@@ -56,8 +67,8 @@ def sweep_table(points: Sequence[Point], policy: str) -> str:
             megabytes(point.host_bytes),
             f"{point.attention_ratio:.4f}",
             f"{point.scoring_share:.0%}",
-            _milliseconds(point.seconds),
-            _milliseconds(point.full_seconds),
+            milliseconds(point.seconds),
+            milliseconds(point.full_seconds),
         ]
         for point in points
     ]
@@ -109,21 +120,23 @@ def text(report: CompileReport) -> str:
                 ],
                 [
                     "time by the roofline",
-                    _milliseconds(step.seconds),
-                    _milliseconds(full.seconds),
+                    milliseconds(step.seconds),
+                    milliseconds(full.seconds),
                     f"{step.seconds / full.seconds:.4f}",
                 ],
                 _row("apart: stored on the host", step.stored_bytes, full.stored_bytes),
                 [
                     "per page a head loads at a rerank",
-                    _milliseconds(step.page_seconds),
-                    _milliseconds(full.page_seconds),
+                    milliseconds(step.page_seconds),
+                    milliseconds(full.page_seconds),
                     "",
                 ],
             ]
         ),
         _programs(report.stages),
-        _launches(report.stages),
+        launches_table(report.stages),
+        estimate_tables(report),
+        capacity_table(report.capacities),
         _kernels(report.stages),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -156,30 +169,6 @@ def _programs(programs: dict[str, ProgramReport]) -> str:
     )
 
 
-def _launches(programs: dict[str, ProgramReport]) -> str:
-    """Of a prompt's chunk, of all layers' commits, of a decode step, of a rerank of all layers."""
-    columns: dict[str, Counts] = {}
-    for name, program in programs.items():
-        found = program.launches
-        if name == "decode":
-            columns["a decode step"] = found.step
-            columns["beside R steps"] = found.once
-        else:
-            columns[name] = found.total
-    return table(
-        [
-            ["launches", *columns],
-            ["in graphs", *(str(c.in_graphs) for c in columns.values())],
-            ["outside", *(str(c.outside) for c in columns.values())],
-            ["graphs", *(str(c.graphs) for c in columns.values())],
-            ["conditionals", *(str(c.conditionals) for c in columns.values())],
-            ["loops", *(str(c.loops) for c in columns.values())],
-            ["of unknown trips", *(str(c.unknown_loops) for c in columns.values())],
-            ["waits of the host", *(str(c.host_syncs) for c in columns.values())],
-        ]
-    )
-
-
 def _kernels(programs: dict[str, ProgramReport]) -> str:
     """The worst figure of all kernels of a name; those of layers with other head counts differ."""
     header = [
@@ -196,7 +185,7 @@ def _kernels(programs: dict[str, ProgramReport]) -> str:
     for stage, program in programs.items():
         named: dict[str, list[KernelReport]] = {}
         for kernel in program.kernels:
-            stem = kernel.name.rstrip("_0123456789").removeprefix(OURS)
+            stem = kernel.stem.removeprefix(OURS)
             named.setdefault(stem, []).append(kernel)
         for stem, kernels in sorted(named.items()):
             looked_at = all(kernel.instructions for kernel in kernels)
@@ -213,7 +202,3 @@ def _kernels(programs: dict[str, ProgramReport]) -> str:
                 ]
             )
     return table([header, *rows]) if rows else ""
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3f} ms"
