@@ -81,6 +81,11 @@ ENTRY %main (pool: bf16[32768,16,128], table: s32[16,2048], host: u32[64]) -> f3
 %rows, %ids, %ids), custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints=\
 {bf16[16,1,4,128]{3,2,1,0}, bf16[524288,128]{1,0}, bf16[524288,128]{1,0}, s32[16,1,64]{2,1,0}, \
 s32[16,1,64]{2,1,0}}, metadata={op_name="jit(f)/flexijax_decode_pages/pallas_call"}
+  %both = (f32[16,4,128]{2,1,0}, bf16[524288,128]{1,0}, bf16[524288,128]{1,0}) custom-call(%q, \
+%rows, %rows, %at, %ids), custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints=\
+{bf16[16,1,4,128]{3,2,1,0}, bf16[524288,128]{1,0}, bf16[524288,128]{1,0}, s32[16]{0}, \
+s32[16,1,64]{2,1,0}}, output_to_operand_aliasing={{1}: (1, {}), {2}: (2, {})}, \
+metadata={op_name="jit(f)/flexijax_decode_attention/pallas_call"}
   ROOT %sum = f32[16]{0} fusion(%values), kind=kLoop, calls=%gone
 }
 """
@@ -114,6 +119,19 @@ def test_trips_that_are_not_constant_are_not_guessed(old, new, trips):
     assert issued(SASS, PTX.replace(old, new)).exact == (trips is not None)
 
 
+def test_a_flag_in_place_of_a_counter_goes_round_twice():
+    flag = """
+    mov.pred 	%p3, 0;
+    mov.pred 	%p55, -1;
+$L__BB0_1:
+    mov.pred 	%p1, %p55;
+    mov.pred 	%p55, %p3;
+    @%p1 bra 	$L__BB0_1;
+"""
+    assert loop_trips(flag) == [2]
+    assert loop_trips(flag.replace("%p55, %p3", "%p55, %p4")) == [None]
+
+
 def test_a_loop_that_was_unrolled_is_counted_as_it_stands():
     straight = SASS.replace("@P2 BRA `(.L_x_0)", "@P2 BAR.SYNC 0x0")
     assert issued(straight, PTX) == Issued(9, exact=True)
@@ -128,6 +146,9 @@ def test_bytes_of_instructions_by_hand():
     # Keys and values of 64 pages of 16 requests, whatever the pool holds.
     parts = 4 * 32 * 16 * 4 * (128 + 1)
     assert module.nbytes("pages") == 2 * 16 * 64 * 16 * row + 2 * 16 * 64 * 4 + 16 * 4 * row + parts
+    # The same in place: what is written there is a token's.
+    both = 2 * 16 * 64 * 16 * row + 16 * 4 + 16 * 64 * 4 + 16 * 4 * row + 4 * 16 * 4 * 128
+    assert module.nbytes("both") == both
     assert module.nbytes("moved") == 0  # from the host: as many pages as the text asks for
     assert module.nbytes("nowhere") == 0
 

@@ -69,7 +69,7 @@ def _trips(body: str, before: str, predicate: str) -> int | None:
     """In data: start 0, `add r26, r630, 64`, `mov r630, r26`, until `setp.ne r26, 320` -> 5."""
     test = re.search(rf"setp\.(ne|lt)\.\w+\s+{predicate}, (%r\d+), (-?\d+);", body)
     if test is None:
-        return None
+        return 2 if _goes_round_twice(body, before, predicate) else None
     kind, counter, end = test.groups()
     step = re.search(rf"add\.s32\s+{counter}, (%r\d+), (-?\d+);", body)
     if step is None:
@@ -84,6 +84,15 @@ def _trips(body: str, before: str, predicate: str) -> int | None:
     if kind == "lt":
         return max(rounds + (left > 0), 1)
     return rounds if rounds > 0 and left == 0 else None
+
+
+def _goes_round_twice(body: str, before: str, predicate: str) -> bool:
+    """A flag that is true at first and false from then on: what is left of a loop of two trips."""
+    flag = re.search(rf"mov\.pred\s+{predicate}, (%p\d+);", body)
+    if flag is None or _constant(flag[1], before) != -1:
+        return False
+    later = re.findall(rf"mov\.pred\s+{flag[1]}, ([^;]+);", body)
+    return bool(later) and (later[-1] == "0" or _constant(later[-1], before + body) == 0)
 
 
 def _constant(register: str, before: str) -> int | None:

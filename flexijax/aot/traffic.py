@@ -18,6 +18,7 @@ _INSTRUCTION = re.compile(r"^\s*(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$"
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLS = re.compile(r"calls=%([\w.-]+)")
 HOST = "S(5)"  # XLA's number of the memory space
+_IN_PLACE = re.compile(r"\{(\d*)\}: \((\d+), \{\}\)")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16}
 _TAKES = ("gather", "dynamic-slice", "slice")
 # The operand that holds what these write into their first one.
@@ -88,10 +89,9 @@ class Module:
         operands = [self.called[at] for at in found.operands if at in self.called]
         if any(HOST in array.made for array in (found, *operands)):
             return 0
-        sizes = [operand.nbytes for operand in operands]
-        if "flexijax_decode_pages" in found.rest:
-            sizes[1:3] = _listed(found, self.page_size)
-        return sum(sizes) + found.nbytes
+        if found.opcode == "custom-call":
+            return _call(found, self.page_size)
+        return found.nbytes + sum(operand.nbytes for operand in operands)
 
 
 def _instructions(body: str) -> Iterator[tuple[str, Instruction]]:
@@ -144,10 +144,25 @@ def _users(name: str, inside: dict[str, Instruction]) -> Iterator[Instruction]:
                 yield user
 
 
-def _listed(call: Instruction, page_size: int) -> tuple[int, int]:
-    """Bytes of keys and of values in the pages that a kernel's list names: ids int32[B, K, n]."""
-    layouts = _ARRAY.findall(call.rest.partition("operand_layout_constraints={")[2])
-    (dtype, rows), ids = layouts[1], layouts[3][1].split(",")
-    width = rows.split(",")[-1]
-    one = math.prod(map(int, ids)) * page_size * array_bytes(dtype, width)
-    return one, one
+def _call(call: Instruction, page_size: int) -> int:
+    """What a kernel reads and writes; decode attention reads the pages that its lists name.
+
+    In the order of its operands: keys and values [rows, H], then ids int32[B, K, n].
+    """
+    layouts = _ARRAY.findall(call.rest.partition("operand_layout_constraints={")[2].split("}}")[0])
+    sizes, made = [array_bytes(*layout) for layout in layouts], list(call.arrays)
+    attends = "flexijax_decode" in call.rest
+    for output, operand in _IN_PLACE.findall(call.rest):
+        made[int(output or 0)] = 0  # written in place: a token's row
+        if not attends:
+            sizes[int(operand)] = 0
+    for at in range(len(layouts) - 1):
+        (dtype, dims), after = layouts[at], layouts[at + 1]
+        if not attends or dtype == "s32" or after != (dtype, dims) or dims.count(",") != 1:
+            continue
+        lists = [ids for kind, ids in layouts[at + 2 :] if kind == "s32" and ids.count(",") == 2]
+        if lists:
+            pages = math.prod(map(int, lists[0].split(",")))
+            listed = pages * page_size * array_bytes(dtype, dims.split(",")[1])
+            sizes[at] = sizes[at + 1] = min(listed, sizes[at])
+    return sum(sizes) + sum(made)
