@@ -91,6 +91,11 @@ def test_a_bad_size_is_refused_before_compiling():
             )
 
 
+def test_memory_that_cannot_be_is_refused(capsys):
+    assert cli.main(["compile-report", "--model", "llama-3.1-8b", "--memory", "80", "-1"]) == 2
+    assert "--memory" in capsys.readouterr().err
+
+
 def test_without_the_extra_one_line_names_it(monkeypatch, capsys):
     def missing():
         raise RuntimeError("needs pip install 'flexijax[aot]'")

@@ -7,7 +7,6 @@ the `aot` extra and no driver.
 
 import functools
 import importlib.util
-import math
 import os
 import re
 import tempfile
@@ -21,9 +20,12 @@ import jax
 import numpy as np
 from jax import export
 
-from flexijax.aot import disassembly
+from flexijax.aot import disassembly, launches, thunks
 from flexijax.aot.disassembly import KernelReport
+from flexijax.aot.launches import Launches
 from flexijax.aot.targets import Target
+from flexijax.aot.thunks import Thunk
+from flexijax.aot.traffic import HOST, array_bytes
 from flexijax.pallas_kernels import platform
 
 # Without it the CUDA plugin refuses to load where there is no driver; jax looks when it first
@@ -44,8 +46,6 @@ _COLLECTIVE = re.compile(
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$", re.MULTILINE)
 # What hands an array on without reading it, and kernels, which address host memory themselves.
 _HANDS_ON = ("parameter", "tuple", "get-tuple-element", "bitcast", "custom-call")
-_HOST = "S(5)"  # XLA's number of the memory space
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16}
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ class MemoryReport:
 class CompiledReport:
     """A program compiled for `target`: memory by tier, its kernels, and its optimized HLO text.
 
-    kept_arguments: which of the flattened leaves the program reads; the compiler has no other.
+    thunks: what the runtime carries out. kept_arguments: which of the flattened leaves the program
+    reads; the compiler has no other.
     """
 
     target: Target
     device: MemoryReport
     host: MemoryReport
     kernels: tuple[KernelReport, ...]
+    thunks: tuple[Thunk, ...]
     hlo: str
     kept_arguments: tuple[int, ...]
     lower_seconds: float
@@ -83,6 +85,11 @@ class CompiledReport:
         """Which arguments (index among the flattened leaves) are updated in place."""
         header = self.hlo.partition("entry_computation_layout")[0]
         return frozenset(self.kept_arguments[int(at)] for at in _ALIASED.findall(header))
+
+    @property
+    def launches(self) -> Launches:
+        """How many launches it takes, and what waits for the host."""
+        return launches.launches(self.thunks, launches.trip_counts(self.hlo))
 
     @property
     def host_callbacks(self) -> int:
@@ -98,16 +105,16 @@ class CompiledReport:
     def staging_copies(self) -> int:
         """Instructions, kernels aside, that read or write arrays in host memory."""
         found = _INSTRUCTION.findall(self.hlo)
-        on_host = {name for name, made, *_ in found if _HOST in made and not made.startswith("(")}
+        on_host = {name for name, made, *_ in found if HOST in made and not made.startswith("(")}
         return sum(
             opcode not in _HANDS_ON
-            and (_HOST in made or not on_host.isdisjoint(re.findall(r"%[\w.-]+", operands)))
+            and (HOST in made or not on_host.isdisjoint(re.findall(r"%[\w.-]+", operands)))
             for _, made, opcode, operands in found
         )
 
     def copies(self, *, at_least: int) -> int:
         """How many instructions copy an array of `at_least` bytes or more."""
-        return sum(_bytes(*match) >= at_least for match in _COPY.findall(self.hlo))
+        return sum(array_bytes(*match) >= at_least for match in _COPY.findall(self.hlo))
 
 
 def prepare() -> None:
@@ -169,8 +176,10 @@ def compile_for(
         executable = _compile(lowered.mlir_module(), gpu, folder)
         compile_seconds = time.perf_counter() - started
         tell("compiling", 1, 1)
+        carried_out = thunks.read(Path(folder))
         kernels = disassembly.kernels(
             Path(folder),
+            carried_out,
             target=target,
             named=kernels_named,
             progress=functools.partial(tell, "assembling kernels of"),
@@ -181,6 +190,7 @@ def compile_for(
         device=_memory(stats, ""),
         host=_memory(stats, "host_"),
         kernels=kernels,
+        thunks=carried_out,
         hlo=executable.hlo_modules()[0].to_string(),
         kept_arguments=tuple(lowered.module_kept_var_idx),
         lower_seconds=lower_seconds,
@@ -225,9 +235,3 @@ def _compile(module: str, gpu: Any, dump: str) -> Any:
 def _memory(stats: Any, prefix: str) -> MemoryReport:
     names = ("argument", "output", "alias", "temp")
     return MemoryReport(*(getattr(stats, f"{prefix}{name}_size_in_bytes") for name in names))
-
-
-def _bytes(dtype: str, dims: str) -> int:
-    """Size of an HLO shape such as bf16[16,128]: the digits of the type's name are its bits."""
-    bits = _BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype.lstrip("sufc")) or 8)
-    return math.prod(int(size) for size in dims.split(",") if size) * bits // 8

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 
 from flexijax.aot import compile as aot
+from flexijax.aot.capacity import DEVICE_BYTES, Capacity, Compiled, capacities
 from flexijax.aot.compile import CompiledReport, MemoryReport
 from flexijax.aot.disassembly import KernelReport
+from flexijax.aot.estimate import Estimate, estimate
 from flexijax.aot.footprint import Footprint, abstract_params, footprint
+from flexijax.aot.launches import Launches
 from flexijax.aot.targets import Target
 from flexijax.cache.memory import nbytes
 from flexijax.config import CacheConfig
-from flexijax.engine.inventory import ProgramCall, decode_calls, prompt_calls
+from flexijax.engine.inventory import ProgramCall, decode_calls, prompt_calls, refit_calls
 from flexijax.engine.program import Program
 from flexijax.models.config import ModelConfig
 from flexijax.profiles.head_profile import HeadProfile
@@ -24,17 +27,20 @@ from flexijax.profiles.head_profile import HeadProfile
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 OURS = "flexijax_"
+# A prompt is bound by flops, which the estimate does not look at.
+_ESTIMATED = ("decode", "end of a chunk", "refit")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramReport:
     """One stage of a run; of those with a program for each kind of layer, all of them together.
 
-    programs: how many there are; calls: of them in a prompt or a chunk of decode steps. device,
-    host: of the largest. kernels: ours, every one that differs in more than its name.
-    staging_copies: instructions other than kernels that touch host memory. pool_copies: copies of
-    at least the smallest array of keys or values. unaliased: donated leaves that are not updated in
-    place.
+    programs: how many there are; calls: of them in a prompt, a chunk of decode steps or a refit.
+    launches, estimate: of all those calls together, but for a program with loops the estimate of
+    one trip: a decode step. device, host: of the largest. kernels: ours, every one that differs in
+    more than its name. staging_copies: instructions other than kernels that touch
+    host memory. pool_copies: copies of at least the smallest array of keys or values. unaliased:
+    donated leaves that are not updated in place.
     """
 
     programs: int
@@ -48,6 +54,8 @@ class ProgramReport:
     host_callbacks: int
     collectives: int
     unaliased: tuple[str, ...]
+    launches: Launches
+    estimate: Estimate | None
     kernels: tuple[KernelReport, ...]
 
 
@@ -55,7 +63,8 @@ class ProgramReport:
 class CompileReport:
     """Every program that a model runs on one GPU, at one context, batch and policy.
 
-    stages: by name, in the order in which a request meets them.
+    stages: by name, in the order in which a request meets them. step: the estimate of a decode step
+    with its share of what lies between two chunks. capacities: at equal device memory.
     """
 
     model: str
@@ -66,6 +75,8 @@ class CompileReport:
     batch: int
     counted: Footprint
     stages: dict[str, ProgramReport]
+    step: Estimate
+    capacities: tuple[Capacity, ...]
 
 
 def compile_report(
@@ -76,12 +87,14 @@ def compile_report(
     context: int,
     batch: int,
     target: Target,
+    device_bytes: Sequence[int] = DEVICE_BYTES,
     progress: Progress | None = None,
 ) -> CompileReport:
     """Compiles what `generate` runs, by the same functions, for `target`, and reports on it.
 
     context: tokens of each of `batch` requests, new ones included. cache: with a `HeadProfile`
-    where its policy needs one. progress: called with (stage, done, total).
+    where its policy needs one. device_bytes: compares with full attention in each of these.
+    progress: called with (stage, done, total).
     Raises ValueError for sizes that cannot be, RuntimeError without the `aot` extra.
     """
     counted, program = footprint(
@@ -89,6 +102,9 @@ def compile_report(
     )
     aot.prepare()
     profile = cache.profile if program.policy.needs_profile else None
+    stages = compile_program(program, abstract_params(config), target, progress)
+    step = _step(stages)
+    temporaries = max(stage.device.temporaries for stage in stages.values())
     return CompileReport(
         model=name,
         target=target.name,
@@ -97,7 +113,17 @@ def compile_report(
         context=context,
         batch=batch,
         counted=counted,
-        stages=compile_program(program, abstract_params(config), target, progress),
+        stages=stages,
+        step=step,
+        capacities=capacities(
+            config,
+            name=name,
+            cache=cache,
+            context=context,
+            target=target,
+            compiled=Compiled(counted, step, temporaries),
+            device_bytes=device_bytes,
+        ),
     )
 
 
@@ -105,7 +131,11 @@ def compile_program(
     program: Program, params: Any, target: Target, progress: Progress | None = None
 ) -> dict[str, ProgramReport]:
     """Every program of a run, compiled for `target`; params: shapes of the model's weights."""
-    calls = [*prompt_calls(program, params), *decode_calls(program, params)]
+    calls = [
+        *prompt_calls(program, params),
+        *decode_calls(program, params),
+        *refit_calls(program),
+    ]
     smallest = min(nbytes(leaf) for leaf in _keys_and_values(calls))
     found: dict[str, list[ProgramReport]] = {}
     for call in calls:
@@ -116,8 +146,21 @@ def compile_program(
             kernels_named=OURS,
             progress=_named(progress, call.stage),
         )
-        found.setdefault(call.stage, []).append(_program_report(call, compiled, smallest))
+        report = _program_report(
+            call, compiled, pool_bytes=smallest, page_size=program.layout.sizes.page_size
+        )
+        found.setdefault(call.stage, []).append(report)
     return {stage: _together(reports) for stage, reports in found.items()}
+
+
+def _step(stages: dict[str, ProgramReport]) -> Estimate:
+    """A decode step and its share of the end of a chunk."""
+    decode, end = stages["decode"], stages.get("end of a chunk")
+    assert decode.estimate is not None
+    if end is None or end.estimate is None:
+        return decode.estimate
+    [loop] = decode.launches.loops
+    return decode.estimate + end.estimate.times(1 / (loop.trips or 1))
 
 
 def describe(profile: HeadProfile) -> str:
@@ -136,7 +179,9 @@ def _keys_and_values(calls: Iterable[ProgramCall]) -> list[Any]:
     ]
 
 
-def _program_report(call: ProgramCall, compiled: CompiledReport, pool_bytes: int) -> ProgramReport:
+def _program_report(
+    call: ProgramCall, compiled: CompiledReport, *, pool_bytes: int, page_size: int
+) -> ProgramReport:
     starts = [0]
     for argument in call.args:
         starts.append(starts[-1] + len(jax.tree.leaves(argument)))
@@ -148,6 +193,13 @@ def _program_report(call: ProgramCall, compiled: CompiledReport, pool_bytes: int
         )
         if at not in compiled.aliased_arguments
     ]
+    found = estimate(
+        compiled.thunks,
+        compiled.hlo,
+        compiled.kernels,
+        target=compiled.target,
+        page_size=page_size,
+    )
     return ProgramReport(
         programs=1,
         calls=call.calls,
@@ -160,6 +212,8 @@ def _program_report(call: ProgramCall, compiled: CompiledReport, pool_bytes: int
         host_callbacks=compiled.host_callbacks,
         collectives=compiled.collectives,
         unaliased=tuple(missing),
+        launches=compiled.launches.times(call.calls),
+        estimate=found.times(call.calls) if call.stage in _ESTIMATED else None,
         kernels=compiled.kernels,
     )
 
@@ -169,7 +223,7 @@ def _together(reports: list[ProgramReport]) -> ProgramReport:
 
     def total(name: str) -> Any:
         values = [getattr(report, name) for report in reports]
-        return sum(values[1:], start=values[0])
+        return None if None in values else sum(values[1:], start=values[0])
 
     largest = max(reports, key=lambda report: report.device.peak)
     return dataclasses.replace(

@@ -6,20 +6,18 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from flexijax.aot.issue import issued
 from flexijax.aot.targets import Target
+from flexijax.aot.thunks import Thunk
 
 _PTX_ENTRY = re.compile(r"\.entry (\w+)")
 _ENTRY = re.compile(r"Compiling entry function '(\S+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
-_LAUNCH = re.compile(
-    r"(\S+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+), (\d+), (\d+)\]"
-    r"\s+shared_memory: (\d+) bytes"
-)
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 
 # Where the CUDA tools lie in the wheels nvidia-cuda-nvcc-cu12 and triton, below their packages.
@@ -34,6 +32,8 @@ class KernelReport:
     """One kernel as assembled: sizes in bytes, `instructions` by opcode (empty if not looked at).
 
     registers are per thread, threads and shared_bytes per block, grid in blocks of one launch.
+    issued: instructions of one warp, loops as often as they go round (0 if not looked at), at
+    least so many unless issued_exact. names: of all kernels that differ in nothing else.
     """
 
     name: str
@@ -44,6 +44,14 @@ class KernelReport:
     grid: tuple[int, int, int]
     occupancy: float
     instructions: dict[str, int] = field(default_factory=dict)
+    issued: int = 0
+    issued_exact: bool = True
+    names: tuple[str, ...] = ()
+
+    @property
+    def stem(self) -> str:
+        """What kernels of all layers have in common: the name without its number."""
+        return self.name.rstrip("_0123456789")
 
     @property
     def tensor_core_instructions(self) -> int:
@@ -75,12 +83,13 @@ def tool(name: str) -> str | None:
 
 def kernels(
     dump: Path,
+    thunks: Iterable[Thunk],
     *,
     target: Target,
     named: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[KernelReport, ...]:
-    """Reports on every kernel that XLA launched, from the folder given to `xla_dump_to`.
+    """Reports on every kernel in `thunks`, from the folder given to `xla_dump_to`.
 
     Kernels that differ in nothing but their name, as those of equal layers, are one report, under
     the first name.
@@ -92,30 +101,41 @@ def kernels(
     ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
     if ptxas is None:
         raise RuntimeError("no ptxas found: pip install 'flexijax[aot]'")
-    launches: dict[str, tuple[int, ...]] = {}
-    for path in dump.glob("*thunk_sequence.txt"):
-        for name, *numbers in _LAUNCH.findall(path.read_text()):
-            if named in name:
-                launches[name] = tuple(map(int, numbers))
+    launches = {
+        thunk.kernel: thunk
+        for outer in thunks
+        for thunk in outer
+        if thunk.kernel and named in thunk.kernel
+    }
     distinct: dict[tuple, Path] = {}
+    same: dict[str, list[str]] = {}  # under the first name, which `distinct` assembles
     for ptx in sorted(dump.glob("*.ptx")):
-        source = ptx.read_text()
-        names = [name for name in _PTX_ENTRY.findall(source) if name in launches]
+        source, names = ptx.read_text(), _named(ptx, launches)
         for name in names:
             source = re.sub(rf"\b{name}\b", "kernel", source)
         if names:
-            distinct.setdefault((source, *(launches[name] for name in names)), ptx)
+            sizes = [(launches[name].grid, launches[name].shared_bytes) for name in names]
+            first = distinct.setdefault((source, *sizes), ptx)
+            for name, known in zip(names, _named(first, launches), strict=True):
+                same.setdefault(known, []).append(name)
     reports = []
     for done, ptx in enumerate(distinct.values(), start=1):
-        reports += _assemble(ptx, launches, ptxas, nvdisasm, target)
+        reports += [
+            replace(report, names=tuple(same[report.name]))
+            for report in _assemble(ptx, launches, ptxas, nvdisasm, target)
+        ]
         if progress is not None:
             progress(done, len(distinct))
     return tuple(sorted(reports, key=lambda report: report.name))
 
 
+def _named(ptx: Path, launches: Mapping[str, Thunk]) -> list[str]:
+    return [name for name in _PTX_ENTRY.findall(ptx.read_text()) if name in launches]
+
+
 def _assemble(
     ptx: Path,
-    launches: dict[str, tuple[int, ...]],
+    launches: Mapping[str, Thunk],
     ptxas: str,
     nvdisasm: str | None,
     target: Target,
@@ -123,38 +143,39 @@ def _assemble(
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder, "kernels.cubin"))
         log = _run([ptxas, "-v", f"-arch={target.architecture}", str(ptx), "-o", cubin])
-        mixes = _instructions(_run([nvdisasm, "-c", cubin])) if nvdisasm else {}
+        bodies = _bodies(_run([nvdisasm, "-c", cubin])) if nvdisasm else {}
+    source = ptx.read_text()
     reports = []
     sections = _ENTRY.split(log)
     for name, text in zip(sections[1::2], sections[2::2], strict=True):
         spills, registers = _SPILLS.search(text), _REGISTERS.search(text)
         if name not in launches or not spills or not registers:
             continue
-        launch = launches[name]
-        threads = launch[3] * launch[4] * launch[5]
-        used = int(registers[1])
+        launch, used = launches[name], int(registers[1])
+        body = bodies.get(name, "")
+        counted = issued(body, source)
+        shared, threads = launch.shared_bytes, launch.threads
         reports.append(
             KernelReport(
                 name=name,
                 registers=used,
                 spill_bytes=int(spills[1]) + int(spills[2]),
-                shared_bytes=launch[6],
+                shared_bytes=shared,
                 threads=threads,
-                grid=(launch[0], launch[1], launch[2]),
-                occupancy=target.occupancy(registers=used, shared_bytes=launch[6], threads=threads),
-                instructions=mixes.get(name, {}),
+                grid=launch.grid,
+                occupancy=target.occupancy(registers=used, shared_bytes=shared, threads=threads),
+                instructions=dict(Counter(_INSTRUCTION.findall(body)).most_common()),
+                issued=counted.instructions,
+                issued_exact=counted.exact,
             )
         )
     return reports
 
 
-def _instructions(listing: str) -> dict[str, dict[str, int]]:
-    """How often each opcode stands in each kernel of nvdisasm's listing."""
+def _bodies(listing: str) -> dict[str, str]:
+    """The section of each kernel in nvdisasm's listing."""
     sections = re.split(r"^\.text\.(\S+):", listing, flags=re.MULTILINE)
-    return {
-        name: dict(Counter(_INSTRUCTION.findall(body)).most_common())
-        for name, body in zip(sections[1::2], sections[2::2], strict=True)
-    }
+    return dict(zip(sections[1::2], sections[2::2], strict=True))
 
 
 def _run(command: list[str]) -> str:

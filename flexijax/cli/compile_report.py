@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 
 from flexijax.aot import compile as aot
 from flexijax.aot import targets
+from flexijax.aot.capacity import GB
 from flexijax.aot.compile_report import compile_report, describe
 from flexijax.aot.footprint import assumed_profile, shipped_profile
 from flexijax.aot.sweep import default_contexts, draw, sweep
@@ -31,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", choices=known, default="h100", help="the GPU (%(default)s)")
     add("--profile", help="a shipped profile's name or a JSON file (default: the preset's own)")
     add(
+        "--memory",
+        type=float,
+        nargs="*",
+        default=[80, 94],
+        metavar="GB",
+        help="device memory in which requests are counted, and their tokens a second (80 94)",
+    )
+    add(
         "--sweep",
         type=int,
         nargs="*",
@@ -49,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     if args.sweep is None and (args.plot is not None or args.compile):
         raise ValueError("--plot and --compile go with --sweep only")
+    if any(not 0 < gigabytes < 1e6 for gigabytes in args.memory):
+        raise ValueError(f"--memory {args.memory} must be gigabytes, more than none")
     if args.sweep is None or args.compile:
         try:
             aot.prepare()
@@ -64,15 +76,19 @@ def run(args: argparse.Namespace) -> int:
         else:
             profile = shipped_profile(args.model, cache.budget_pages)
             profile = profile or assumed_profile(config, cache)
+    progress = Progress(quiet=args.quiet)
     common = {
         "name": args.model,
         "cache": dataclasses.replace(cache, profile=profile),
         "batch": args.batch,
         "target": targets.target(args.target),
     }
-    progress = Progress(quiet=args.quiet)
+    device_bytes = [round(gigabytes * GB) for gigabytes in args.memory]
+    compile_one = functools.partial(
+        compile_report, config, device_bytes=device_bytes, progress=progress, **common
+    )
     if args.sweep is None:
-        report = compile_report(config, context=args.context, progress=progress, **common)
+        report = compile_one(context=args.context)
         if not args.quiet:
             print(text(report))
         if args.json is not None:
@@ -90,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             print(path)
     reports = []
     for context in contexts if args.compile else ():
-        reports.append(compile_report(config, context=context, progress=progress, **common))
+        reports.append(compile_one(context=context))
         if not args.quiet:
             print(f"\n{text(reports[-1])}")
     if args.json is not None:

@@ -7,6 +7,12 @@ from typing import Any
 from flexijax.aot.compile_report import OURS, CompileReport, ProgramReport
 from flexijax.aot.disassembly import KernelReport
 from flexijax.aot.sweep import Point
+from flexijax.cli.cost_text import (
+    capacity_table,
+    estimate_tables,
+    launches_table,
+    milliseconds,
+)
 from flexijax.cli.terminal import megabytes, table
 
 
@@ -18,10 +24,20 @@ def as_json(report: CompileReport) -> dict[str, Any]:
         found["counted"][name]["attention"].update(
             total=read.total, scoring_share=read.scoring_share
         )
+    found["step"]["seconds"] = report.step.seconds
+    for one, entry in zip(report.capacities, found["capacities"], strict=True):
+        entry["roofline_tokens_per_second"] = one.roofline_tokens_per_second
+        entry["estimated_tokens_per_second"] = one.estimated_tokens_per_second
     for name, program in report.stages.items():
         of_stage = found["stages"][name]
         for tier in ("device", "host"):
             of_stage[tier]["peak"] = getattr(program, tier).peak
+        if program.estimate is not None:
+            of_stage["estimate"]["seconds"] = program.estimate.seconds
+        counts = program.launches
+        of_stage["launches"].update(
+            step=dataclasses.asdict(counts.step), total=dataclasses.asdict(counts.total)
+        )
         for kernel, entry in zip(program.kernels, of_stage["kernels"], strict=True):
             seen = bool(kernel.instructions)
             entry["tensor_core_instructions"] = kernel.tensor_core_instructions if seen else None
@@ -51,8 +67,8 @@ def sweep_table(points: Sequence[Point], policy: str) -> str:
             megabytes(point.host_bytes),
             f"{point.attention_ratio:.4f}",
             f"{point.scoring_share:.0%}",
-            _milliseconds(point.seconds),
-            _milliseconds(point.full_seconds),
+            milliseconds(point.seconds),
+            milliseconds(point.full_seconds),
         ]
         for point in points
     ]
@@ -104,20 +120,23 @@ def text(report: CompileReport) -> str:
                 ],
                 [
                     "time by the roofline",
-                    _milliseconds(step.seconds),
-                    _milliseconds(full.seconds),
+                    milliseconds(step.seconds),
+                    milliseconds(full.seconds),
                     f"{step.seconds / full.seconds:.4f}",
                 ],
                 _row("apart: stored on the host", step.stored_bytes, full.stored_bytes),
                 [
                     "per page a head loads at a rerank",
-                    _milliseconds(step.page_seconds),
-                    _milliseconds(full.page_seconds),
+                    milliseconds(step.page_seconds),
+                    milliseconds(full.page_seconds),
                     "",
                 ],
             ]
         ),
         _programs(report.stages),
+        launches_table(report.stages),
+        estimate_tables(report),
+        capacity_table(report.capacities),
         _kernels(report.stages),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -166,7 +185,7 @@ def _kernels(programs: dict[str, ProgramReport]) -> str:
     for stage, program in programs.items():
         named: dict[str, list[KernelReport]] = {}
         for kernel in program.kernels:
-            stem = kernel.name.rstrip("_0123456789").removeprefix(OURS)
+            stem = kernel.stem.removeprefix(OURS)
             named.setdefault(stem, []).append(kernel)
         for stem, kernels in sorted(named.items()):
             looked_at = all(kernel.instructions for kernel in kernels)
@@ -183,7 +202,3 @@ def _kernels(programs: dict[str, ProgramReport]) -> str:
                 ]
             )
     return table([header, *rows]) if rows else ""
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3f} ms"
