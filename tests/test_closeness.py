@@ -19,6 +19,8 @@ from flexijax.policies.page_score import PageShape, PageTable
 from flexijax.policies.quest import Quest
 from flexijax.policies.sketch import Sketch
 
+pytestmark = pytest.mark.any_jax
+
 PAGES, HEADS, GROUP, PAGE, WIDTH = 12, 2, 2, 4, 64
 
 
