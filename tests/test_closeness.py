@@ -87,19 +87,26 @@ def test_recent_chooses_the_first_and_the_newest_pages():
 def scored(name, keys, q, scale):
     one, shape = CANDIDATES[name], PageShape(PAGE, WIDTH, "float32")
     length = jnp.int32(PAGES * PAGE)
-    state = one.fit(keys, length)
-    summaries = one.summarize(keys, state)
+
+    @jax.jit
+    def score(keys, q):
+        state = one.fit(keys, length)
+        summaries = one.summarize(keys, state)
+        found = one.scores(
+            q,
+            summaries,
+            jax.tree.map(lambda leaf: leaf[None], state),
+            PageTable(jnp.arange(PAGES, dtype=jnp.int32)[None], length[None], PAGE),
+            scale=scale,
+            implementation="xla",
+        )
+        return found, summaries
+
+    found, summaries = score(keys, q)
     empty = one.empty(PAGES, HEADS, shape)
     assert jax.tree.map(jnp.shape, empty) == jax.tree.map(jnp.shape, summaries)
     assert jax.tree.map(lambda x: x.dtype, empty) == jax.tree.map(lambda x: x.dtype, summaries)
-    return one.scores(
-        q,
-        summaries,
-        jax.tree.map(lambda leaf: leaf[None], state),
-        PageTable(jnp.arange(PAGES, dtype=jnp.int32)[None], length[None], PAGE),
-        scale=scale,
-        implementation="xla",
-    )
+    return found
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
