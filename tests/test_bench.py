@@ -7,6 +7,8 @@ import pytest
 from bench import decode, timing
 from bench.decode import Bench, Cell
 
+pytestmark = pytest.mark.any_jax
+
 
 def test_median_of_nothing_is_an_error():
     assert timing.median([3, 1, 2]) == 2

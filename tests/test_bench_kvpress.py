@@ -9,6 +9,8 @@ import pytest
 
 from bench import kvpress_ranks
 
+pytestmark = pytest.mark.any_jax
+
 ROW = {"method": "h2o", "press": "P", "tokens": 3, "kept": 2, "heads": 1}
 
 

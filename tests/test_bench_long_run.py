@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from bench import long_run
+
+pytestmark = pytest.mark.any_jax
 
 
 def test_a_few_calls(tmp_path, capsys):

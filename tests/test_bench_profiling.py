@@ -11,6 +11,8 @@ from flexijax.profiling.settings import Settings
 from tests.planted import WORDS, planted_model, text_document, words_tokenizer
 from tests.tiny_models import tiny_model
 
+pytestmark = pytest.mark.any_jax
+
 
 def profile_of(lm: LanguageModel, unstable) -> flexijax.HeadProfile:
     return flexijax.HeadProfile(

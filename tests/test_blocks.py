@@ -6,6 +6,8 @@ import pytest
 
 from flexijax.cache.blocks import BlockAllocator
 
+pytestmark = pytest.mark.any_jax
+
 
 def test_hands_out_every_block_once():
     allocator = BlockAllocator(5)

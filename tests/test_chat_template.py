@@ -17,6 +17,8 @@ from flexijax.models import chat_template
 from flexijax.models.chat_template import ChatPrompt, render
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.any_jax
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 GROWING = "{% set ns = namespace(x='a', y=['a']) %}{% for i in range(100) %}STEP{% endfor %}"
 HOSTILE = {

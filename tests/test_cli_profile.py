@@ -10,6 +10,8 @@ from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.report import TALK_OVERLAP
 from tests.planted import planted_model, text_document
 
+pytestmark = pytest.mark.any_jax
+
 SIZES = ["--page-size", "4", "--steps", "32", "--max-tokens", "300", "--documents", "2"]
 
 

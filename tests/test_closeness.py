@@ -19,6 +19,8 @@ from flexijax.policies.page_score import PageShape, PageTable
 from flexijax.policies.quest import Quest
 from flexijax.policies.sketch import Sketch
 
+pytestmark = pytest.mark.any_jax
+
 PAGES, HEADS, GROUP, PAGE, WIDTH = 12, 2, 2, 4, 64
 
 
@@ -72,10 +74,8 @@ def test_a_name_that_says_nothing_is_refused(name, words):
 
 def test_recent_chooses_the_first_and_the_newest_pages():
     score, lengths = closeness.Recent(), jnp.array([35, 9], jnp.int32)
-    q, table = (
-        jnp.zeros((2, 3, 2, 8)),
-        PageTable.of_full_pages(jnp.zeros((2, 10), jnp.int32), lengths, 4),
-    )
+    q = jnp.zeros((2, 3, 2, 8))
+    table = PageTable.of_full_pages(jnp.zeros((2, 10), jnp.int32), lengths, 4)
     summaries = score.empty(10, 3, PageShape(4, 8, "float32"))
     found = score.scores(q, summaries, (), table, scale=1.0, implementation=None)
     ranked = attended_first(page_ranks(found), lengths, lengths, page_size=4, sinks=1)
@@ -89,19 +89,26 @@ def test_recent_chooses_the_first_and_the_newest_pages():
 def scored(name, keys, q, scale):
     one, shape = CANDIDATES[name], PageShape(PAGE, WIDTH, "float32")
     length = jnp.int32(PAGES * PAGE)
-    state = one.fit(keys, length)
-    summaries = one.summarize(keys, state)
+
+    @jax.jit
+    def score(keys, q):
+        state = one.fit(keys, length)
+        summaries = one.summarize(keys, state)
+        found = one.scores(
+            q,
+            summaries,
+            jax.tree.map(lambda leaf: leaf[None], state),
+            PageTable.of_full_pages(jnp.arange(PAGES, dtype=jnp.int32)[None], length[None], PAGE),
+            scale=scale,
+            implementation="xla",
+        )
+        return found, summaries
+
+    found, summaries = score(keys, q)
     empty = one.empty(PAGES, HEADS, shape)
     assert jax.tree.map(jnp.shape, empty) == jax.tree.map(jnp.shape, summaries)
     assert jax.tree.map(lambda x: x.dtype, empty) == jax.tree.map(lambda x: x.dtype, summaries)
-    return one.scores(
-        q,
-        summaries,
-        jax.tree.map(lambda leaf: leaf[None], state),
-        PageTable.of_full_pages(jnp.arange(PAGES, dtype=jnp.int32)[None], length[None], PAGE),
-        scale=scale,
-        implementation="xla",
-    )
+    return found
 
 
 @pytest.mark.parametrize("name", CANDIDATES)

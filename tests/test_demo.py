@@ -7,6 +7,8 @@ import pytest
 from flexijax import demo
 from flexijax.models.load import load
 
+pytestmark = pytest.mark.any_jax
+
 
 def test_document_is_cut_at_a_line_and_repeats():
     text = demo.document()

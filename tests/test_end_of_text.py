@@ -15,6 +15,8 @@ from tests import tiny_models
 from tests.model_files import hf_config, tensors, write_gguf, write_hf
 from tests.test_tokenizer import BYTES, byte_metadata, byte_tokenizer
 
+pytestmark = pytest.mark.any_jax
+
 
 def write(directory, **files):
     directory.mkdir(exist_ok=True)

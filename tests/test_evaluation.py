@@ -7,6 +7,8 @@ import pytest
 
 from flexijax.evaluation import Comparison, Evaluation, bootstrap_interval, compare
 
+pytestmark = pytest.mark.any_jax
+
 
 def row(config, *, task="a", index=0, kl, **changes):
     values = dict(

@@ -8,6 +8,8 @@ import pytest
 
 from flexijax.models import files
 
+pytestmark = pytest.mark.any_jax
+
 
 def test_a_regular_file_is_read_through_a_link(tmp_path):
     (tmp_path / "blob").write_text('{"a": [1, "é"]}', encoding="utf-8")

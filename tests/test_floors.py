@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 IN_A_CHECKOUT = pytest.mark.skipif(
     not (REPOSITORY / "flexijax" / "models").is_symlink(), reason="this is no checkout"
 )
-pytestmark = IN_A_CHECKOUT
+pytestmark = [IN_A_CHECKOUT, pytest.mark.any_jax]
 
 # From the ground up: a folder, or a file that stands beside the folders, imports only from what is
 # listed above it here. Inside a folder files may import each other, but not in a circle.

@@ -15,6 +15,8 @@ from tests import tiny_models
 from tests.model_files import tensors, write_gguf, write_hf
 from tests.test_tokenizer import BYTES, byte_metadata
 
+pytestmark = pytest.mark.any_jax
+
 WIDE = dict(hidden_size=256, intermediate_size=256, head_dim=32, num_heads=8, num_layers=1)
 
 

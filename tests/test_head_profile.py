@@ -11,6 +11,8 @@ from flexijax.models import presets
 from flexijax.models.language_model import fingerprint
 from flexijax.profiles.head_profile import HeadProfile
 
+pytestmark = pytest.mark.any_jax
+
 PUBLISHED = {
     "meta-llama/Llama-3.1-8B-Instruct": (32, 64),
     "mistralai/Mistral-7B-Instruct-v0.2": (32, 64),

@@ -7,6 +7,8 @@ import pytest
 
 from flexijax.pallas_kernels.host_memory import available_host_bytes
 
+pytestmark = pytest.mark.any_jax
+
 MIB = 1 << 20
 
 

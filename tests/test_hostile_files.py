@@ -19,9 +19,12 @@ from flexijax.models.load import load
 from tests.hostile_child import CONFIG
 from tests.model_files import hf_config, tensors, write_gguf, write_hf
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="the limits of the child are Linux's"
-)
+pytestmark = [
+    pytest.mark.any_jax,
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux"), reason="the limits of the child are Linux's"
+    ),
+]
 
 
 def child(*arguments: str) -> list:

@@ -14,6 +14,8 @@ from flexijax.models.hf_config import config_from_hf
 from flexijax.models.language_model import fingerprint
 from flexijax.models.layers import rope_frequencies
 
+pytestmark = pytest.mark.any_jax
+
 # The lines of the published config.json files that say anything about the computation.
 HUB = {
     "llama-3.1-8b": dict(

@@ -16,6 +16,8 @@ from flexijax import policies
 from flexijax.cli import main as cli
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.any_jax
+
 PAGES = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 of_every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)

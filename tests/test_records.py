@@ -4,6 +4,8 @@ import pytest
 
 from flexijax.profiles.records import Records
 
+pytestmark = pytest.mark.any_jax
+
 
 def test_values_come_back_by_their_key(tmp_path):
     path = tmp_path / "records.jsonl"

@@ -8,6 +8,8 @@ from flexijax.models import tokenizer
 from flexijax.models.tokenizer import Tokenizer
 from tests.tokenizer_files import KINDS, backend_of, with_added, write
 
+pytestmark = pytest.mark.any_jax
+
 
 def words_of(kind) -> Tokenizer:
     return Tokenizer(

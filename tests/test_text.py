@@ -6,6 +6,8 @@ import pytest
 
 from flexijax.engine.text import RunningText
 
+pytestmark = pytest.mark.any_jax
+
 
 class Characters:
     """A tokenizer whose token ids are code points; `late` ids appear one push later."""

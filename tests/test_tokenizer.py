@@ -15,6 +15,8 @@ from flexijax.models import gguf_tokenizer, tokenizer
 from flexijax.models.backend import failing_as
 from flexijax.models.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.any_jax
+
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 CHAT = (
     "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}"

@@ -19,6 +19,8 @@ from tests.tokenizer_files import (
     write,
 )
 
+pytestmark = pytest.mark.any_jax
+
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 BASE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

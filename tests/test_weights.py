@@ -14,6 +14,8 @@ from tests import tiny_models
 from tests.model_files import tensors, write_hf
 from tests.test_tokenizer import BYTES, byte_tokenizer
 
+pytestmark = pytest.mark.any_jax
+
 
 def test_every_problem_of_a_checkpoint_is_listed_at_once(tmp_path):
     config = tiny_models.tiny_config("llama")
