@@ -73,15 +73,21 @@ class Layer(nnx.Module):
         self,
         layer: int,
         x: jax.Array,
+        parts: jax.Array | None,
         rope: tuple[jax.Array, jax.Array],
         attention_fn: AttentionFn,
         state: Any,
         *,
         only: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> (x [B, T, D], state); with `only` named, x [B, 1, D] of that token."""
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """x [B, T, D] -> (x, parts, state); with `only` named, of that token alone: [B, 1, D].
+
+        parts: float32[S, B, T, D], what the layer adds to x, in parts that are added up with the
+        next norm: as given of the layer before, None for the first, as returned of this one.
+        """
         c = self.config
-        qkv = self.qkv(self.attention_norm(x))
+        x, normed = self.attention_norm.after_sum(x, parts)
+        qkv = self.qkv(normed)
         qkv = qkv.reshape(*x.shape[:2], c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         q, k, v = jnp.split(qkv, [c.num_heads, c.num_heads + c.num_kv_heads], axis=2)
         if c.qk_norm:
@@ -90,9 +96,9 @@ class Layer(nnx.Module):
         out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim).astype(x.dtype)
         if only is not None:
             x, out = (lax.dynamic_slice_in_dim(each, only, 1, axis=1) for each in (x, out))
-        x = x + self.out(out)
-        gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
-        return x + self.down(nnx.silu(gate) * up), state
+        x, normed = self.mlp_norm.after_sum(x, self.out.parts(out))
+        gate, up = jnp.split(self.gate_up(normed), 2, axis=-1)
+        return x, self.down.parts(nnx.silu(gate) * up), state
 
 
 class Embedding(nnx.Module):
@@ -194,12 +200,12 @@ class Decoder:
         """
         graphs = _graphs(self.config)
         rope = rope_tables(positions, self.config)
-        x = nnx.merge(graphs["embed"], params["embed"])(tokens)
+        x, parts = nnx.merge(graphs["embed"], params["embed"])(tokens), None
         for index, weights in enumerate(params["layers"]):
             layer = nnx.merge(graphs["layer"], weights)
             wanted = only if index == self.config.num_layers - 1 else None
-            x, state = layer(index, x, rope, attention_fn, state, only=wanted)
-        return nnx.merge(graphs["norm"], params["norm"])(x), state
+            x, parts, state = layer(index, x, parts, rope, attention_fn, state, only=wanted)
+        return nnx.merge(graphs["norm"], params["norm"]).after_sum(x, parts)[1], state
 
     def logits(self, params: Params, x: jax.Array) -> jax.Array:
         """The scores of every next token: x [..., D] -> float32[..., V]."""

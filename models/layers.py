@@ -11,17 +11,8 @@ import numpy as np
 from flax import nnx
 
 from flexijax.models.config import ModelConfig, RopeScaling
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-    """Divides the last axis of x by its root mean square, computed in float32, times scale.
-
-    x [..., D], scale [D] -> [..., D] in x's dtype.
-    """
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
-    return (x32 * inverse).astype(x.dtype) * scale.astype(x.dtype)
+from flexijax.pallas_kernels import dispatch, platform
+from flexijax.pallas_kernels.add_norm.xla import rms_norm
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
@@ -125,6 +116,20 @@ class Linear(nnx.Module):
             y = y + self.bias[...].astype(jnp.float32)[None, None, :]
         return y.astype(x.dtype)
 
+    def parts(self, x: jax.Array) -> jax.Array:
+        """x [B, T, in] -> float32[S, B, T, out], of which the sum is y; without a bias."""
+        assert not self.use_bias
+        kernel = self.kernel[...]
+        count = platform.product_parts(rows=x.shape[0] * x.shape[1], inner=x.shape[2])
+        if count == 1:
+            return project(x, kernel)[None]
+        return jnp.einsum(
+            "BTSI,OSI->SBTO",
+            x.reshape(*x.shape[:2], count, -1),
+            kernel.reshape(len(kernel), count, -1),
+            preferred_element_type=jnp.float32,
+        )
+
 
 class RMSNorm(nnx.Module):
     """`rms_norm` with its scale."""
@@ -136,3 +141,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., size] -> [..., size]."""
         return rms_norm(x, self.scale[...], eps=self.eps)
+
+    def after_sum(self, x: jax.Array, parts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """x [..., size] + sum of parts, see `Linear.parts`, and its norm; None adds nothing."""
+        if parts is None:
+            return x, self(x)
+        return dispatch.add_norm(x, parts, self.scale[...], eps=self.eps)

@@ -84,6 +84,19 @@ def check_decode_attention(
     _check_attention(q, k, v, scale)
 
 
+def check_add_norm(x: jax.Array, parts: jax.Array, scale: jax.Array, eps: float) -> None:
+    """The arguments of `dispatch.add_norm`."""
+    if parts.shape[1:] != x.shape or not len(parts):
+        raise ValueError(f"parts has shape {parts.shape}, expected one or more of x's {x.shape}")
+    if scale.shape != x.shape[-1:]:
+        raise ValueError(f"scale has shape {scale.shape}, expected {x.shape[-1:]} as x's last axis")
+    check_float("x", x)
+    check_float("scale", scale)
+    check_dtype("parts", parts, jnp.float32)
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+
+
 def check_prefill_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
     """The arguments of `dispatch.prefill_attention`."""
     axis_sizes(q=(q, "T K G H"), k=(k, "K H S"), v=(v, "K S H"))

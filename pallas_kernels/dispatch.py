@@ -17,7 +17,7 @@ from flexijax.pallas_kernels.dispatch_scores import page_scores as page_scores
 from flexijax.pallas_kernels.dispatch_scores import select_pages as select_pages
 from flexijax.pallas_kernels.dispatch_scores import sketch_query as sketch_query
 from flexijax.pallas_kernels.dispatch_scores import sketch_scores as sketch_scores
-from flexijax.pallas_kernels.implementations import choose, module_of
+from flexijax.pallas_kernels.implementations import choose, choose_without_triton, module_of
 from flexijax.pallas_kernels.partials import merge as merge
 from flexijax.pallas_kernels.stores import Store
 
@@ -107,6 +107,37 @@ def decode_attention(
     kernels = module_of("sparse_decode", named)
     module = module_of("decode_attention", "xla")
     return module.decode_attention(q, k, v, stores, scale=scale, kernels=kernels)
+
+
+# Beyond so many rows a sum and a norm are no launches to save, and XLA's are as good.
+_FEW_ROWS = 256
+
+
+def add_norm(
+    x: jax.Array,
+    parts: jax.Array,
+    scale: jax.Array,
+    *,
+    eps: float,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A residual sum x + sum of parts, and its RMS norm (https://arxiv.org/abs/1910.07467).
+
+    Args:
+      x: float[..., D]. parts: float32[S, ..., D], of a matrix product, added up and rounded to the
+        dtype of `x` before they are added to it. scale: float[D]. eps: added to the mean square.
+      implementation: "triton" has no kernel of its own here and takes the Pallas one; None takes
+        XLA for many rows.
+    Returns:
+      The sum, and the sum over its root mean square times scale, both [..., D] in the dtype of `x`.
+    Raises:
+      ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
+    """
+    checks.check_add_norm(x, parts, scale, eps)
+    if implementation is None and x.size // x.shape[-1] > _FEW_ROWS:
+        implementation = "xla"
+    module = module_of("add_norm", choose_without_triton(implementation))
+    return module.add_norm(x, parts, scale, eps=eps)
 
 
 @overload

@@ -98,6 +98,17 @@ def default_transfer() -> str:
     return "zero_copy" if is_gpu() else "staged"
 
 
+def product_parts(*, rows: int, inner: int) -> int:
+    """In how many parts a product over `inner` channels is to come, for few rows.
+
+    On a GPU a product of few rows and few columns has too few tiles for all multiprocessors, so XLA
+    divides what it adds up over, and adds the parts in a launch of its own unless it is left to
+    whoever reads them.
+    """
+    few = is_gpu() and rows <= 64
+    return next((n for n in (8, 4, 2) if few and inner % n == 0 and inner // n >= 512), 1)
+
+
 def sharding(memory_kind: str = "device") -> NamedSharding:
     """A replicated sharding over the first device in `memory_kind` ("device", "pinned_host").
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flexijax.pallas_kernels.filled import find_slots
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class SlotStore:
     k: jax.Array  # [B, K, H, S, page]
     v: jax.Array  # [B, K, S, page, H]
     slot_page: jax.Array | None  # int32[B, K, S], the page in each slot, -1 empty; None: page s
-    held: jax.Array  # int32[B] or, with page s in slot s, int32[B, K]: see `PageStore`
+    held: jax.Array  # int32[B] or, where slot_page is None, int32[B, K]: see `PageStore`
     heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of the model
 
     @property
@@ -73,8 +75,7 @@ class SlotStore:
         page, offset = _place(held, self.page_size)
         slot = page
         if self.slot_page is not None:
-            there = self.slot_page == page[..., None]
-            slot = jnp.max(jnp.where(there, jnp.arange(slots, dtype=jnp.int32), -1), axis=-1)
+            slot = find_slots(self.slot_page, page[:, :1])[:, :, 0]
         slot = jnp.where((held >= 0) & (slot >= 0), slot, slots)  # out of bounds: dropped
         row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
         return dataclasses.replace(

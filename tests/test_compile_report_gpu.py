@@ -102,9 +102,13 @@ def check(report):
 def test_every_family_compiles(preset, gpu):
     names = check(compiled(preset, gpu=gpu))
     assert names >= {
-        "flexijax_decode_pages",
-        "flexijax_decode_slots",
+        "flexijax_add_norm",
+        "flexijax_decode_attention",
+        "flexijax_sketch_query",
         "flexijax_sketch_scores",
+        "flexijax_select_pages",
+        "flexijax_sketch_encode",
+        "flexijax_rerank_plan",
         "flexijax_promote",
         "flexijax_offload",
     }

@@ -110,6 +110,7 @@ def test_the_highest_ranked_stay_with_all_that_is_theirs(held, came, seed):
         held=jnp.asarray(20 + np.array(came), jnp.int32),
         lengths=jnp.asarray(20 + np.array(came), jnp.int32),
         active=jnp.ones(BATCH, bool),
+        summarized=jnp.zeros(BATCH, jnp.int32),
         filled_page=jnp.full((BATCH, 1), -1, jnp.int32),
         filled_block=jnp.full((BATCH, 1), -1, jnp.int32),
         layer=jnp.int32(0),

@@ -223,6 +223,8 @@ def test_triton_that_cannot_run_raises():
 
 # The implementations of each operation.
 FILES = {
+    "add_norm": {"pallas", "xla"},
+    "decode_attention": {"pallas", "xla"},
     "page_scores": {"pallas", "triton", "xla"},
     "page_selection": {"pallas", "xla"},
     "sketch_query": {"pallas", "xla"},

@@ -48,6 +48,7 @@ class ChunkEnd:
     held: jax.Array  # int32[B], after them
     lengths: jax.Array  # int32[B], the same; 0 for requests that have ended
     active: jax.Array  # bool[B]
+    summarized: jax.Array  # int32[B], tokens of `lengths` that lie in full pages
     filled_page: jax.Array  # int32[B, E], pages that filled up, those of the ended too; -1 for none
     filled_block: jax.Array  # int32[B, E], the block of each, -1 for none
 
@@ -90,12 +91,14 @@ def chunk_end(
     most = -(-sizes.chunk_steps // sizes.page_size)
     page = filled_pages(before, held, page_size=sizes.page_size, count=most)
     block = jnp.take_along_axis(block_table, jnp.maximum(page, 0), axis=1, mode="clip")
+    lengths = jnp.where(active, held, 0)
     return ChunkEnd(
         block_table=block_table,
         before=before,
         held=held,
-        lengths=jnp.where(active, held, 0),
+        lengths=lengths,
         active=active,
+        summarized=lengths - lax.rem(lengths, sizes.page_size),
         filled_page=page,
         filled_block=jnp.where(page >= 0, block, -1),
     )

@@ -153,7 +153,7 @@ def end_chunk(
         implementation=program.implementation,
     )
     assert chunk.queries is not None
-    table = PageTable.of_full_pages(block_table, lengths, page_size)
+    table = PageTable(block_table, lengths, chunk.summarized, page_size)
     chosen = _chosen(program, chunk.queries[-1], summaries, group.score_state, table)
     due, since = _due(program, group.schedule, chunk)
     plan = dispatch_rerank.rerank(
@@ -166,6 +166,7 @@ def end_chunk(
         chunk.filled_page,
         stats,
         page_size=page_size,
+        after=host.k,
         implementation=program.implementation,
     )
     slots_k, slots_v = promote(group.k, group.v, host, plan.load, transfer=program.transfer)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.in_kernel import find_slot
 from flexijax.pallas_kernels.online_softmax import (
     LOG2_E,
     Carry,
@@ -209,11 +210,7 @@ def _attend_store(
     slots = shape[2]
     slot = index
     if store.slot_page is not None:
-        slots_at = jnp.arange(pl.next_power_of_2(slots))
-        there = pltriton.load(
-            lists[0].at[request, local, slots_at], mask=slots_at < slots, other=-1
-        )
-        slot = jnp.max(jnp.where(there == index, slots_at, -1))
+        slot = find_slot(lists[0], request, local, index, slots=slots)
     inside &= (slot >= 0) & (slot < slots)
     place = slot * page + offset
     pltriton.store(new_k_ref.at[request, local, column, place], key, mask=inside)

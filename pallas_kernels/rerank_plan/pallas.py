@@ -29,6 +29,7 @@ def rerank(
     stats: RerankStats,
     *,
     page_size: int,
+    after: jax.Array | None,
 ) -> Reranked:
     """See `dispatch_rerank.rerank`."""
     batch, heads, count = chosen.shape
@@ -41,7 +42,7 @@ def rerank(
         # chosen [B, K, n], slot_page [B, K, S], lengths [B], since and due [B, K] or [B, 1],
         # block_table [B, P], filled_page [B, E], the statistics [B, K]; written: slot_page, load
         # [B, K, S], rco and the statistics [B, K].
-        old, (new_slot_ref, load_ref, rco_ref, *new) = RerankStats(*rest[:6]), rest[6:]
+        old, (new_slot_ref, load_ref, rco_ref, *new) = RerankStats(*rest[:6]), rest[-9:]
         head, request = pl.program_id(0), pl.program_id(1)
         mine = (request, head)
         length = lengths_ref[request]
@@ -125,6 +126,7 @@ def rerank(
 
     arrays = (chosen, slot_page, lengths, since, due, block_table, filled_page)
     counts = tuple(vars(stats).values())
+    unread = () if after is None else (after,)
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (slot_page, slot_page, *counts)]
     new_slot_page, load, rco, *totals = platform.pallas_kernel(
         kernel,
@@ -133,5 +135,5 @@ def rerank(
         out_shape=[*like[:2], jax.ShapeDtypeStruct((batch, heads), jnp.float32), *like[2:]],
         num_warps=4 if width <= 128 else 8,
         aliases={1: 0, **{len(arrays) + at: 3 + at for at in range(len(counts))}},
-    )(*arrays, *counts)
+    )(*arrays, *counts, *unread)
     return Reranked(new_slot_page, load, rco, RerankStats(*totals))

@@ -18,8 +18,9 @@ def rerank(
     stats: RerankStats,
     *,
     page_size: int,
+    after: jax.Array | None,
 ) -> Reranked:
-    """See `dispatch_rerank.rerank`."""
+    """See `dispatch_rerank.rerank`; XLA orders its own operations."""
     heads, pages = chosen.shape[:2], block_table.shape[1]
     since, due = jnp.broadcast_to(since, heads), jnp.broadcast_to(due > 0, heads)
     plan = plan_rerank(chosen, slot_page, lengths, since, pages=pages, page_size=page_size)

@@ -1,0 +1,1 @@
+"""A residual sum and its RMS norm, the sum taken over the parts that a matrix product comes in."""
