@@ -120,8 +120,8 @@ def rerank(
       filled_page: int32[B, E], pages that were offloaded, from heads that hold them in a slot;
         negative for none.
       stats: `RerankStats` of leaves [B, K], int32 and float32; donate it.
-      page_size: tokens a page. after: is not read, but made first: what else reads `slot_page`, which
-        XLA would copy if it came later than what is written in its place.
+      page_size: tokens a page. after: is not read, but made first: of what else reads `slot_page`,
+        which XLA would copy if that came later than what is written in its place.
     Returns:
       `Reranked`; see `rerank.plan_rerank` for the order in which slots are filled.
     Raises:
