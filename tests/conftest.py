@@ -26,8 +26,15 @@ def strict_dtypes():
 
 @pytest.fixture(autouse=True, scope="session")
 def own_compilation_cache(tmp_path_factory):
-    """The command line keeps compiled programs; here apart from the user's, which may be locked."""
+    """Compiled programs are kept, apart from the user's, which may be locked; a folder a process.
+
+    The command line turns this on and leaves it on: so in every test, not in those that come later.
+    """
+    from flexijax.cli.terminal import use_compilation_cache
+
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.pop("FLEXIJAX_CACHE_DIR", None)
+    use_compilation_cache()
 
 
 @pytest.fixture(autouse=True, scope="module")
