@@ -164,7 +164,9 @@ def select_pages(
         found = np.sort(np.asarray(made), axis=-1)
         twice = (found[..., 1:] == found[..., :-1]) & (found[..., 1:] >= 0)
         beyond = found >= -(-lengths // page)[:, None, None]
-        worst = [exact(not twice.any(), not beyond.any(), bool((found >= -1).all()))]
+        if twice.any() or beyond.any() or (found < -1).any():
+            return np.inf
+        worst = []
         for b in range(len(lengths)):
             h = b % sizes.heads
             row = scores[b : b + 1, h : h + 1]
