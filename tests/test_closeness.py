@@ -105,10 +105,11 @@ def scored(name, keys, q, scale):
         return found, summaries
 
     found, summaries = score(keys, q)
+    assert found.shape in ((1, HEADS, 1, PAGES), (1, HEADS, GROUP, PAGES))
     empty = one.empty(PAGES, HEADS, shape)
     assert jax.tree.map(jnp.shape, empty) == jax.tree.map(jnp.shape, summaries)
     assert jax.tree.map(lambda x: x.dtype, empty) == jax.tree.map(lambda x: x.dtype, summaries)
-    return found
+    return page_ranks(found)
 
 
 @pytest.mark.parametrize("name", CANDIDATES)

@@ -110,6 +110,26 @@ def test_zero_copy_and_staged_agree(dtype, page, width):
         assert equal(found["staged"], (*slots, *host)) == (share == 0.0)
 
 
+@pytest.mark.skipif(platform.is_gpu(), reason="XLA's GPU compiler updates bfloat16 as it is")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_page_costs_a_conversion(dtype):
+    """Of a staged move: XLA for a CPU would convert all of both tiers for each page."""
+
+    def shape(*of, memory="device", kind=dtype):
+        return jax.ShapeDtypeStruct(of, jnp.dtype(kind), sharding=platform.sharding(memory))
+
+    tier = tiers.HostPages(*(shape(11, 3, 16, 8, memory="pinned_host") for _ in "kv"))
+    slots = shape(2, 3, 8, 5, 16), shape(2, 3, 5, 16, 8)
+    plan, block = shape(2, 3, 5, kind="int32"), shape(2, 5, kind="int32")
+    for move, arguments in (
+        (tiers.promote, (*slots, tier, plan)),
+        (tiers.offload, (tier, *slots, block, plan)),
+    ):
+        compiled = jax.jit(functools.partial(move, transfer="staged")).lower(*arguments).compile()
+        text = compiled.as_text()
+        assert text is not None and "while(" in text and "f32[" not in text
+
+
 def test_bad_moves_are_named():
     slots, host = jnp.zeros((1, 2, 3, 16, 8)), jnp.zeros((4, 2, 16, 8))
     slots_k = jnp.zeros((1, 2, 8, 3, 16))

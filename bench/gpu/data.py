@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from flexijax.pallas_kernels import platform
 
@@ -39,7 +40,56 @@ def spread(base: np.ndarray, source: np.ndarray, counts: np.ndarray | None = Non
     return _spread(jax.device_put(base, where), jax.device_put(source, where), filled)
 
 
-@functools.partial(jax.jit, donate_argnums=())
+def changed_tokens(
+    made: jax.Array,
+    base: np.ndarray,
+    source: np.ndarray,
+    counts: np.ndarray,
+    at: tuple[np.ndarray, ...],
+    *,
+    channels_first: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens [..., page] of an array are not those of `spread`, bit for bit.
+
+    With what is there now at the tokens `at`, [n, H]. channels_first: made is [B, K, H, S, page].
+    """
+    given = jax.device_put((base, source, counts, at), platform.sharding())
+    changed, there = _changed_tokens(made, *given, channels_first=channels_first)
+    return np.asarray(changed), np.asarray(there)
+
+
+@functools.partial(jax.jit, static_argnames="channels_first")
+def _changed_tokens(
+    made: jax.Array,
+    base: jax.Array,
+    source: jax.Array,
+    counts: jax.Array,
+    at: tuple[jax.Array, ...],
+    *,
+    channels_first: bool,
+) -> tuple[jax.Array, jax.Array]:
+    there = made[(*at[:2], slice(None), *at[2:])] if channels_first else made[at]
+    if channels_first:
+        made = made.transpose(0, 1, 3, 4, 2)
+    return (_bits(made) != _bits(_spread(base, source, counts))).any(-1), there
+
+
+def changed_pages(made: jax.Array, base: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Like `source`: which pages of an array are not those of `spread`, bit for bit."""
+    return np.asarray(_changed_pages(made, *jax.device_put((base, source), platform.sharding())))
+
+
+@jax.jit
+def _changed_pages(made: jax.Array, base: jax.Array, source: jax.Array) -> jax.Array:
+    differs = _bits(made) != _bits(_spread(base, source, None))
+    return differs.any(tuple(range(source.ndim, made.ndim)))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+@jax.jit
 def _spread(base: jax.Array, source: jax.Array, counts: jax.Array | None) -> jax.Array:
     made = jnp.take(base, source, axis=0)
     if counts is None:

@@ -1,19 +1,35 @@
-"""The kernels that read: right at production shapes, with odd lengths and huge pools; how fast."""
+"""The kernels of a decode step, a rerank and a prompt: right at production shapes; how fast."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from bench.gpu import cases_attention, cases_rerank, cases_scores
 from bench.gpu.bandwidth import DEVICE
-from bench.gpu.cases import READING, Case
+from bench.gpu.cases import Case
 from bench.gpu.data import odd_lengths
 from bench.gpu.report import Part, Skip
 from bench.gpu.sizes import Sizes
 from bench.gpu.timed import seconds_of
 from flexijax.pallas_kernels import platform
 
-BIG = ("paged_decode", "slot_decode", "sketch_scores", "page_scores")
+READING: dict[str, Callable[..., Case]] = {
+    "decode_attention": cases_attention.decode_attention,
+    "sketch_query": cases_scores.sketch_query,
+    "sketch_scores": cases_scores.sketch_scores,
+    "page_scores": cases_scores.page_scores,
+    "select_pages": cases_scores.select_pages,
+    "paged_encode": cases_rerank.paged_encode,
+    "slot_encode": cases_rerank.slot_encode,
+    "rerank": cases_rerank.rerank,
+    "prefill_attention": cases_attention.prefill_attention,
+}
+# Those that read a pool, whose offsets pass 32 bits there.
+BIG = ("decode_attention", "sketch_scores", "page_scores", "paged_encode")
 
 
 def run(part: Part, sizes: Sizes, name: str) -> None:
@@ -23,40 +39,66 @@ def run(part: Part, sizes: Sizes, name: str) -> None:
     _check(part, "odd lengths", _make(sizes, name, odd_lengths(sizes.batch, most, sizes.page), 0))
     for seed in range(1, 1 + sizes.sets):
         full.append(_make(sizes, name, lengths, seed))
-    _check(part, "full length", full[0])
+    full[0] = _check(part, "full length", full[0])
     if not part.right:
         return
     took = seconds_of(
-        full[0].function, [case.args for case in full], calls=sizes.calls, rounds=sizes.rounds
+        full[0].function,
+        [(case.state, case.args) for case in full],
+        calls=sizes.calls,
+        rounds=sizes.rounds,
     )
     part.speed(name, ms=1e3 * took, gb_per_s=full[0].moved / took / 1e9, of=DEVICE)
 
 
 def run_big(part: Part, sizes: Sizes, name: str) -> None:
-    """One kernel on arrays of more than `sizes.big_bytes`, first and last blocks included."""
+    """One kernel on a pool of more than `sizes.big_bytes`, first and last blocks included."""
     lengths = odd_lengths(min(4, sizes.batch), sizes.pages * sizes.page, sizes.page)
-    small = _make(sizes, name, lengths, 0)
-    pool = max(jax.tree.leaves(small.args), key=lambda leaf: leaf.nbytes)
-    rows = pool.shape[3] if name == "slot_decode" else pool.shape[0]
-    blocks = sizes.big_bytes // (pool.nbytes // rows) + 64
-    needed, free = 3.5 * pool.nbytes / rows * blocks, platform.free_device_bytes()
-    del small, pool
+    pool, rows = _largest(_make(sizes, name, lengths, 0))
+    blocks = sizes.big_bytes // (pool // rows) + 64
+    _room(pool // rows * blocks)
+    _big(part, sizes, name, _make(sizes, name, lengths, 1, blocks=blocks))
+
+
+def run_big_slots(part: Part, sizes: Sizes) -> None:
+    """Decode attention of so many requests that their slots take more than `sizes.big_bytes`."""
+    row = sizes.heads * sizes.slots * sizes.page * sizes.width * np.dtype(sizes.dtype).itemsize
+    lengths = odd_lengths(sizes.big_bytes // row + 2, sizes.pages * sizes.page, sizes.page)
+    lengths[-1] = lengths[0]
+    _room(row * len(lengths))
+    case = cases_attention.decode_slots(sizes, lengths, np.random.default_rng(0))
+    _big(part, sizes, "slots", case)
+
+
+def _room(pool: int) -> None:
+    # Keys and values, one of them once more when made, and what either is compared with.
+    needed, free = 5 * pool, platform.free_device_bytes()
     if free is not None and needed > free:
         raise Skip(f"{needed / 1e9:.1f} GB of device memory are needed, {free / 1e9:.1f} are free")
-    case = _make(sizes, name, lengths, 1, blocks=blocks)
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(case.args))
-    part.check(f"{name}: the pool is large", largest > sizes.big_bytes, f"{largest / 1e9:.2f} GB")
-    _check(part, f"{largest} bytes", case)
+
+
+def _big(part: Part, sizes: Sizes, name: str, case: Case) -> None:
+    size, _ = _largest(case)
+    part.check(f"{name}: the array is large", size > sizes.big_bytes, f"{size / 1e9:.2f} GB")
+    _check(part, f"{size} bytes", case)
+
+
+def _largest(case: Case) -> tuple[int, int]:
+    """Bytes and rows of the largest array that a kernel is given."""
+    leaves = jax.tree.leaves((case.state, case.args))
+    return max((leaf.nbytes, leaf.shape[0]) for leaf in leaves if leaf.ndim)
 
 
 def _make(
     sizes: Sizes, name: str, lengths: np.ndarray, seed: int, blocks: int | None = None
 ) -> Case:
-    rows = sizes.slots if name == "slot_decode" else len(lengths) * sizes.pages + 3
     rng = np.random.default_rng(seed)
+    rows = len(lengths) * sizes.pages + 3
     return READING[name](sizes, lengths, rng, blocks=rows if blocks is None else blocks)
 
 
-def _check(part: Part, what: str, case: Case) -> None:
-    made = jax.block_until_ready(case.function(*case.args))
-    part.near(f"{what}: equal to float64", case.error(made), case.most)
+def _check(part: Part, what: str, case: Case) -> Case:
+    """The case with the state that the call left."""
+    out, state = jax.block_until_ready(case.function(case.state, *case.args))
+    part.near(f"{what}: equal to float64", case.error(out, state), case.most)
+    return dataclasses.replace(case, state=state)

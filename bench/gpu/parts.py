@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from bench.gpu import bandwidth, kernels, large_model, memcheck, moves, small_model
-from bench.gpu.cases import READING
+from bench.gpu.kernels import READING
 from bench.gpu.report import BANDWIDTH, Part
 from bench.gpu.sizes import Sizes
 
@@ -15,6 +15,7 @@ PARTS: dict[str, Callable[[Part, Sizes], None]] = {
     **{name: functools.partial(kernels.run, name=name) for name in READING},
     "page_moves": moves.run,
     **{f"big_{name}": functools.partial(kernels.run_big, name=name) for name in kernels.BIG},
+    "big_slots": kernels.run_big_slots,
     "big_page_moves": moves.run_big,
     "round_trips": moves.round_trips,
     "tokens": small_model.tokens,

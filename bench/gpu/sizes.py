@@ -35,10 +35,11 @@ class Sizes:
     copy_bytes: of the array whose copy is timed. big_bytes: what a pool has to pass, on a machine
     with room for it. trips: round trips between the tiers. calls, rounds: of a timed program, and
     how often; sets: of arguments that take turns, so that no cache holds them.
-    small: the model whose tokens are compared; prompts: the lengths of its prompts. large: the
-    model that is timed, `name`d, with `large_batch` requests of `large_context` tokens, new ones
-    included, of which `chunks` chunks of steps are timed; prompt_batch: of the cache into which a
-    prompt that was read is committed.
+    small: the model whose tokens are compared; prompts: the lengths of its prompts; long_prompts:
+    of those that use up a budget of `small_budget_pages`. large: the model that is timed, `name`d,
+    with `large_batch` requests of `large_context` tokens, new ones included, of which `chunks`
+    chunks of steps are timed; prompt_batch: of the cache into which a prompt that was read is
+    committed.
     """
 
     batch: int = 16
@@ -58,6 +59,7 @@ class Sizes:
     sets: int = 3
     small: ModelConfig = _SMALL
     prompts: tuple[int, ...] = (1000, 777, 33)
+    long_prompts: tuple[int, ...] = (1000, 777, 33)
     small_budget_pages: int = 8
     name: str = "llama-3.1-8b"
     large: ModelConfig = presets.config("llama-3.1-8b")  # noqa: RUF009
@@ -89,8 +91,8 @@ _TINY = dataclasses.replace(
 FULL = Sizes()
 QUICK = Sizes(
     batch=4,
-    pages=8,
-    budget_pages=3,
+    pages=16,
+    budget_pages=8,
     heads=2,
     group=2,
     width=32,
@@ -103,8 +105,9 @@ QUICK = Sizes(
     rounds=2,
     sets=1,
     small=_TINY,
-    prompts=(77, 61),
-    small_budget_pages=3,
+    prompts=(61, 45),
+    long_prompts=(150, 131),
+    small_budget_pages=8,
     name="tiny",
     large=_TINY,
     large_batch=2,

@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import numpy as np
 
-import flexijax
 from bench.gpu.models import cache_for, greedy_request, random_model, random_tokens
 from bench.gpu.report import Part
 from bench.gpu.sizes import Sizes
 from bench.gpu.tiers_equal import compared_pages
+from flexijax.config import CacheConfig
 from flexijax.engine.engine import Engine
 from flexijax.engine.plan import bucket, make_program
+from flexijax.engine.sequence import Request
+from flexijax.generate import run_requests
+from flexijax.models.language_model import LanguageModel
+from flexijax.pallas_kernels import platform
 
 STEPS = 64
 RERANKS = 5
 
 
 def tokens(part: Part, sizes: Sizes) -> None:
-    """With a budget for the whole context `flexi` and `quest` say what `full` says, token by token.
+    """With a budget for the whole context `flexi` says what `full` says, token by token.
 
     In float32 at full precision: rounding to less would make other tokens the most likely ones.
     """
-    config, prompts = sizes.small, _prompts(sizes)
-    roomy = bucket(-(-(max(sizes.prompts) + STEPS) // sizes.page)) * sizes.page
-    with jax.default_matmul_precision("highest"):
-        lm = random_model(config, name="small", dtype="float32")
-        made = {
-            policy: flexijax.generate(
-                lm,
-                prompts,
-                max_new_tokens=STEPS,
-                cache=cache_for(config, "small", policy=policy, budget_tokens=roomy),
-                sampling=flexijax.Sampling(ignore_eos=True),
-                progress=part.progress,
-            )
-            for policy in ("full", "flexi")
-        }
+    lm = random_model(sizes.small, name="small", dtype="float32")
+    roomy = bucket(-(-(max(sizes.prompts) + STEPS) // sizes.page))
+    # A CPU knows no other precision, and compiles the same programs for the other parts.
+    highest = jax.default_matmul_precision("highest")
+    made: dict[str, list[tuple[int, ...]]] = {}
+    with highest if platform.is_gpu() else contextlib.nullcontext():
+        for policy in ("full", "flexi"):
+            engine, cache = _engine(part, sizes, lm, policy=policy, budget_pages=roomy)
+            requests = _requests(sizes, sizes.prompts, STEPS)
+            done = run_requests(engine, requests, None, cache, None)
+            made[policy] = [generation.token_ids for generation in done]
     for at, (full, flexi) in enumerate(zip(*made.values(), strict=True)):
-        same = np.equal(full.token_ids, flexi.token_ids)
+        same = np.equal(full, flexi)
         what = f"prompt of {sizes.prompts[at]} tokens: {STEPS} tokens of flexi are those of full"
         part.check(what, len(same) == STEPS and bool(same.all()), f"{same.sum()} are")
-    distinct = len({token for full in made["full"] for token in full.token_ids})
-    part.check("they are no single token", distinct > len(prompts), f"{distinct} distinct ones")
+    distinct = len({token for full in made["full"] for token in full})
+    part.check("they are no single token", distinct > len(sizes.prompts), f"{distinct} distinct")
 
 
 def tiers(part: Part, sizes: Sizes) -> None:
@@ -50,27 +52,17 @@ def tiers(part: Part, sizes: Sizes) -> None:
 
     The host's pages of the prompt stay as they were, and pages did move.
     """
-    config = sizes.small
-    lm = random_model(config, name="small", dtype=sizes.dtype)
-    cache = cache_for(
-        config, "small", policy="flexi", budget_tokens=sizes.small_budget_pages * sizes.page
-    )
+    lm = random_model(sizes.small, name="small", dtype=sizes.dtype)
+    engine, cache = _engine(part, sizes, lm, policy="flexi", budget_pages=sizes.small_budget_pages)
     new_tokens = (RERANKS + 1) * cache.chunk_steps
-    program = make_program(
-        lm,
-        cache,
-        max_tokens=max(sizes.prompts) + new_tokens,
-        max_new_tokens=new_tokens,
-        batch=len(sizes.prompts),
-    )
-    engine = Engine(lm, program, progress=part.progress)
-    for index, prompt in enumerate(_prompts(sizes)[: program.layout.sizes.batch]):
-        engine.admit(greedy_request(index, prompt, new_tokens), f"prompt {index + 1}")
+    for request in _requests(sizes, sizes.long_prompts, new_tokens):
+        if engine.can_admit(request):
+            engine.admit(request, f"prompt {request.index + 1}")
     assert engine.cache is not None
-    before = _host_pages(engine)
+    before, layout = _host_pages(engine), engine.program.layout
     for rerank in range(1, RERANKS + 1):
         engine.step()
-        compared, unequal = compared_pages(program.layout, engine.cache)
+        compared, unequal = compared_pages(layout, engine.cache)
         found = f"{unequal} of {compared} pages differ"
         part.check(f"tiers after rerank {rerank}", compared > 0 and not unequal, found)
         part.progress("reranks", rerank, RERANKS)
@@ -82,8 +74,30 @@ def tiers(part: Part, sizes: Sizes) -> None:
     part.check("the host still has the prompts", _still_there(before, _host_pages(engine)))
 
 
-def _prompts(sizes: Sizes) -> list[list[int]]:
-    return [random_tokens(sizes.small, length, seed) for seed, length in enumerate(sizes.prompts)]
+def _engine(
+    part: Part, sizes: Sizes, lm: LanguageModel, *, policy: str, budget_pages: int
+) -> tuple[Engine, CacheConfig]:
+    """For the prompts of both parts: where they have one budget, they have the same programs."""
+    budget = budget_pages * sizes.page
+    cache = cache_for(sizes.small, "small", policy=policy, budget_tokens=budget)
+    new_tokens = max(STEPS, (RERANKS + 1) * cache.chunk_steps)
+    prompts = (*sizes.prompts, *sizes.long_prompts)
+    program = make_program(
+        lm,
+        cache,
+        max_tokens=max(prompts) + new_tokens,
+        max_new_tokens=new_tokens,
+        batch=max(len(sizes.prompts), len(sizes.long_prompts)),
+        prompt_tokens=max(prompts),
+    )
+    return Engine(lm, program, progress=part.progress), cache
+
+
+def _requests(sizes: Sizes, prompts: tuple[int, ...], new_tokens: int) -> list[Request]:
+    return [
+        greedy_request(index, random_tokens(sizes.small, length, index), new_tokens)
+        for index, length in enumerate(prompts)
+    ]
 
 
 def _host_pages(engine: Engine) -> list[np.ndarray]:

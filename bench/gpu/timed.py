@@ -17,40 +17,51 @@ from flexijax.engine.program import Runner
 
 
 def seconds_of(
-    function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], *, calls: int, rounds: int
+    function: Callable[..., tuple[Any, Any]],
+    sets: Sequence[tuple[Any, tuple[Any, ...]]],
+    *,
+    calls: int,
+    rounds: int,
 ) -> float:
     """The median time of one call, of `calls` times all sets in one program.
 
     One program, since starting one takes as long as a small kernel. Each call waits for the one
     before, and the sum of all that it returns is taken, so that nothing of it can be left out: two
-    small kernels are timed with it. sets: arguments that take turns, of equal shapes; of each the
-    first leaf is a small array.
+    small kernels are timed with it. function: (state, *args) -> (out, state). sets: (state, args)
+    that take turns, of equal shapes; the states are donated, and updated in place. The first leaf
+    of args is a small array.
     """
-    run = jax.jit(functools.partial(_chained, function, calls))
-    arguments = tuple(sets)
-    jax.block_until_ready(run(arguments))
+    run = jax.jit(functools.partial(_chained, function, calls), donate_argnums=0)
+    states, arguments = (tuple(some) for some in zip(*sets, strict=True))
+    states, _ = jax.block_until_ready(run(states, arguments))
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
-        jax.block_until_ready(run(arguments))
+        states, _ = jax.block_until_ready(run(states, arguments))
         times.append((time.perf_counter() - started) / (calls * len(arguments)))
     return median(times)
 
 
 def _chained(
-    function: Callable[..., Any], calls: int, sets: tuple[tuple[Any, ...], ...]
-) -> jax.Array:
-    def turn(_, before: jax.Array) -> jax.Array:
-        for arguments in sets:
-            leaves, structure = jax.tree.flatten(arguments)
+    function: Callable[..., tuple[Any, Any]],
+    calls: int,
+    states: tuple[Any, ...],
+    arguments: tuple[tuple[Any, ...], ...],
+) -> tuple[tuple[Any, ...], jax.Array]:
+    def turn(_, carry: tuple[tuple[Any, ...], jax.Array]) -> tuple[tuple[Any, ...], jax.Array]:
+        states, before = carry
+        after = []
+        for state, args in zip(states, arguments, strict=True):
+            leaves, structure = jax.tree.flatten(args)
             # Nought, which the compiler cannot know.
             leaves[0] = leaves[0] + before.astype(leaves[0].dtype)
-            out = jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
-            total = jnp.stack([leaf.astype(jnp.float32).sum() for leaf in out]).sum()
-            before = jnp.isnan(total).astype(jnp.float32)
-        return before
+            out, state = function(state, *jax.tree.unflatten(structure, leaves))
+            after.append(state)
+            if sums := [leaf.astype(jnp.float32).sum() for leaf in jax.tree.leaves(out)]:
+                before = jnp.isnan(jnp.stack(sums).sum()).astype(jnp.float32)
+        return tuple(after), before
 
-    return lax.fori_loop(0, calls, turn, jnp.zeros((), jnp.float32))
+    return lax.fori_loop(0, calls, turn, (states, jnp.zeros((), jnp.float32)))
 
 
 def seconds_in_place(
