@@ -86,6 +86,14 @@ s32[16,1,64]{2,1,0}}, metadata={op_name="jit(f)/flexijax_decode_pages/pallas_cal
 {bf16[16,1,4,128]{3,2,1,0}, bf16[524288,128]{1,0}, bf16[524288,128]{1,0}, s32[16]{0}, \
 s32[16,1,64]{2,1,0}}, output_to_operand_aliasing={{1}: (1, {}), {2}: (2, {})}, \
 metadata={op_name="jit(f)/flexijax_decode_attention/pallas_call"}
+  %codes = u32[4096,8,2,4,16]{4,3,2,1,0} parameter(7)
+  %mean = f32[16,8,128]{2,1,0} parameter(8)
+  %keys = bf16[4096,8,16,128]{3,2,1,0} parameter(9)
+  %filled = s32[16,1]{1,0} parameter(10)
+  %encoded = u32[4096,8,2,4,16]{4,3,2,1,0} custom-call(%codes, %mean, %mean, %keys, %filled), \
+custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints={u32[4096,8,2,4,16]{4,3,2,1,0}, \
+f32[16,8,128]{2,1,0}, f32[16,8,128]{2,1,0}, bf16[4096,8,16,128]{3,2,1,0}, s32[16,1]{1,0}}, \
+output_to_operand_aliasing={{}: (0, {})}, metadata={op_name="jit(f)/flexijax_sketch_encode/x"}
   ROOT %sum = f32[16]{0} fusion(%values), kind=kLoop, calls=%gone
 }
 """
@@ -149,6 +157,7 @@ def test_bytes_of_instructions_by_hand():
     # The same in place: what is written there is a token's.
     both = 2 * 16 * 64 * 16 * row + 16 * 4 + 16 * 64 * 4 + 16 * 4 * row + 4 * 16 * 4 * 128
     assert module.nbytes("both") == both
+    assert module.nbytes("encoded") == 2 * 16 * 8 * 128 * 4 + 16 * 8 * 16 * row + 16 * 4
     assert module.nbytes("moved") == 0  # from the host: as many pages as the text asks for
     assert module.nbytes("nowhere") == 0
 

@@ -145,9 +145,10 @@ def _users(name: str, inside: dict[str, Instruction]) -> Iterator[Instruction]:
 
 
 def _call(call: Instruction, page_size: int) -> int:
-    """What a kernel reads and writes; decode attention reads the pages that its lists name.
+    """What a kernel reads and writes; of pools and slots the pages that its lists name.
 
-    In the order of its operands: keys and values [rows, H], then ids int32[B, K, n].
+    In the order of decode attention's operands: keys and values [rows, H], then ids int32[B, K, n].
+    Of the sketch encoder's: codes, mean and step [B, K, H], keys, and last the blocks int32[B, E].
     """
     layouts = _ARRAY.findall(call.rest.partition("operand_layout_constraints={")[2].split("}}")[0])
     sizes, made = [array_bytes(*layout) for layout in layouts], list(call.arrays)
@@ -156,6 +157,11 @@ def _call(call: Instruction, page_size: int) -> int:
         made[int(output or 0)] = 0  # written in place: a token's row
         if not attends:
             sizes[int(operand)] = 0
+    if "flexijax_sketch_encode" in call.rest:
+        entries = math.prod(map(int, layouts[-1][1].split(",")))
+        _, heads, width = map(int, layouts[1][1].split(","))
+        named = entries * heads * page_size * array_bytes(layouts[3][0], str(width))
+        sizes[3] = min(named, sizes[3])
     for at in range(len(layouts) - 1):
         (dtype, dims), after = layouts[at], layouts[at + 1]
         if not attends or dtype == "s32" or after != (dtype, dims) or dims.count(",") != 1:

@@ -155,7 +155,7 @@ def _attend_store(
 ) -> None:
     """One head of one store over one stretch; program: split, model's head, store's, request."""
     rows_ref, fresh_ref, out_ref, lse_ref = shared
-    k_ref, v_ref, held_ref, lists, new_k_ref, new_v_ref = refs
+    k_ref, v_ref, held_ref, lists, *_ = refs
     split, head, local, request = program
     num_heads = out_ref.shape[2]
     held = held_ref[request] if store.held.ndim == 1 else held_ref[request, local]
@@ -169,6 +169,8 @@ def _attend_store(
         pltriton.load(fresh_ref.at[request, place, column], mask=inside, other=0.0)
         for place in (first + head, first + num_heads + head)
     )
+    # First of all, so that they are held in registers no longer.
+    _write(store, shape, program, held, refs, key, value, mine=mine, page=page, width=width)
     logit = scale * jnp.sum(q.astype(jnp.float32) * key.astype(jnp.float32)[None, :], axis=1)
     carry = Carry(
         peak=jnp.where(mine, logit, -jnp.inf),
@@ -187,7 +189,7 @@ def _attend_store(
         page=page,
         width=width,
         scale=scale,
-        config=config,
+        config=_half_blocks(config) if isinstance(store, PageStore) else config,
     )
     out, lse = normalized(carry)
     row = jnp.arange(rows)
@@ -198,8 +200,25 @@ def _attend_store(
     )
     pltriton.store(lse_ref.at[split, request, head, row], lse, mask=row < group)
 
-    # Written by one program; the others do not count it, whether they read before or after.
+
+def _half_blocks(config: TuningConfig) -> TuningConfig:
+    """The same tokens in twice the steps: rows of pages take a register each for where they are."""
+    if config.block_tokens == MIN_ROWS:
+        return config
+    half = config.block_tokens // 2
+    return dataclasses.replace(config, block_tokens=half, steps=2 * config.steps)
+
+
+def _write(store, shape, program, held, refs, key, value, *, mine, page, width) -> None:
+    """The new token to its place.
+
+    By one program only; the others do not count it, so it matters to none who comes first.
+    """
+    _, _, local, request = program
+    _, _, _, lists, new_k_ref, new_v_ref = refs
     index, offset = held // page, held % page
+    column = jnp.arange(key.shape[0])
+    inside = (column < width) & mine
     if isinstance(store, PageStore):
         table_ref = lists[1]
         block = pltriton.load(table_ref.at[request, index], mask=mine, other=0)
