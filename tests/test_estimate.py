@@ -91,9 +91,10 @@ metadata={op_name="jit(f)/flexijax_decode_attention/pallas_call"}
   %keys = bf16[4096,8,16,128]{3,2,1,0} parameter(9)
   %filled = s32[16,1]{1,0} parameter(10)
   %encoded = u32[4096,8,2,4,16]{4,3,2,1,0} custom-call(%codes, %mean, %mean, %keys, %filled), \
-custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints={u32[4096,8,2,4,16]{4,3,2,1,0}, \
-f32[16,8,128]{2,1,0}, f32[16,8,128]{2,1,0}, bf16[4096,8,16,128]{3,2,1,0}, s32[16,1]{1,0}}, \
-output_to_operand_aliasing={{}: (0, {})}, metadata={op_name="jit(f)/flexijax_sketch_encode/x"}
+custom_call_target="__gpu$xla.gpu.triton", operand_layout_constraints=\
+{u32[4096,8,2,4,16]{4,3,2,1,0}, f32[16,8,128]{2,1,0}, f32[16,8,128]{2,1,0}, \
+bf16[4096,8,16,128]{3,2,1,0}, s32[16,1]{1,0}}, output_to_operand_aliasing={{}: (0, {})}, \
+metadata={op_name="jit(f)/flexijax_sketch_encode/x"}
   ROOT %sum = f32[16]{0} fusion(%values), kind=kLoop, calls=%gone
 }
 """
