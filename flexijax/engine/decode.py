@@ -45,7 +45,7 @@ def decode_steps(
     """
 
     steps = program.chunk_steps
-    summarized = _whole_pages(program, lengths)
+    summarized = _whole_pages(program, lengths, batch.active)
 
     def step(carry, _):
         groups, lengths, batch, _, index, sampled = carry
@@ -99,7 +99,7 @@ def teacher_forced_steps(
     batch stands, the logits float32[R, B, V] of what would come after each token, and queries.
     """
 
-    summarized = _whole_pages(program, lengths)
+    summarized = _whole_pages(program, lengths, active)
 
     def step(carry, token):
         groups, lengths, _ = carry
@@ -137,9 +137,13 @@ def end_chunk_layer(
     return LayerCache(tuple(groups), tuple(hosts), tuple(counts))
 
 
-def _whole_pages(program: Program, lengths: jax.Array) -> jax.Array:
-    """int32[B]: tokens that have a summary during the steps; what fills up has one after them."""
-    return lengths - lax.rem(lengths, program.layout.sizes.page_size)
+def _whole_pages(program: Program, lengths: jax.Array, active: jax.Array) -> jax.Array:
+    """int32[B]: tokens that have a summary during the steps; what fills up has one after them.
+
+    0 of requests that had ended before: what is not to be attended need not be scored.
+    """
+    whole = lengths - lax.rem(lengths, program.layout.sizes.page_size)
+    return jnp.where(active, whole, 0)
 
 
 def _step(
