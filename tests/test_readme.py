@@ -70,7 +70,8 @@ def test_commands_exist(page):
     for arguments in (shlex.split(line)[1:] for line in commands if line.startswith("flexijax ")):
         cli.parser().parse_args(arguments)
     for module in re.findall(r"python -m ((?:bench|examples)\.\w+)", text):
-        assert REPOSITORY.joinpath(*module.split(".")).with_suffix(".py").is_file(), module
+        path = REPOSITORY.joinpath(*module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     for extra in re.findall(r'"\.\[(\w+)\]"', text):
         assert extra in extras(), extra
 
