@@ -104,7 +104,7 @@ def rerank(
     stats: RerankStats,
     *,
     page_size: int,
-    after: jax.Array | None = None,
+    after: tuple[jax.Array, ...] = (),
     implementation: str | None = None,
 ) -> Reranked:
     """The scheduler step: which chosen pages come into which slots, and what is counted of it.
@@ -120,8 +120,8 @@ def rerank(
       filled_page: int32[B, E], pages that were offloaded, from heads that hold them in a slot;
         negative for none.
       stats: `RerankStats` of leaves [B, K], int32 and float32; donate it.
-      page_size: tokens a page. after: is not read, but made first: of what else reads `slot_page`,
-        which XLA would copy if that came later than what is written in its place.
+      page_size: tokens a page. after: not read, but made first: what comes of all else that reads
+        `slot_page`, which XLA would copy if that came later than what is written in its place.
     Returns:
       `Reranked`; see `rerank.plan_rerank` for the order in which slots are filled.
     Raises:

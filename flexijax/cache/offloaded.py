@@ -166,7 +166,7 @@ def end_chunk(
         chunk.filled_page,
         stats,
         page_size=page_size,
-        after=host.k,
+        after=(host.k, host.v),
         implementation=program.implementation,
     )
     slots_k, slots_v = promote(group.k, group.v, host, plan.load, transfer=program.transfer)

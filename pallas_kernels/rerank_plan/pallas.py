@@ -29,7 +29,7 @@ def rerank(
     stats: RerankStats,
     *,
     page_size: int,
-    after: jax.Array | None,
+    after: tuple[jax.Array, ...],
 ) -> Reranked:
     """See `dispatch_rerank.rerank`."""
     batch, heads, count = chosen.shape
@@ -126,7 +126,6 @@ def rerank(
 
     arrays = (chosen, slot_page, lengths, since, due, block_table, filled_page)
     counts = tuple(vars(stats).values())
-    unread = () if after is None else (after,)
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (slot_page, slot_page, *counts)]
     new_slot_page, load, rco, *totals = platform.pallas_kernel(
         kernel,
@@ -135,5 +134,5 @@ def rerank(
         out_shape=[*like[:2], jax.ShapeDtypeStruct((batch, heads), jnp.float32), *like[2:]],
         num_warps=4 if width <= 128 else 8,
         aliases={1: 0, **{len(arrays) + at: 3 + at for at in range(len(counts))}},
-    )(*arrays, *counts, *unread)
+    )(*arrays, *counts, *after)
     return Reranked(new_slot_page, load, rco, RerankStats(*totals))

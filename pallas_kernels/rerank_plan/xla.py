@@ -18,7 +18,7 @@ def rerank(
     stats: RerankStats,
     *,
     page_size: int,
-    after: jax.Array | None,
+    after: tuple[jax.Array, ...],
 ) -> Reranked:
     """See `dispatch_rerank.rerank`; XLA orders its own operations."""
     heads, pages = chosen.shape[:2], block_table.shape[1]
