@@ -79,6 +79,7 @@ class Model:
     def __init__(self, prompt, adaptive):
         self.tokens, self.adaptive = list(prompt), adaptive  # tokens held by the cache
         self.heads = {}
+        self.began = len(prompt)  # tokens held when the chunk of steps began
         self.chunks = self.promoted = self.offloaded = 0
         pages = min(PAGES, BUDGET + ceil_pages(adaptive.longest if adaptive else STEPS))
         for layer in range(LAYERS):
@@ -90,8 +91,11 @@ class Model:
     def dense(self, name, layer, head):
         return np.stack([at(name, layer, t, p)[head] for p, t in enumerate(self.tokens)])
 
-    def best(self, layer, head):
-        """The budget's best pages for the last token's queries: a set."""
+    def best(self, layer, head, *, tail=None, room=BUDGET):
+        """The best pages for the last token's queries, a set of `room`.
+
+        The first page is always among them, and those from `tail` on, None for the newest.
+        """
         length, count = len(self.tokens), ceil_pages(len(self.tokens))
         queries = at("q", layer, self.tokens[-1], length - 1)[head * GROUP : (head + 1) * GROUP]
         keys, scores = self.dense("k", layer, head), {}
@@ -99,13 +103,19 @@ class Model:
             part = keys[page * PAGE : (page + 1) * PAGE]
             low, high = part.min(0), part.max(0)
             scores[page] = max(np.maximum(q * low, q * high).sum() for q in queries)
-        scores[0] = scores[count - 1] = np.inf
-        return set(sorted(scores, key=lambda page: (-scores[page], page))[:BUDGET])
+        for page in (0, *range(count - 1 if tail is None else tail, count)):
+            scores[page] = np.inf
+        return set(sorted(scores, key=lambda page: (-scores[page], page))[:room])
 
     def read(self, layer, head):
         """The pages that a step attends."""
         if head in UNSTABLE[layer]:
-            return self.best(layer, head)
+            # Pages that filled up since the chunk began have no summary: attended, and those behind
+            # the first of them beside the budget.
+            newest = ceil_pages(len(self.tokens)) - 1
+            tail = min(self.began // PAGE, newest)
+            newer = min(newest - tail, ceil_pages(STEPS))
+            return self.best(layer, head, tail=tail, room=BUDGET + newer)
         return {
             page
             for page in self.heads[layer, head].slots
@@ -130,7 +140,7 @@ class Model:
 
     def rerank(self):
         self.chunks += 1
-        length = len(self.tokens)
+        length = self.began = len(self.tokens)
         self.offloaded += len(self.heads) * (length // PAGE - (length - STEPS) // PAGE)
         for (layer, number), head in self.heads.items():
             head.steps_until_rerank -= STEPS
