@@ -15,6 +15,11 @@ def filled_pages(before: jax.Array, after: jax.Array, *, page_size: int, count: 
     return jnp.where(page < lax.div(after, page_size)[:, None], page, -1)
 
 
+def in_full_pages(lengths: jax.Array, page_size: int) -> jax.Array:
+    """int32[B]: how many of the tokens int32[B] lie in full pages."""
+    return lengths - lax.rem(lengths, page_size)
+
+
 def find_slots(slot_page: jax.Array, pages: jax.Array) -> jax.Array:
     """int32[B, K, n]: the slot that holds each of the pages int32[B, n], -1 where none does.
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from flexijax.cache.layout import CacheSizes, GroupProgram
 from flexijax.pallas_kernels import platform
-from flexijax.pallas_kernels.filled import filled_pages
+from flexijax.pallas_kernels.filled import filled_pages, in_full_pages
 from flexijax.policies.base import PolicyState
 
 
@@ -98,7 +98,7 @@ def chunk_end(
         held=held,
         lengths=lengths,
         active=active,
-        summarized=lengths - lax.rem(lengths, sizes.page_size),
+        summarized=in_full_pages(lengths, sizes.page_size),
         filled_page=page,
         filled_block=jnp.where(page >= 0, block, -1),
     )

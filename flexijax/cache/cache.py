@@ -51,7 +51,7 @@ class Cache:
 def kind(group: HeadGroup) -> ModuleType:
     """The functions over groups of that kind.
 
-    empty, attend, commit, end_chunk, and what asks for the last: has_chunk_end, num_queries.
+    empty, store, after_step, commit, end_chunk; of the last: has_chunk_end, num_queries.
     """
     return _KINDS[group.kind]
 

@@ -17,6 +17,7 @@ from flexijax.engine.batch import BatchState, SampledTokens
 from flexijax.engine.program import Program
 from flexijax.engine.sampling import sample, step_keys
 from flexijax.models.decoder import Params
+from flexijax.pallas_kernels.filled import in_full_pages
 
 # Of each layer and head group: [W, B, K, G, H], or None for groups that want none.
 Queries: TypeAlias = tuple[tuple[jax.Array | None, ...], ...]
@@ -142,8 +143,7 @@ def _whole_pages(program: Program, lengths: jax.Array, active: jax.Array) -> jax
 
     0 of requests that had ended before: what is not to be attended need not be scored.
     """
-    whole = lengths - lax.rem(lengths, program.layout.sizes.page_size)
-    return jnp.where(active, whole, 0)
+    return jnp.where(active, in_full_pages(lengths, program.layout.sizes.page_size), 0)
 
 
 def _step(

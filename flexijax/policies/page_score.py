@@ -6,9 +6,8 @@ import dataclasses
 from typing import Any, Protocol
 
 import jax
-from jax import lax
 
-from flexijax.pallas_kernels.filled import keys_in_blocks, keys_in_slots, set_rows
+from flexijax.pallas_kernels.filled import in_full_pages, keys_in_blocks, keys_in_slots, set_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class PageTable:
     @classmethod
     def of_full_pages(cls, blocks: jax.Array, lengths: jax.Array, page_size: int) -> PageTable:
         """Where every full page has a summary."""
-        return cls(blocks, lengths, lengths - lax.rem(lengths, page_size), page_size)
+        return cls(blocks, lengths, in_full_pages(lengths, page_size), page_size)
 
 
 @jax.tree_util.register_dataclass
