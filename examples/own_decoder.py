@@ -9,7 +9,6 @@ attention.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,14 @@ from flax import nnx
 
 import flexijax
 from flexijax.models.config import AttentionShape
+from flexijax.models.decoder import DecoderLike
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 2, 4, 2, 16, 64, 101
 
 
 class Block(nnx.Module):
+    """Knows nothing of caches: it is handed an attention function and a state to carry along."""
+
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.q = nnx.Linear(WIDTH, HEADS * HEAD_DIM, rngs=rngs)
@@ -32,26 +34,22 @@ class Block(nnx.Module):
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
         self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
 
+    def __call__(self, layer, x: jax.Array, positions: jax.Array, attention_fn, state):
+        h = self.norm(x)
+        q = rotate(self.q(h).reshape(*h.shape[:2], HEADS, HEAD_DIM), positions)
+        k = rotate(self.k(h).reshape(*h.shape[:2], KV_HEADS, HEAD_DIM), positions)
+        v = self.v(h).reshape(*h.shape[:2], KV_HEADS, HEAD_DIM)
+        out, state = attention_fn(layer, q, k, v, state)
+        out = self.out(out.reshape(*h.shape[:2], -1))
+        return x + out + self.down(nnx.gelu(self.up(h))), state
+
 
 class Transformer(nnx.Module):
-    """Knows nothing of caches: it is handed an attention function and a state to carry along."""
-
     def __init__(self, *, rngs: nnx.Rngs) -> None:
         self.embedding = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.blocks = nnx.List([Block(rngs=rngs) for _ in range(LAYERS)])
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCAB, use_bias=False, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array, positions: jax.Array, attention_fn, state):
-        x = self.embedding(tokens)  # [B, T, D]
-        for layer, block in enumerate(self.blocks):
-            h = block.norm(x)
-            q = rotate(block.q(h).reshape(*h.shape[:2], HEADS, HEAD_DIM), positions)
-            k = rotate(block.k(h).reshape(*h.shape[:2], KV_HEADS, HEAD_DIM), positions)
-            v = block.v(h).reshape(*h.shape[:2], KV_HEADS, HEAD_DIM)
-            out, state = attention_fn(layer, q, k, v, state)
-            x = x + block.out(out.reshape(*h.shape[:2], -1)) + block.down(nnx.gelu(block.up(h)))
-        return self.norm(x), state
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -66,27 +64,38 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
-    """The two functions that `generate` calls, over the module's static part."""
+class Adapter(DecoderLike):
+    """What `generate` calls, over the static parts of the module and of one of its blocks."""
 
     graph: nnx.GraphDef
+    block: nnx.GraphDef
 
-    def hidden(self, params, tokens, positions, attention_fn, state, *, only=None):
-        """See `flexijax.models.decoder.DecoderLike.hidden`."""
-        x, state = nnx.merge(self.graph, params)(tokens, positions, attention_fn, state)
+    def embed(self, params, tokens):
+        """See `DecoderLike.embed`; the others likewise."""
+        return nnx.merge(self.graph, params).embedding(tokens)
+
+    def layers(self, params):
+        return [params["blocks"][layer] for layer in range(LAYERS)]
+
+    def layer(self, weights, layer, x, positions, attention_fn, state, *, only=None):
+        block = nnx.merge(self.block, weights)
+        x, state = block(layer, x, positions, attention_fn, state)
         return x if only is None else x[:, only][:, None], state
 
-    def logits(self, params: Any, x: jax.Array) -> jax.Array:
-        """See `flexijax.models.decoder.DecoderLike.logits`."""
+    def norm(self, params, x):
+        return nnx.merge(self.graph, params).norm(x)
+
+    def logits(self, params, x):
         return nnx.merge(self.graph, params).head(x)
 
 
 def language_model(*, seed: int = 0) -> flexijax.LanguageModel:
     """The model as `generate` takes it; it has no tokenizer, so prompts are token ids."""
-    graph, params = nnx.split(Transformer(rngs=nnx.Rngs(seed)))
+    model = Transformer(rngs=nnx.Rngs(seed))
+    graph, params = nnx.split(model)
     return flexijax.LanguageModel(
         name="own decoder",
-        decoder=Adapter(graph),
+        decoder=Adapter(graph, nnx.split(model.blocks[0])[0]),
         params=params,
         attention=AttentionShape(
             num_layers=LAYERS,

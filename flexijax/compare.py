@@ -67,7 +67,6 @@ def compare(
             caches[name],
             max_tokens=len(request.tokens) + steps,
             max_new_tokens=steps,
-            prompt_tokens=len(request.tokens),
             sampling=[request.sampling],
         )
     started, runner = time.perf_counter(), Runner(progress)

@@ -66,7 +66,6 @@ def generate(
         max_tokens=max(len(r.tokens) + r.max_new_tokens for r in requests),
         max_new_tokens=max(r.max_new_tokens for r in requests),
         batch=_batch(len(requests), max_batch or MAX_BATCH),
-        prompt_tokens=max(len(r.tokens) for r in requests),
         sampling=[r.sampling for r in requests],
     )
     engine = Engine(lm, program, progress=progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -17,14 +17,53 @@ from flexijax.models.layers import Linear, RMSNorm, project, rope_tables, rotate
 
 Params: TypeAlias = Any
 # attention_fn(layer, q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], state)
-# -> (out [B, T, N, H], state)
+# -> (out [B, T, N, H], state); layer is an int in a decode step, int32[] while a prompt is read
 AttentionFn: TypeAlias = Callable[
-    [int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
+    [Any, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]
 ]
 
 
 class DecoderLike(Protocol):
-    """What generation needs of a model: two pure methods; bring your own or use `Decoder`."""
+    """What generation needs of a model, as pure methods: derive your own from it.
+
+    A prompt is read layer by layer, all of it through one before any of it through the next, so
+    that one layer's keys and values stand in memory outside of the cache.
+    """
+
+    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """What goes into the first layer: int32[B, T] -> x [B, T, D]."""
+        ...
+
+    def layers(self, params: Params) -> Sequence[Params]:
+        """The weights of each layer. Layers of one structure are compiled once."""
+        ...
+
+    def layer(
+        self,
+        weights: Params,
+        layer: int | jax.Array,
+        x: jax.Array,
+        positions: jax.Array,
+        attention_fn: AttentionFn,
+        state: Any,
+        *,
+        only: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """x [B, T, D] at positions int32[B, T] -> (x [B, T, D], state), by one of `layers`.
+
+        attention_fn: to be called once, with rotated q and k; `layer` is handed on to it. only:
+        int32[], the one token of T whose x is wanted, as [B, 1, D]: attention_fn then gives no more
+        than that token's out.
+        """
+        ...
+
+    def norm(self, params: Params, x: jax.Array) -> jax.Array:
+        """What follows the last layer: x [..., D] -> [..., D]."""
+        ...
+
+    def logits(self, params: Params, x: jax.Array) -> jax.Array:
+        """The scores of every next token, of x that `norm` gave: [..., D] -> float32[..., V]."""
+        ...
 
     def hidden(
         self,
@@ -33,19 +72,15 @@ class DecoderLike(Protocol):
         positions: jax.Array,
         attention_fn: AttentionFn,
         state: Any,
-        *,
-        only: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """tokens, positions int32[B, T] -> (x [B, T, D], state).
+        """All of it but the logits: tokens, positions int32[B, T] -> (x [B, T, D], state).
 
-        only: int32[], the one token of T whose x is wanted, as [B, 1, D]; attention_fn then gives
-        no more than that token's out in the last layer.
+        What a decode step runs; attention_fn is called once per layer, in order.
         """
-        ...
-
-    def logits(self, params: Params, x: jax.Array) -> jax.Array:
-        """x [..., D] -> float32[..., V]."""
-        ...
+        x = self.embed(params, tokens)
+        for index, weights in enumerate(self.layers(params)):
+            x, state = self.layer(weights, index, x, positions, attention_fn, state)
+        return self.norm(params, x), state
 
 
 class Layer(nnx.Module):
@@ -71,7 +106,7 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        layer: int,
+        layer: int | jax.Array,
         x: jax.Array,
         parts: jax.Array | None,
         rope: tuple[jax.Array, jax.Array],
@@ -172,16 +207,45 @@ def _random_rest(config: ModelConfig, dtype: Any, key: jax.Array) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class Decoder(DecoderLike):
     """The pure functions of one model; hashable, so it can be a static argument of `jax.jit`.
 
     params is a plain pytree, `{"embed": {"embedding"}, "layers": ({...}, ...), "norm": {"scale"},
     "lm_head": {"kernel"}}`, without lm_head where the embedding is the head: kernels [out, in], the
-    embedding [V, D]. The layers are separate subtrees, and the layer loop is Python's, because a
-    scan over stacked weights copies each layer's slice (3.5 times slower decode on a CPU).
+    embedding [V, D]. The layers are separate subtrees, and a step's layer loop is Python's, because
+    a scan over stacked weights copies each layer's slice (3.5 times slower decode on a CPU).
     """
 
     config: ModelConfig
+
+    def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """See `DecoderLike.embed`."""
+        return nnx.merge(_graphs(self.config)["embed"], params["embed"])(tokens)
+
+    def layers(self, params: Params) -> Sequence[Params]:
+        """See `DecoderLike.layers`."""
+        return params["layers"]
+
+    def layer(
+        self,
+        weights: Params,
+        layer: int | jax.Array,
+        x: jax.Array,
+        positions: jax.Array,
+        attention_fn: AttentionFn,
+        state: Any,
+        *,
+        only: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """See `DecoderLike.layer`."""
+        rope = rope_tables(positions, self.config)
+        made = nnx.merge(_graphs(self.config)["layer"], weights)
+        x, parts, state = made(layer, x, None, rope, attention_fn, state, only=only)
+        return x + parts.sum(0).astype(x.dtype), state
+
+    def norm(self, params: Params, x: jax.Array) -> jax.Array:
+        """See `DecoderLike.norm`."""
+        return nnx.merge(_graphs(self.config)["norm"], params["norm"])(x)
 
     def hidden(
         self,
@@ -190,25 +254,21 @@ class Decoder:
         positions: jax.Array,
         attention_fn: AttentionFn,
         state: Any,
-        *,
-        only: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Runs all layers and the final norm: (x [B, T, D] in the dtype of params, state).
+        """See `DecoderLike.hidden`: x in the dtype of params.
 
-        tokens and positions int32[B, T]; attention_fn is called once per layer, in order, with
-        rotated q and k; state goes through it untouched. only: see `DecoderLike`.
+        What a layer adds is added up in the next one's norm, which is one kernel less a layer.
         """
         graphs = _graphs(self.config)
         rope = rope_tables(positions, self.config)
-        x, parts = nnx.merge(graphs["embed"], params["embed"])(tokens), None
+        x, parts = self.embed(params, tokens), None
         for index, weights in enumerate(params["layers"]):
             layer = nnx.merge(graphs["layer"], weights)
-            wanted = only if index == self.config.num_layers - 1 else None
-            x, parts, state = layer(index, x, parts, rope, attention_fn, state, only=wanted)
+            x, parts, state = layer(index, x, parts, rope, attention_fn, state)
         return nnx.merge(graphs["norm"], params["norm"]).after_sum(x, parts)[1], state
 
     def logits(self, params: Params, x: jax.Array) -> jax.Array:
-        """The scores of every next token: x [..., D] -> float32[..., V]."""
+        """See `DecoderLike.logits`."""
         graphs = _graphs(self.config)
         if self.config.tie_embeddings:
             return nnx.merge(graphs["embed"], params["embed"]).attend(x)

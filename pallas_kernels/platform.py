@@ -109,6 +109,16 @@ def product_parts(*, rows: int, inner: int) -> int:
     return next((n for n in (8, 4, 2) if few and inner % n == 0 and inner // n >= 512), 1)
 
 
+# Tokens of a prompt read at once, and at its end, and how many lengths of keys they attend to. On a
+# CPU attention stops at the diagonal by itself; a GPU's looks at all keys that it is given.
+_PREFILL_SIZES = {"cpu": (512, 64, 1), "gpu": (2048, 256, 4)}
+
+
+def prefill_sizes() -> tuple[int, int, int]:
+    """(chunk, tail, key lengths): see `flexijax.cache.prefill_kv.PrefillSpec`."""
+    return _PREFILL_SIZES[device_kind()]
+
+
 def sharding(memory_kind: str = "device") -> NamedSharding:
     """A replicated sharding over the first device in `memory_kind` ("device", "pinned_host").
 

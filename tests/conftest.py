@@ -51,7 +51,8 @@ def few_executables():
 def short_chunks():
     """Prompts of a few dozen tokens are read in several chunks, as long ones are in use."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexijax.cache.prefill_kv._MAX_CHUNK", 32)
+        sizes = {"cpu": (32, 8, 1), "gpu": (32, 8, 4)}
+        patch.setattr("flexijax.pallas_kernels.platform._PREFILL_SIZES", sizes)
         yield
 
 

@@ -23,11 +23,11 @@ from bench.gpu.timed import StageTimes
 from bench.timing import median
 from flexijax.aot.footprint import Footprint, footprint
 from flexijax.aot.targets import Target, targets
-from flexijax.cache.prefill_kv import empty_prefill_kv
+from flexijax.cache.cache import init
+from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
 from flexijax.config import CacheConfig
 from flexijax.engine.engine import Engine
 from flexijax.engine.plan import make_program
-from flexijax.engine.prefill import PrefillProgram
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program
 from flexijax.models.dense import dense_attend
@@ -102,7 +102,6 @@ def prompt(part: Part, sizes: Sizes) -> None:
         cache,
         max_tokens=sizes.large_context,
         batch=sizes.prompt_batch,
-        prompt_tokens=length,
     )
     runner = StageTimes()
     prefiller = Prefiller(lm.decoder, lm.params, program.prefill_spec(), runner)
@@ -115,19 +114,19 @@ def prompt(part: Part, sizes: Sizes) -> None:
     for layer, error in enumerate(_against_dense(lm, tokens, read)):
         part.near(f"first keys of layer {layer} are those of dense attention", error, 2e-2)
     blocks = np.random.default_rng(0).permutation(program.layout.sizes.pages)
-    made = read.commit(runner, program, None, row=0, blocks=blocks.tolist())
-    del made
+    made = init(program.layout, program.policy)
+    made = read.commit(runner, program, made, row=0, blocks=blocks.tolist())
     started = time.perf_counter()
-    made = jax.block_until_ready(read.commit(runner, program, None, row=0, blocks=blocks.tolist()))
+    made = jax.block_until_ready(read.commit(runner, program, made, row=0, blocks=blocks.tolist()))
     commit = time.perf_counter() - started
     for layer, same in _host_is_prompt(program, made, read, blocks):
         part.check(f"the host tier of layer {layer} is the prompt", same)
-    chunks = runner.seconds_of["prefill"]
-    for name, took in (("first", chunks[0]), ("last", chunks[-1])):
-        chunk = read.program.spec.chunk
-        part.speed(f"prefill, {name} chunk of {chunk} tokens", ms=1e3 * took, context=length)
-    part.speed("prefill, all chunks", ms=1e3 * sum(chunks), context=length)
-    part.speed("commit, empty cache included", ms=1e3 * commit, context=length)
+    embedded, *chunks = runner.seconds_of["prefill"]
+    a_layer = len(list(pieces(read.spec, length)))
+    for name, took in (("first", chunks[0]), ("last", chunks[a_layer - 1])):
+        part.speed(f"prefill of a layer, {name} chunk", ms=1e3 * took, context=length)
+    part.speed("prefill, all layers", ms=1e3 * (embedded + sum(chunks)), context=length)
+    part.speed("commit", ms=1e3 * commit, context=length)
     layers = runner.seconds_of["commit"]
     part.speed("commit, its programs", ms=1e3 * sum(layers[-len(made.layers) :]))
 
@@ -169,7 +168,6 @@ def _admit(
         max_tokens=room,
         max_new_tokens=room - length,
         batch=batch,
-        prompt_tokens=length,
     )
     batch, seconds = program.layout.sizes.batch, []
     engine = Engine(lm, program, progress=part.progress)
@@ -189,7 +187,10 @@ def _random_prompt(
     """What reading a prompt leaves behind, of random numbers; and its arrays, to wait for."""
     spec = program.prefill_spec()
     shapes = jax.eval_shape(
-        lambda: (empty_prefill_kv(spec), jnp.zeros((1, sizes.large.hidden_size), spec.dtype))
+        lambda: (
+            tuple(empty_prefill_kv(spec) for _ in range(spec.shape.num_layers)),
+            jnp.zeros((1, sizes.large.hidden_size), spec.dtype),
+        )
     )
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(leaves))
@@ -199,7 +200,7 @@ def _random_prompt(
         for key, leaf in zip(keys, leaves, strict=True)
     ]
     kv, x = jax.tree.unflatten(structure, made)
-    return PrefillResult(PrefillProgram(program.decoder, spec), length, kv, x), made
+    return PrefillResult(program.decoder, spec, length, kv, x), made
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -261,7 +262,7 @@ def _against_dense(lm: LanguageModel, tokens: list[int], read: PrefillResult) ->
 
     errors = []
     for layer, wanted in enumerate(keys(lm.params, piece)):
-        found = np.asarray(read.kv.k[layer][:, :, : piece.shape[1]], np.float64)  # [K, H, T]
+        found = np.asarray(read.kv[layer].k[:, :, : piece.shape[1]], np.float64)  # [K, H, T]
         wanted = np.asarray(wanted, np.float64)  # [T, K, H]
         error = np.linalg.norm(found.transpose(2, 0, 1) - wanted, axis=-1)
         errors.append(float((error / np.linalg.norm(wanted, axis=-1)).max()))
@@ -278,9 +279,9 @@ def _host_is_prompt(
         host = cache.layers[layer].host[at]
         if host is None or layer not in _some_layers(program):
             continue
-        k = np.asarray(read.kv.k[layer])[list(group.heads)]
+        k = np.asarray(read.kv[layer].k)[list(group.heads)]
         k = k.reshape(*k.shape[:2], sizes.pages, sizes.page_size).transpose(2, 0, 3, 1)
-        v = np.asarray(read.kv.v[layer])[list(group.heads)]
+        v = np.asarray(read.kv[layer].v)[list(group.heads)]
         v = v.reshape(len(v), sizes.pages, sizes.page_size, -1).swapaxes(0, 1)
         same = all(
             np.array_equal(

@@ -88,7 +88,6 @@ def _engine(
         max_tokens=max(prompts) + new_tokens,
         max_new_tokens=new_tokens,
         batch=max(len(sizes.prompts), len(sizes.long_prompts)),
-        prompt_tokens=max(prompts),
     )
     return Engine(lm, program, progress=part.progress), cache
 

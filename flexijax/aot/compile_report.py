@@ -22,6 +22,7 @@ from flexijax.config import CacheConfig
 from flexijax.engine.inventory import ProgramCall, decode_calls, prompt_calls, refit_calls
 from flexijax.engine.program import Program
 from flexijax.models.config import ModelConfig
+from flexijax.pallas_kernels import platform
 from flexijax.profiles.head_profile import HeadProfile
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -131,11 +132,12 @@ def compile_program(
     program: Program, params: Any, target: Target, progress: Progress | None = None
 ) -> dict[str, ProgramReport]:
     """Every program of a run, compiled for `target`; params: shapes of the model's weights."""
-    calls = [
-        *prompt_calls(program, params),
-        *decode_calls(program, params),
-        *refit_calls(program),
-    ]
+    with platform.compiling_for("gpu"):
+        calls = [
+            *prompt_calls(program, params),
+            *decode_calls(program, params),
+            *refit_calls(program),
+        ]
     smallest = min(nbytes(leaf) for leaf in _keys_and_values(calls))
     found: dict[str, list[ProgramReport]] = {}
     for call in calls:

@@ -19,6 +19,7 @@ from flexijax.engine.plan import make_layout
 from flexijax.engine.program import Program
 from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
+from flexijax.pallas_kernels import platform
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
 
@@ -44,7 +45,7 @@ class Sizes:
     slots: int
     summaries: int  # of pages, and what the score keeps of requests
     tables: int  # block table, lengths, slot pages, counters
-    prefill_kv: int  # keys and values of one prompt while it is read
+    prefill: int  # a prompt's hidden states while it is read, and one layer's keys and values
     host_pages: int
 
 
@@ -117,10 +118,11 @@ def footprint(
             raise ValueError(f"{argument}={value!r} must be a positive integer")
     if context > config.max_context:
         raise ValueError(f"context={context} is more than the {config.max_context} of {name}")
-    program = make_program(config, cache, context=context, batch=batch)
     dense = dataclasses.replace(cache, policy="full", profile=None)
-    full = make_program(config, dense, context=context, batch=batch)
-    sizes, of = _sizes(config, program), full.layout.sizes
+    with platform.compiling_for("gpu"):
+        program = make_program(config, cache, context=context, batch=batch)
+        full = make_program(config, dense, context=context, batch=batch)
+        sizes, of = _sizes(config, program), full.layout.sizes
     full_kv = full.layout.heads_of("dense") * of.blocks * of.page_bytes
     on_device = sizes.kv_pages + sizes.slots
     counted = Footprint(
@@ -194,14 +196,15 @@ def _sizes(config: ModelConfig, program: Program) -> Sizes:
         if group.score is not None:
             summaries += nbytes((arrays.summaries, arrays.score_state))
     host = nbytes([layer.host for layer in cache.layers])
-    kv = jax.eval_shape(lambda: empty_prefill_kv(program.prefill_spec()))
+    spec = program.prefill_spec()
+    kv = jax.eval_shape(lambda: empty_prefill_kv(spec))
     return Sizes(
         weights=nbytes(abstract_params(config)),
         kv_pages=pages,
         slots=slots,
         summaries=summaries,
         tables=nbytes(cache) - host - pages - slots - summaries,
-        prefill_kv=nbytes((kv.k, kv.v)),
+        prefill=nbytes((kv.k, kv.v)) + spec.tokens * config.hidden_size * jnp.dtype(DTYPE).itemsize,
         host_pages=host,
     )
 

@@ -1,8 +1,9 @@
-"""Keys and values of a prompt while it is read, and the attention function of a prefill chunk."""
+"""One layer's keys and values while a prompt goes through it, and the attention of its chunks."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,19 +14,16 @@ from flexijax.cache.arrays import zeros
 from flexijax.cache.observe import observe_all
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels import dispatch
-from flexijax.pallas_kernels.tiling import largest_divisor
 from flexijax.policies.base import Policy, PolicyState
-
-# Tokens of a prompt read at once: at most enough for the matrix products to run at full rate, few
-# enough for a progress bar that moves; at least enough for few programs to serve short prompts.
-_MAX_CHUNK, _MIN_CHUNK = 1024, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillSpec:
     """What reading a prompt is compiled for; a static argument of jitted functions.
 
-    tokens: room for the longest prompt (S). chunk: tokens read at once, a divisor of S. window: how
+    tokens: room for the longest prompt (S), whole tails. chunk, tail: tokens read at once, and of
+    what is left at a prompt's end, see `pieces`. key_lengths: how many of the S keys a chunk may
+    attend to, ascending, S the last; more of them make less work and more programs. window: how
     many of its last queries are kept for policies to look at, at least one. observers: the policies
     that are shown every query.
     """
@@ -33,66 +31,82 @@ class PrefillSpec:
     shape: AttentionShape
     tokens: int
     chunk: int
+    tail: int
+    key_lengths: tuple[int, ...]
     dtype: str
     window: int
     observers: tuple[Policy, ...]
     implementation: str | None
 
 
-def chunk_size(room: int, prompt_tokens: int) -> int:
-    """Tokens to read at once of prompts of up to so many tokens, where there is room for `room`.
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens start .. start + size - 1 of a prompt, with the next ones up to its length to come."""
 
-    One of two sizes, so that few programs serve all lengths: the greatest divisor of the room that
-    is at most 1024, or that halved as often as it stays at 64 or more, where the prompts fit.
+    start: int
+    size: int
+    keys: int  # that it attends to, of `PrefillSpec.key_lengths`
 
-        room 8192: 1024, or 64 for prompts of up to 64 tokens; room 1280: 640 or 80
+
+def pieces(spec: PrefillSpec, length: int, start: int = 0) -> Iterator[Piece]:
+    """A prompt from token `start` on: chunks, then tails, of which the last one may be padded.
+
+    Where they begin and end depends on the prompt alone, so that it is read by the same programs
+    whatever runs beside it. start: a multiple of the chunk.
+
+        chunk 512, tail 64, length 1100: 0, 512, 1024, 1088
     """
-    short = chunk = largest_divisor(room, _MAX_CHUNK)
-    while short % 2 == 0 and short // 2 >= _MIN_CHUNK:
-        short //= 2
-    return short if prompt_tokens <= short else chunk
+    while start < length:
+        size = spec.chunk if length - start >= spec.chunk else spec.tail
+        end = start + size
+        yield Piece(start, size, next(keys for keys in spec.key_lengths if keys >= end))
+        start = end
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillKV:
-    """What is kept of one prompt while it is read, per layer.
+    """What is kept of one layer of a prompt.
 
     Keys and values are flat over tokens: seen as pages (a mere reshape), XLA's CPU compiler copies
     an array that is written and read in one program, which took twice the memory and a tenth of the
     time.
     """
 
-    k: tuple[jax.Array, ...]  # [K, H, S], channels before tokens as in dense groups
-    v: tuple[jax.Array, ...]  # [K, S, H]
-    queries: tuple[jax.Array, ...]  # [W, K, G, H], of the last W tokens so far
-    observed: tuple[tuple[PolicyState, ...], ...]  # per observer, leaves [K, ...]
+    k: jax.Array  # [K, H, S], channels before tokens as in dense groups
+    v: jax.Array  # [K, S, H]
+    queries: jax.Array  # [W, K, G, H], of the last W tokens so far
+    observed: tuple[PolicyState, ...]  # per observer, leaves [K, ...]
 
 
 def empty_prefill_kv(spec: PrefillSpec) -> PrefillKV:
-    """Room for one prompt of up to `spec.tokens` tokens."""
+    """Room for one layer of a prompt of up to `spec.tokens` tokens."""
     shape = spec.shape
     heads, width = shape.num_kv_heads, shape.head_dim
-    layers = range(shape.num_layers)
+    return PrefillKV(
+        zeros((heads, width, spec.tokens), spec.dtype),
+        zeros((heads, spec.tokens, width), spec.dtype),
+        zeros((spec.window, heads, shape.group_size, width), spec.dtype),
+        nothing_observed(spec),
+    )
+
+
+def nothing_observed(spec: PrefillSpec) -> tuple[PolicyState, ...]:
+    """What each observer knows of a layer before it has seen any query."""
 
     def state(policy: Policy) -> PolicyState:
         return jax.tree.map(
-            lambda leaf: zeros((heads, *leaf.shape), leaf.dtype) + leaf,
+            lambda leaf: zeros((spec.shape.num_kv_heads, *leaf.shape), leaf.dtype) + leaf,
             policy.init_state(spec.tokens),
         )
 
-    return PrefillKV(
-        tuple(zeros((heads, width, spec.tokens), spec.dtype) for _ in layers),
-        tuple(zeros((heads, spec.tokens, width), spec.dtype) for _ in layers),
-        tuple(zeros((spec.window, heads, shape.group_size, width), spec.dtype) for _ in layers),
-        tuple(tuple(state(policy) for policy in spec.observers) for _ in layers),
-    )
+    return tuple(state(policy) for policy in spec.observers)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillState:
-    """What goes through the decoder in a prefill chunk."""
+    """What goes through a layer in a prefill chunk."""
 
     kv: PrefillKV
     start: jax.Array  # int32[], tokens before this chunk
@@ -103,59 +117,52 @@ class PrefillState:
 class PrefillAttention:
     """Causal attention of a chunk over the prompt so far; an `attention_fn`, hashable.
 
-    The state is a `PrefillState`; a chunk's keys are written before they are attended. In the last
-    layer only the chunk's last token attends.
+    The state is a `PrefillState`; a chunk's keys are written before they are attended. keys: how
+    many of them are looked at. last_layer: in it only the chunk's last token attends, since all
+    that a prompt leaves of it is that token's hidden state.
     """
 
     spec: PrefillSpec
+    keys: int
+    last_layer: bool
 
     def __call__(
-        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: PrefillState
+        self, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, state: PrefillState
     ) -> tuple[jax.Array, PrefillState]:
-        """q [1, T, N, H], k and v [1, T, K, H] -> out [1, T, N, H]."""
+        """q [1, T, N, H], k and v [1, T, K, H] -> out [1, T, N, H]; layer: int32[]."""
         spec, shape, tokens = self.spec, self.spec.shape, q.shape[1]
         grouped = q.reshape(tokens, shape.num_kv_heads, shape.group_size, shape.head_dim)
         kv = state.kv
-        keys, values = kv.k[layer], kv.v[layer]
-        new_k = k[0].astype(keys.dtype).transpose(1, 2, 0)
-        new_v = v[0].astype(values.dtype).transpose(1, 0, 2)
-        keys = lax.dynamic_update_slice_in_dim(keys, new_k, state.start, axis=2)
-        values = lax.dynamic_update_slice_in_dim(values, new_v, state.start, axis=1)
+        new_k = k[0].astype(kv.k.dtype).transpose(1, 2, 0)
+        new_v = v[0].astype(kv.v.dtype).transpose(1, 0, 2)
+        keys = lax.dynamic_update_slice_in_dim(kv.k, new_k, state.start, axis=2)
+        values = lax.dynamic_update_slice_in_dim(kv.v, new_v, state.start, axis=1)
         asked, start = grouped, state.start
-        if is_last := layer == shape.num_layers - 1:
-            # All that a prompt leaves of this layer is the hidden state of its last token.
+        if self.last_layer:
             asked = lax.dynamic_slice_in_dim(grouped, state.last, 1)
             start = state.start + state.last
         out = dispatch.prefill_attention(
-            asked, keys, values, start, scale=shape.scale, implementation=spec.implementation
+            asked,
+            keys[:, :, : self.keys],
+            values[:, : self.keys],
+            start,
+            scale=shape.scale,
+            implementation=spec.implementation,
         )
-        if is_last:
+        if self.last_layer:
             out = lax.dynamic_update_slice_in_dim(jnp.zeros_like(grouped), out, state.last, axis=0)
         # The window that ends at `last`, which the tokens before this chunk may have begun.
-        known = jnp.concatenate([kv.queries[layer][1:], grouped.astype(spec.dtype)])
+        known = jnp.concatenate([kv.queries[1:], grouped.astype(spec.dtype)])
         window = lax.dynamic_slice_in_dim(known, state.last, spec.window)
         at = jnp.arange(tokens, dtype=jnp.int32)
         positions = jnp.where(at <= state.last, state.start + at, -1)
         observed = tuple(
-            observe_all(
-                policy,
-                seen,
-                grouped,
-                keys,
-                values,
-                positions,
-                jnp.int32(layer),
-                scale=shape.scale,
-            )
-            for policy, seen in zip(spec.observers, kv.observed[layer], strict=True)
+            observe_all(policy, seen, grouped, keys, values, positions, layer, scale=shape.scale)
+            for policy, seen in zip(spec.observers, kv.observed, strict=True)
         )
-        kv = PrefillKV(
-            replaced(kv.k, layer, keys),
-            replaced(kv.v, layer, values),
-            replaced(kv.queries, layer, window),
-            replaced(kv.observed, layer, observed),
+        return out.reshape(q.shape), dataclasses.replace(
+            state, kv=PrefillKV(keys, values, window, observed)
         )
-        return out.reshape(q.shape), dataclasses.replace(state, kv=kv)
 
 
 def replaced(items: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:

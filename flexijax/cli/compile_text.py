@@ -92,7 +92,7 @@ def text(report: CompileReport) -> str:
                 ["slots", megabytes(sizes.slots)],
                 ["summaries", megabytes(sizes.summaries)],
                 ["tables", megabytes(sizes.tables)],
-                ["a prompt while it is read", megabytes(sizes.prefill_kv)],
+                ["a prompt while it is read", megabytes(sizes.prefill)],
                 ["KV pages on the host", megabytes(sizes.host_pages)],
                 ["KV on the device / full KV", f"{counted.device_kv_fraction:.4f}"],
                 ["with summaries", f"{counted.device_kv_fraction_with_summaries:.4f}"],

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexijax.cache.cache import init
 from flexijax.engine.batch import empty_batch
 from flexijax.engine.execute import run_decode, run_refit, run_teacher_forced
 from flexijax.engine.first_token import first_logits
@@ -71,7 +72,8 @@ class Continuation:
         self._lm, self.program = lm, program
         self._runner = Runner(progress)
         blocks = range(program.layout.sizes.pages)
-        self.cache = prompt.commit(self._runner, program, None, row=0, blocks=blocks)
+        cache = init(program.layout, program.policy)
+        self.cache = prompt.commit(self._runner, program, cache, row=0, blocks=blocks)
         self.length = self._prompt = prompt.length
         args = (lm.params, prompt.x)
         logits = self._runner.run("first token", first_logits, program.decoder, args)

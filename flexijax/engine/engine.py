@@ -12,9 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexijax.cache.blocks import BlockAllocator
-from flexijax.cache.cache import Cache
+from flexijax.cache.cache import Cache, init
 from flexijax.engine.batch import SampledTokens, empty_batch
-from flexijax.engine.execute import compile_decode, run_decode, run_refit
+from flexijax.engine.execute import (
+    Place,
+    compile_decode,
+    run_admit,
+    run_commit,
+    run_decode,
+    run_refit,
+)
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner
@@ -36,8 +43,7 @@ class Engine:
         self.lm, self.program = lm, program
         self.runner = Runner(progress)
         sizes = program.layout.sizes
-        # Made when the first prompt has been read, so that it need not stand beside the prompt's
-        # dense keys and values.
+        # Made when the first request comes, since compiling takes memory that it then can have.
         self.cache: Cache | None = None
         self._prefiller = Prefiller(program.decoder, lm.params, program.prefill_spec(), self.runner)
         self._allocator = BlockAllocator(sizes.blocks)
@@ -65,16 +71,18 @@ class Engine:
         slot = next(at for at in range(batch) if at not in self.running)
         blocks = self._allocator.allocate(self.blocks_of(request))
         admitted, compiled = time.perf_counter(), runner.seconds
-        if self.cache is None and request.max_new_tokens > 1:
-            compile_decode(runner, self.program, params, self._device_batch())
-        release = prompt is None
-        prompt = prompt or self._prefiller.read(request.tokens, label)
-        self.cache = prompt.commit(
-            runner, self.program, self.cache, row=slot, blocks=blocks, release=release
-        )
+        if self.cache is None:
+            if request.max_new_tokens > 1:
+                compile_decode(runner, self.program, params, self._device_batch())
+            self.cache = init(self.program.layout, self.program.policy)
+        if prompt is None:
+            x = self._read(request, slot, blocks, label)
+        else:
+            self.cache = prompt.commit(runner, self.program, self.cache, row=slot, blocks=blocks)
+            x = prompt.x
         sampling = SamplingRows.of([request.sampling])
         seeds = jnp.asarray([request.seed], jnp.uint32)
-        args = (params, prompt.x, sampling, seeds)
+        args = (params, x, sampling, seeds)
         first = FirstToken(self.program.decoder, self.program.sampling)
         sampled = runner.run("first token", first_token, first, args)
         token, logprob = (float(value[0]) for value in jax.device_get(sampled))
@@ -90,6 +98,27 @@ class Engine:
         self.running[slot] = sequence
         self._place(sequence)
         return sequence
+
+    def _read(self, request: Request, row: int, blocks: list[int], label: str) -> jax.Array:
+        """The prompt into its row, layer by layer; the last token's hidden state [1, D]."""
+        place = Place.of(self.program, row, blocks, len(request.tokens))
+        reading = self._prefiller.begin(request.tokens, label)
+        while not reading.done:
+            layer = reading.advance()
+            if layer is not None:
+                assert self.cache is not None
+                self.cache = run_commit(
+                    self.runner,
+                    self.program,
+                    self._prefiller.spec,
+                    self.cache,
+                    layer,
+                    reading.kv,
+                    place,
+                )
+        assert self.cache is not None and reading.x is not None
+        self.cache = run_admit(self.cache, place)
+        return reading.x
 
     def _serve(self, request: Request) -> None:
         """Makes the decode program one that can sample as the request asks, from now on."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flexijax.cache.arrays import ChunkEnd, Prompt
-from flexijax.cache.cache import Cache, init_layer, init_tables, reset_row
+from flexijax.cache.cache import Cache, reset_row
+from flexijax.cache.prefill_kv import PrefillKV, PrefillSpec, replaced
 from flexijax.cache.refit import is_due, refit_layer
 from flexijax.engine.batch import BatchState, SampledTokens
 from flexijax.engine.decode import (
@@ -27,34 +30,42 @@ from flexijax.models.decoder import Params
 from flexijax.pallas_kernels import platform
 
 
+class Place(NamedTuple):
+    """Where a prompt goes: row int32[], blocks int32[P], and its length in tokens int32[]."""
+
+    row: jax.Array
+    blocks: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def of(cls, program: Program, row: int, blocks: Sequence[int], length: int) -> Place:
+        """blocks: one block id a page, at least ceil(length / page) of them."""
+        table = np.zeros(program.layout.sizes.pages, np.int32)
+        table[: len(blocks)] = blocks
+        return cls(as_index(row), jnp.asarray(table), as_index(length))
+
+
 def run_commit(
     runner: Runner,
     program: Program,
-    cache: Cache | None,
-    prompts: tuple[Prompt, ...],
-    *,
-    release: bool = False,
+    spec: PrefillSpec,
+    cache: Cache,
+    layer: int,
+    kv: PrefillKV,
+    place: Place,
 ) -> Cache:
-    """A prompt into its row of the cache, which is donated; None is an empty one.
+    """A layer of a prompt into its row of the cache, which is donated; see `run_admit`."""
+    at = spec.observers.index(program.policy) if program.policy in spec.observers else None
+    observed = () if at is None else kv.observed[at]
+    prompt = Prompt(kv.k, kv.v, kv.queries, observed, *place, as_index(layer))
+    args = (cache.layers[layer], prompt, head_arrays(program.layout, layer))
+    made = runner.run("commit", commit_layer, program.groups[layer], args, donate=(0,))
+    return dataclasses.replace(cache, layers=replaced(cache.layers, layer, made))
 
-    prompts: of each layer. release: lets the prompt's keys and values go, layer by layer; an empty
-    cache is made layer by layer too, so that a prompt stands in memory once, not twice.
-    """
-    layout, layers = program.layout, []
-    for layer, prompt in enumerate(prompts):
-        held = init_layer(layout, program.policy, layer) if cache is None else cache.layers[layer]
-        args = (held, prompt, head_arrays(layout, layer))
-        made = runner.run("commit", commit_layer, program.groups[layer], args, donate=(0,))
-        if release:
-            # Layers are worked on in the background: all of them would be allocated at once.
-            jax.block_until_ready(made)
-            prompt.k.delete()
-            prompt.v.delete()
-        layers.append(made)
-    made = init_tables(layout, tuple(layers))
-    if cache is not None:
-        made = dataclasses.replace(cache, layers=tuple(layers))
-    return reset_row(made, prompts[0].row, prompts[0].blocks, prompts[0].length)
+
+def run_admit(cache: Cache, place: Place) -> Cache:
+    """The cache, donated, with the row in use: when all layers of its prompt are there."""
+    return reset_row(cache, place.row, place.blocks, place.length)
 
 
 def compile_decode(runner: Runner, program: Program, params: Params, batch: BatchState) -> None:
@@ -105,7 +116,7 @@ def run_refit(
     """
     if not is_due(program.choice_begins, program.chunk_steps, prompt=prompt, before=before):
         return cache
-    at = (_index(row), cache.block_table, cache.lengths)
+    at = (as_index(row), cache.block_table, cache.lengths)
     layers = tuple(
         runner.run("refit", refit_layer, groups, (layer, *at), donate=(0,))
         for groups, layer in zip(program.groups, cache.layers, strict=True)
@@ -127,15 +138,15 @@ def _end_chunk(
         for layer, mine in zip(cache.layers, groups, strict=True)
     ]
     for layer in program.chunk_ends:
-        args = (layers[layer], end, queries[layer], _index(layer))
+        args = (layers[layer], end, queries[layer], as_index(layer))
         name = "end of a chunk"
         layers[layer] = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
     chunks = cache.chunks + end.active.astype(jnp.int32)
     return Cache(tuple(layers), cache.block_table, end.held, chunks)
 
 
-@functools.cache
-def _index(number: int) -> jax.Array:
+@functools.lru_cache(maxsize=65536)
+def as_index(number: int) -> jax.Array:
     """int32[], placed as a program's results are: what differs in that is compiled twice."""
     return jax.device_put(np.int32(number), platform.sharding())
 

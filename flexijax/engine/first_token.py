@@ -22,11 +22,12 @@ class FirstToken:
 def first_token(
     program: FirstToken, params: Params, x: jax.Array, rows: SamplingRows, seeds: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Samples from hidden states x [1, D]: token int32[1] and log-probability float32[1]."""
-    logits, keys = program.decoder.logits(params, x), step_keys(seeds, jnp.zeros_like(rows.top_k))
+    """Of what left the last layer, x [1, D]: token int32[1], log-probability float32[1]."""
+    keys = step_keys(seeds, jnp.zeros_like(rows.top_k))
+    logits = first_logits(program.decoder, params, x)
     return sample(logits, rows, keys, method=program.method)
 
 
 def first_logits(decoder: DecoderLike, params: Params, x: jax.Array) -> jax.Array:
-    """Of hidden states x [1, D]: [1, V]."""
-    return decoder.logits(params, x)
+    """Of what left the last layer, x [1, D]: float32[1, V]."""
+    return decoder.logits(params, decoder.norm(params, x))

@@ -15,13 +15,20 @@ import jax.numpy as jnp
 
 from flexijax.cache.arrays import Prompt, chunk_end
 from flexijax.cache.cache import abstract, kind
-from flexijax.cache.prefill_kv import empty_prefill_kv
+from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
 from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import BatchState, empty_batch
 from flexijax.engine.decode import Queries, decode_steps, end_chunk_layer
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.jit_cache import jitted
-from flexijax.engine.prefill import PrefillProgram, commit_layer, head_arrays, prefill_chunk
+from flexijax.engine.prefill import (
+    PrefillProgram,
+    commit_layer,
+    embed_prompt,
+    head_arrays,
+    prefill_chunk,
+    prefill_last_layer,
+)
 from flexijax.engine.program import Program
 from flexijax.engine.sampling import Sampling, SamplingRows
 from flexijax.models.decoder import Params
@@ -48,29 +55,38 @@ class ProgramCall:
 
 
 def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
-    """What a prompt takes: its chunks, a commit for each kind of layer, the first token."""
+    """What the longest prompt takes: its chunks in each layer, commits, the first token.
+
+    One token short of the room, so that tails are among the chunks.
+    """
     spec, sizes = program.prefill_spec(), program.layout.sizes
-    prefill = PrefillProgram(program.decoder, spec)
-    scalar = _like(jnp.int32)
+    decoder, scalar = program.decoder, _like(jnp.int32)
     kv = platform.placed(jax.eval_shape(lambda: empty_prefill_kv(spec)))
-    piece = _like(jnp.int32, 1, prefill.spec.chunk)
-    args = (params, piece, scalar, scalar, kv)
-    yield ProgramCall("prefill", prefill_chunk, prefill, args, donate=(4,))
+    tokens = (params, _like(jnp.int32, spec.tokens))
+    yield ProgramCall("prefill", embed_prompt, decoder, tokens)
+    stream = platform.placed(jax.eval_shape(functools.partial(embed_prompt, decoder), *tokens))
+    layers, chunks, last_chunks = decoder.layers(params), [], []
+    for piece in pieces(spec, spec.tokens - 1):
+        static = PrefillProgram(decoder, spec, piece.size, piece.keys)
+        for weights in layers[:-1]:
+            args = (weights, scalar, stream, scalar, scalar, kv)
+            chunks.append(ProgramCall("prefill", prefill_chunk, static, args, donate=(2, 5)))
+        args = (layers[-1], scalar, stream, scalar, scalar, kv)
+        last_chunks.append(ProgramCall("prefill", prefill_last_layer, static, args, donate=(5,)))
+    yield from _distinct(chunks)
+    yield from _distinct(last_chunks)
     cache, blocks = abstract(program.layout, program.policy), _like(jnp.int32, sizes.pages)
     commits = []
     for layer, groups in enumerate(program.groups):
-        observed = () if program.policy not in spec.observers else kv.observed[layer][0]
-        place = (scalar, blocks, scalar, scalar)
-        prompt = Prompt(kv.k[layer], kv.v[layer], kv.queries[layer], observed, *place)
+        observed = () if program.policy not in spec.observers else kv.observed[0]
+        prompt = Prompt(kv.k, kv.v, kv.queries, observed, scalar, blocks, scalar, scalar)
         heads = platform.placed(head_arrays(program.layout, layer))
         args = (cache.layers[layer], prompt, heads)
         commits.append(ProgramCall("commit", commit_layer, groups, args, donate=(0,)))
     yield from _distinct(commits)
-    chunk = functools.partial(prefill_chunk, prefill)
-    hidden = jax.eval_shape(chunk, params, piece, scalar, scalar, kv)[1]
     sampling = platform.placed(jax.eval_shape(lambda: SamplingRows.of([Sampling()])))
-    first = FirstToken(program.decoder, program.sampling)
-    args = (params, platform.placed(hidden), sampling, _like(jnp.uint32, 1))
+    first = FirstToken(decoder, program.sampling)
+    args = (params, _like(stream.dtype, 1, stream.shape[1]), sampling, _like(jnp.uint32, 1))
     yield ProgramCall("first token", first_token, first, args)
 
 

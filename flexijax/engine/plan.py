@@ -26,13 +26,12 @@ def make_program(
     max_tokens: int,
     max_new_tokens: int | None = None,
     batch: int = 1,
-    prompt_tokens: int | None = None,
     sampling: Sequence[Sampling] = (),
 ) -> Program:
     """The static part of a run: policy, and a layout of bucketed sizes that fits the memory.
 
     max_tokens: of the longest request, its max_new_tokens included (None: as many may be new).
-    batch: requests wanted at once; fewer where memory is short. prompt_tokens: see `Program`.
+    batch: requests wanted at once; fewer where memory is short.
     sampling: of the requests, by which the decode program is chosen.
     A profile that is not measured yet ("auto") must have been, see `profiling.choose`.
     Raises ValueError when not even one request fits, or the profile is missing or of another model.
@@ -63,7 +62,6 @@ def make_program(
         policy,
         cache.implementation,
         cache.transfer,
-        prompt_tokens=prompt_tokens,
         sampling=max(map(method_of, sampling), key=METHODS.index, default=METHODS[0]),
     )
 
@@ -80,6 +78,8 @@ def make_layout(
 ) -> CacheLayout:
     """The layout for `batch` requests of up to max_tokens each, rounded up to buckets."""
     pages = bucket(-(-max_tokens // cache.page_size))
+    tail = max(1, platform.prefill_sizes()[1] // cache.page_size)
+    pages = -(-pages // tail) * tail  # prompts are read in whole tails
     new_tokens = bucket(-(-max_new_tokens // cache.page_size)) * cache.page_size
     # A chunk runs all its steps, and nothing is reranked for a request that has ended.
     chunk_steps = min(cache.chunk_steps, new_tokens)

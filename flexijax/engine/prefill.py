@@ -1,4 +1,4 @@
-"""Reading a prompt: fixed-size chunks over dense keys and values, then a commit layer by layer."""
+"""Reading a prompt: chunk by chunk through one layer after the other, each committed as it ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flexijax.cache.arrays import Prompt
 from flexijax.cache.cache import LayerCache, kind
@@ -16,33 +17,69 @@ from flexijax.models.decoder import DecoderLike, Params
 
 @dataclasses.dataclass(frozen=True)
 class PrefillProgram:
-    """The static part of `prefill_chunk`."""
+    """The static part of `prefill_chunk`, the same for all layers. size, keys: of a `Piece`."""
 
     decoder: DecoderLike
     spec: PrefillSpec
+    size: int
+    keys: int
+
+
+def embed_prompt(decoder: DecoderLike, params: Params, tokens: jax.Array) -> jax.Array:
+    """A whole prompt's int32[S], padded, as what goes into the first layer: [S, D]."""
+    return decoder.embed(params, tokens[None])[0]
 
 
 def prefill_chunk(
     program: PrefillProgram,
-    params: Params,
-    tokens: jax.Array,
+    weights: Params,
+    layer: jax.Array,
+    x: jax.Array,
     start: jax.Array,
     last: jax.Array,
     kv: PrefillKV,
-) -> tuple[PrefillKV, jax.Array]:
-    """Runs a chunk of one prompt.
+) -> tuple[jax.Array, PrefillKV]:
+    """Runs a chunk of one prompt through a layer.
 
-    tokens: int32[1, C], what stands behind index `last` is padding. start: int32[], tokens before
-    the chunk. last: int32[]. kv: donated.
-    Returns the new kv and the last token's hidden state [1, D].
+    weights: of the layer; layer: int32[]. x: [S, D], donated; its tokens from int32[] `start` on
+    are replaced by what comes out. last: int32[], index in the chunk of its last token, behind
+    which stands padding. kv: of the layer, donated.
     """
-    positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    attention_fn = PrefillAttention(program.spec)
+    piece, positions = _piece(program, x, start)
+    attention_fn = PrefillAttention(program.spec, program.keys, last_layer=False)
     state = PrefillState(kv, start, last)
-    x, state = program.decoder.hidden(params, tokens, positions, attention_fn, state, only=last)
-    if x.shape[:2] != (1, 1):
-        raise ValueError(f"the decoder's hidden() gave x {x.shape} for one token: see `only`")
-    return state.kv, x[:, 0]
+    made, state = program.decoder.layer(weights, layer, piece, positions, attention_fn, state)
+    return lax.dynamic_update_slice_in_dim(x, made[0].astype(x.dtype), start, axis=0), state.kv
+
+
+def prefill_last_layer(
+    program: PrefillProgram,
+    weights: Params,
+    layer: jax.Array,
+    x: jax.Array,
+    start: jax.Array,
+    last: jax.Array,
+    kv: PrefillKV,
+) -> tuple[jax.Array, PrefillKV]:
+    """As `prefill_chunk` in the last layer, of which one token's hidden state is wanted: [1, D].
+
+    x is not donated; kv is.
+    """
+    piece, positions = _piece(program, x, start)
+    attention_fn = PrefillAttention(program.spec, program.keys, last_layer=True)
+    state = PrefillState(kv, start, last)
+    made, state = program.decoder.layer(
+        weights, layer, piece, positions, attention_fn, state, only=last
+    )
+    if made.shape[:2] != (1, 1):
+        raise ValueError(f"the decoder's layer() gave x {made.shape} for one token: see `only`")
+    return made[:, 0], state.kv
+
+
+def _piece(program: PrefillProgram, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of x [S, D] the program's tokens [1, T, D], and their positions int32[1, T]."""
+    piece = lax.dynamic_slice_in_dim(x, start, program.size)
+    return piece[None], start + jnp.arange(program.size, dtype=jnp.int32)[None]
 
 
 def commit_layer(

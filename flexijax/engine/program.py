@@ -13,13 +13,14 @@ import jax
 from flexijax.cache.cache import group_programs, kind
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import trim_heap
-from flexijax.cache.prefill_kv import PrefillSpec, chunk_size
+from flexijax.cache.prefill_kv import PrefillSpec
 from flexijax.cache.refit import choice_begins
 from flexijax.engine import jit_cache
 from flexijax.engine.interrupts import deferred_interrupt
 from flexijax.engine.jit_cache import jitted, running
 from flexijax.engine.sampling import METHODS
 from flexijax.models.decoder import DecoderLike
+from flexijax.pallas_kernels import platform
 from flexijax.policies.base import Policy
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -29,9 +30,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 class Program:
     """Everything static about a run; hashable. implementation, transfer: see `CacheConfig`.
 
-    suppress_ids: tokens that are never generated. prompt_tokens: of the longest prompt, by which it
-    is decided how many are read at once; None: as many as there is room for. sampling: what decode
-    steps can do, see `sampling.METHODS`.
+    suppress_ids: tokens that are never generated. sampling: what decode steps can do, see
+    `sampling.METHODS`.
     """
 
     decoder: DecoderLike
@@ -40,8 +40,6 @@ class Program:
     implementation: str | None = None
     transfer: str | None = None
     suppress_ids: tuple[int, ...] = ()
-    # Decode programs do not depend on it, so it does not tell them apart.
-    prompt_tokens: int | None = dataclasses.field(default=None, compare=False)
     sampling: str = METHODS[0]
 
     @property
@@ -96,13 +94,15 @@ def prefill_spec(programs: tuple[Program, ...]) -> PrefillSpec:
         )
     sizes = programs[0].layout.sizes
     policies = [program.policy for program in programs]
-    prompt_tokens = [
-        sizes.max_tokens if p.prompt_tokens is None else p.prompt_tokens for p in programs
-    ]
+    chunk, tail, steps = platform.prefill_sizes()
+    tokens = -(-sizes.max_tokens // tail) * tail
+    step = -(-tokens // (steps * chunk)) * chunk
     return PrefillSpec(
         shape=sizes.shape,
-        tokens=sizes.max_tokens,
-        chunk=chunk_size(sizes.max_tokens, max(prompt_tokens)),
+        tokens=tokens,
+        chunk=chunk,
+        tail=tail,
+        key_lengths=(*range(step, tokens, step), tokens),
         dtype=sizes.dtype,
         window=max([1, *(policy.prompt_window or 0 for policy in policies)]),
         observers=tuple(dict.fromkeys(p for p in policies if p.prompt_window is None)),
