@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexijax.cache.cache import Cache
@@ -27,6 +26,7 @@ from flexijax.engine.prefill import (
 )
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import DecoderLike, Params
+from flexijax.pallas_kernels import platform
 
 
 class Reading:
@@ -49,7 +49,8 @@ class Reading:
         self.layer, self._at = 0, 0
         self.kv = prefiller.take_kv()
         self.x: jax.Array | None = None
-        args = (prefiller.params, jnp.asarray(padded))
+        # Placed as a program's results are: what differs in that is compiled twice.
+        args = (prefiller.params, jax.device_put(padded, platform.sharding()))
         self._stream = prefiller.runner.run("prefill", embed_prompt, prefiller.decoder, args)
 
     @property
