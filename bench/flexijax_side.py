@@ -24,7 +24,7 @@ def measure(
     from flexijax.cache.memory import request_bytes
     from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
     from flexijax.config import CacheConfig
-    from flexijax.engine.engine import Engine
+    from flexijax.engine.model_runner import ModelRunner
     from flexijax.engine.plan import make_program
     from flexijax.engine.requests import make_requests
     from flexijax.engine.sampling import Sampling
@@ -46,8 +46,8 @@ def measure(
     # As on the other side, the first run of a prefill is outside of the clock; that of a decode
     # chunk is outside of the median.
     first = make_requests(lm, [prompts[0][:64]], 1, Sampling(ignore_eos=True))
-    Engine(lm, program, progress=None).admit(first[0], "")
-    engine = Engine(lm, program, progress=None)
+    ModelRunner(lm, program, progress=None).admit(first[0], "")
+    engine = ModelRunner(lm, program, progress=None)
     requests = make_requests(lm, prompts, steps + 1, Sampling(ignore_eos=True))
     running = [engine.admit(request, "") for request in requests]
     chunk_ms = []

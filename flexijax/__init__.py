@@ -5,7 +5,10 @@ from flexijax import profiles as profiles
 from flexijax.compare import Answers as Answers
 from flexijax.compare import compare as compare
 from flexijax.config import CacheConfig as CacheConfig
+from flexijax.engine.engine import Engine as Engine
 from flexijax.engine.sampling import Sampling as Sampling
+from flexijax.engine.stream import EngineError as EngineError
+from flexijax.engine.stream import Stream as Stream
 from flexijax.evaluate import evaluate as evaluate
 from flexijax.evaluation import Comparison as Comparison
 from flexijax.evaluation import ConfigSummary as ConfigSummary

@@ -9,7 +9,7 @@ from typing import Any
 
 from flexijax.config import CacheConfig
 from flexijax.engine.continuation import Continuation
-from flexijax.engine.engine import Engine
+from flexijax.engine.engine import BOUNDARY_STEPS
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import Prefiller
 from flexijax.engine.program import Progress, Runner, prefill_spec
@@ -68,6 +68,8 @@ def compare(
             max_tokens=len(request.tokens) + steps,
             max_new_tokens=steps,
             sampling=[request.sampling],
+            boundary_steps=BOUNDARY_STEPS,
+            shared_reading=True,
         )
     started, runner = time.perf_counter(), Runner(progress)
     spec = prefill_spec(tuple(programs.values()))
@@ -76,13 +78,21 @@ def compare(
     read_s = time.perf_counter() - started - runner.seconds
     answers: dict[str, Generation] = {}
     for name, program in programs.items():
-        engine = Engine(lm, program, progress=progress)
 
         def show(_: int, piece: str, name: str = name) -> None:
             if stream is not None:
                 stream(name, piece)
 
-        made = run_requests(engine, [request], show, caches[name], choices[name], shared)[0]
+        made = run_requests(
+            lm,
+            program,
+            [request],
+            show,
+            caches[name],
+            choices[name],
+            progress=progress,
+            prompt=shared,
+        )[0]
         times = dataclasses.replace(
             made.metrics,
             prefill_s=made.metrics.prefill_s + read_s,

@@ -187,7 +187,7 @@ def _program(
     progress: Progress | None,
 ) -> Program:
     config, _ = with_profile(lm, config, prompts=prompts, progress=progress)
-    return make_program(lm, config, max_tokens=room, max_new_tokens=new_tokens)
+    return make_program(lm, config, max_tokens=room, max_new_tokens=new_tokens, shared_reading=True)
 
 
 def _prompt(

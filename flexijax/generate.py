@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from flexijax.config import CacheConfig
-from flexijax.engine.engine import Engine
-from flexijax.engine.measured import metrics
+from flexijax.engine.core import Answering, EngineCore, new_entry
+from flexijax.engine.engine import BOUNDARY_STEPS
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import PrefillResult
-from flexijax.engine.program import Progress
+from flexijax.engine.program import Program, Progress
 from flexijax.engine.requests import check_cache, check_callable, check_int, make_requests
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.sequence import Request
-from flexijax.engine.sequence import Sequence as Running
-from flexijax.engine.text import RunningText
+from flexijax.engine.stream import Stream
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.staleness import MAX_DIFFERENCE
 from flexijax.profiling.choose import ProfileChoice, with_profile
@@ -67,9 +66,9 @@ def generate(
         max_new_tokens=max(r.max_new_tokens for r in requests),
         batch=_batch(len(requests), max_batch or MAX_BATCH),
         sampling=[r.sampling for r in requests],
+        boundary_steps=BOUNDARY_STEPS,
     )
-    engine = Engine(lm, program, progress=progress)
-    results = run_requests(engine, requests, stream, cache, choice)
+    results = run_requests(lm, program, requests, stream, cache, choice, progress=progress)
     _warn_if_stale(results)
     return results
 
@@ -81,80 +80,41 @@ def _batch(requests: int, limit: int) -> int:
 
 
 def run_requests(
-    engine: Engine,
+    lm: LanguageModel,
+    program: Program,
     requests: list[Request],
     stream: Callable[[int, str], None] | None,
     cache: CacheConfig,
     choice: ProfileChoice | None,
+    *,
+    progress: Progress | None,
     prompt: PrefillResult | None = None,
 ) -> list[Generation]:
     """All requests to their end, in waves where they do not fit at once.
 
     choice: the profile in use, if any. prompt: of the only request, where it has been read already.
     """
-    waiting = deque(requests)
-    texts = {r.index: RunningText(engine.lm.tokenizer, r.sampling.stop) for r in requests}
-    done: dict[int, Generation] = {}
-
-    def emit(index: int, piece: str) -> None:
-        if stream is not None and piece:
-            stream(index, piece)
-
-    def take(running: Running, since: int) -> None:
-        """Shows the tokens from `since` on, and finishes the request if it has ended."""
-        request, text = running.request, texts[running.request.index]
-        for at, token in enumerate(running.tokens[since:], start=since):
-            if token in request.stop_ids:
-                break
-            emit(request.index, text.push(token))
-            if text.stopped:
-                del running.tokens[at + 1 :], running.logprobs[at + 1 :]
-                engine.stop(running)
-                break
-        if not running.active:
-            emit(request.index, text.finish())
-            done[request.index] = _result(engine, running, text, cache, choice)
-            engine.release(running)
-
-    while waiting or engine.running:
-        while waiting and engine.can_admit(waiting[0]):
-            request = waiting.popleft()
-            label = f"prompt {request.index + 1} of {len(requests)}"
-            take(engine.admit(request, label, prompt), 0)
-        if engine.running:
-            before = {slot: len(running.tokens) for slot, running in engine.running.items()}
-            for running in engine.step():
-                take(running, before[running.slot])
-    return [done[request.index] for request in requests]
-
-
-def _result(
-    engine: Engine,
-    running: Running,
-    text: RunningText,
-    cache: CacheConfig,
-    choice: ProfileChoice | None,
-) -> Generation:
-    stopped = running.tokens[-1] in running.request.stop_ids
-    tokens = running.tokens[:-1] if stopped else running.tokens
-    profile = None if choice is None else choice.profile
-    return Generation(
-        text=text.text,
-        token_ids=tuple(tokens),
-        logprobs=(
-            tuple(running.logprobs[: len(tokens)]) if running.request.sampling.logprobs else None
-        ),
-        finish_reason="stop" if stopped or text.stopped else "length",
-        metrics=metrics(
-            engine,
-            running,
-            new_tokens=len(tokens),
-            cache=cache,
-            profile=profile,
-            origin=None if choice is None else choice.origin,
-        ),
-        profile=profile,
-    )
+    answering = Answering(cache)
+    if choice is not None:
+        answering = Answering(cache, choice.profile, choice.origin)
+    core = EngineCore(lm, program, answering, progress=progress, prefill_first=True)
+    streams = []
+    for key, request in enumerate(requests):
+        answer = Stream(lambda _: core.step(), functools.partial(core.cancel, key))
+        label = f"prompt {request.index + 1} of {len(requests)}"
+        core.add(new_entry(core, request, answer, key=key, label=label, prompt=prompt))
+        streams.append(answer)
+    left = True
+    while left:
+        left = core.step()
+        for request, answer in zip(requests, streams, strict=True):
+            for piece in answer.take():
+                if stream is not None:
+                    stream(request.index, piece)
+            if (error := answer.error) is not None:
+                # Nobody waits for the others, so the program's own error is the one to see.
+                raise error.__cause__ or error
+    return [answer.result() for answer in streams]
 
 
 def _warn_if_stale(results: Sequence[Generation]) -> None:

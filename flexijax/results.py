@@ -15,9 +15,10 @@ class Metrics:
     prompt_tokens: int
     new_tokens: int
     """Without the stop token."""
+    queue_s: float
+    """From the request's submission until its prompt began to be read, seconds."""
     ttft_s: float
-    """From the request's admission to its first token, seconds; waiting for a free slot of the
-    batch is not in it."""
+    """From the request's submission to its first token, seconds."""
     tpot_ms: float
     """Decode time per token after the first, milliseconds: of chunks that the request took part in,
     whatever else ran in them; other requests' prompts read in between are not in it."""
@@ -25,6 +26,10 @@ class Metrics:
     """Reading the prompt, moving it into the cache and sampling the first token, seconds."""
     decode_s: float
     """All decode steps of this request, seconds."""
+    longest_gap_s: float
+    """The longest time between two times that tokens came, seconds; 0 where they came once."""
+    pauses: int
+    """How often it had to wait for memory in the middle of its text."""
     compile_s: float
     """What the call spent compiling so far, all requests together, seconds."""
     device_kv_bytes: int
@@ -76,7 +81,8 @@ class Generation:
     logprobs: tuple[float, ...] | None
     """Of each token, None unless `Sampling.logprobs`."""
     finish_reason: str
-    """Either "stop" (a stop token or string) or "length"."""
+    """"stop" (a stop token or string) or "length"; of an engine's requests also "cancelled" or
+    "deadline"."""
     metrics: Metrics
     profile: HeadProfile | None = None
     """That was used, None for policies that need none."""

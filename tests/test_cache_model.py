@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from flexijax.cache.layout import CacheLayout, CacheSizes
-from flexijax.engine.engine import Engine
+from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.program import Program
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.sequence import Request
@@ -51,7 +51,7 @@ SCHEDULES = {
 
 def assert_same(engine, running, model):
     """Laws 2 and 3 for one request: both tiers, summaries, slots and statistics."""
-    cache, row = jax.device_get(engine.cache), running.slot
+    cache, row = jax.device_get(engine.cache), running.row
     length, table = len(model.tokens), running.blocks
     assert cache.lengths[row] == length
     assert cache.block_table[row, : len(table)].tolist() == table
@@ -120,7 +120,7 @@ def assert_same_selected(model, layer, head, i, held, host, row, table):
 def assert_all_on_host(engine, running, model):
     """That the full pages of a request that has ended reached the host, the last chunk's too."""
     cache = jax.device_get(engine.cache)
-    row, pages = running.slot, len(model.tokens) // PAGE
+    row, pages = running.row, len(model.tokens) // PAGE
     assert cache.lengths[row] == len(model.tokens)
     for layer, at, group in engine.program.layout.all_groups():
         if group.kind == "offloaded":
@@ -179,7 +179,7 @@ def make_engine(adaptive):
         fingerprint="tables",
     )
     program = Program(lm.decoder, layout, policy)
-    return lambda: Engine(lm, program, progress=None)
+    return lambda: ModelRunner(lm, program, progress=None)
 
 
 ADMIT = st.tuples(
@@ -234,7 +234,7 @@ def test_cache_is_what_the_plain_model_says(make_engine, adaptive, actions, step
                 break
             before = {slot: len(running.tokens) for slot, running in engine.running.items()}
             for running in engine.step():
-                model, first = models[running.request.index], before[running.slot]
+                model, first = models[running.request.index], before[running.row]
                 assert len(running.tokens) - first == STEPS or not running.active
                 for drawn in range(first, len(running.tokens)):
                     model.tokens.append(running.tokens[drawn - 1])

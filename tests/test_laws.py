@@ -15,7 +15,7 @@ import flexijax
 from flexijax.cache import offloaded
 from flexijax.engine import decode
 from flexijax.engine.continuation import Continuation, read
-from flexijax.engine.engine import Engine
+from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
 from flexijax.policies.minmax import MinMax
 from flexijax.policies.page_score import PageTable
@@ -92,7 +92,7 @@ def copies_of(group, layer_cache, at, row, index, page, block):
 
 def assert_every_page_is_readable(engine, running, truth):
     """truth: per layer queries, keys and values [T, K, H] of the request's text."""
-    layout, cache, row = engine.program.layout, jax.device_get(engine.cache), running.slot
+    layout, cache, row = engine.program.layout, jax.device_get(engine.cache), running.row
     length, table = int(cache.lengths[row]), cache.block_table[row]
     prompt = len(running.request.tokens)
     assert length == prompt + len(running.tokens) - 1
@@ -136,7 +136,7 @@ def residents(layout, cache, row, length):
 def test_pages_stay_readable_and_only_promoted_ones_move(cache, lm, dense_keys):
     # The same sizes as in law 6's wave, so that programs are shared.
     program = make_program(lm, cache, max_tokens=94, max_new_tokens=24, batch=2)
-    layout, engine = program.layout, Engine(lm, program, progress=None)
+    layout, engine = program.layout, ModelRunner(lm, program, progress=None)
     assert layout.sizes.page_bytes == 2 * PAGE * 8 * 4
     assert (layout.heads_of("offloaded"), layout.heads_of("selected")) == (3, 1)
     for index, length in enumerate((37, 52)):
@@ -152,7 +152,7 @@ def test_pages_stay_readable_and_only_promoted_ones_move(cache, lm, dense_keys):
         for running in requests:
             text = [*running.request.tokens, *running.tokens]
             after = assert_every_page_is_readable(engine, running, dense_keys(text[:-1]))
-            row = running.slot
+            row = running.row
             length = int(after.lengths[row])
             arrived = residents(layout, after, row, length) - residents(layout, before, row, length)
             promoted[row] += len(arrived)
@@ -170,7 +170,7 @@ def test_pages_stay_readable_and_only_promoted_ones_move(cache, lm, dense_keys):
 def test_the_mover_is_given_promoted_pages_alone(cache, lm, monkeypatch):
     """What the statistics say is what is loaded: nothing more crosses from the host."""
     program = make_program(lm, cache, max_tokens=94, max_new_tokens=24, batch=2)
-    engine = Engine(lm, program, progress=None)
+    engine = ModelRunner(lm, program, progress=None)
     engine.admit(request_of(52, max_new_tokens=40), "")
     loads = []
 
@@ -199,8 +199,8 @@ def test_the_mover_is_given_promoted_pages_alone(cache, lm, monkeypatch):
             program,
             lm.params,
             tuple(layer.groups for layer in layers),
-            held.block_table,
-            lengths,
+            decode.Standing(held.block_table, lengths, lengths),
+            batch.active,
             batch,
         )
         for at, layer in enumerate(layers):

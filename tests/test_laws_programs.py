@@ -14,9 +14,9 @@ import pytest
 
 import flexijax
 from flexijax.cache.memory import nbytes
-from flexijax.engine import engine as engine_module
-from flexijax.engine.engine import Engine
+from flexijax.engine import model_runner
 from flexijax.engine.jit_cache import jitted
+from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
 from flexijax.engine.program import Runner
 from flexijax.policies.h2o import H2O
@@ -80,7 +80,7 @@ def ran(name, lm):
             return super().run(stage, function, static, args, donate)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "Runner", Watched)
+        patch.setattr(model_runner, "Runner", Watched)
         prompts = [prompt_of(37), prompt_of(52)]
         flexijax.generate(lm, prompts, max_new_tokens=20, cache=CACHES[name])
     return {function: list(of.values()) for function, of in found.items()}
@@ -161,7 +161,7 @@ def test_what_runs_updates_in_place_too(name, lm):
     """The memory of every array of the cache is that of the same array before the steps."""
     cache = CACHES[name]
     program = make_program(lm, cache, max_tokens=72, max_new_tokens=20, batch=2)
-    engine = Engine(lm, program, progress=None)
+    engine = ModelRunner(lm, program, progress=None)
     engine.admit(request_of(37, max_new_tokens=20), "")
     engine.admit(request_of(50, max_new_tokens=20, index=1), "")
     old = engine.cache

@@ -8,7 +8,7 @@ import pytest
 import flexijax
 from flexijax.cache.offloaded import OffloadedGroup
 from flexijax.cache.refit import is_due
-from flexijax.engine.engine import Engine
+from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.sequence import Request
@@ -42,7 +42,7 @@ def assert_own_code(engine, running, bits, *, fitted=None):
     """
     cache, row, shape = (
         jax.device_get(engine.cache),
-        running.slot,
+        running.row,
         engine.program.layout.sizes.shape,
     )
     prompt = len(running.request.tokens) if fitted is None else fitted
@@ -86,7 +86,7 @@ def make_engine(bits, *, budget=16):
         rerank_interval=STEPS,
         profile=profile,
     )
-    return Engine(lm, make_program(lm, config, max_tokens=100, batch=2), progress=None)
+    return ModelRunner(lm, make_program(lm, config, max_tokens=100, batch=2), progress=None)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -103,13 +103,13 @@ def test_every_request_has_its_own_code(bits):
     kept = jax.tree.map(np.array, engine.cache.layers[0].groups[0].score_state)
     engine.release(first)
     third = engine.admit(request(3, 40, 30), "")
-    assert third.slot == first.slot
+    assert third.slot == first.row
     engine.step()
     for running in (second, third):
         assert_own_code(engine, running, bits)
     after = engine.cache.layers[0].groups[0].score_state
-    np.testing.assert_array_equal(after.mean[second.slot], kept.mean[second.slot])
-    assert np.abs(after.mean[third.slot] - kept.mean[third.slot]).max() > 0
+    np.testing.assert_array_equal(after.mean[second.row], kept.mean[second.row])
+    assert np.abs(after.mean[third.row] - kept.mean[third.row]).max() > 0
     assert jnp.isfinite(after.mean).all()
 
 
@@ -119,7 +119,7 @@ def test_a_short_prompt_is_fitted_anew_before_pages_are_chosen():
     short, long = engine.admit(request(1, 1, 60), ""), engine.admit(request(2, 40, 60), "")
     for length, fitted in ((9, 1), (17, 1), (25, 24), (33, 24), (41, 24), (49, 24)):
         engine.step()
-        assert engine.cache is not None and engine.cache.lengths[short.slot] == length
+        assert engine.cache is not None and engine.cache.lengths[short.row] == length
         if fitted > 1:
             assert_own_code(engine, short, 2, fitted=fitted)
         assert_own_code(engine, long, 2)

@@ -26,7 +26,7 @@ from flexijax.aot.targets import Target, targets
 from flexijax.cache.cache import init
 from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
 from flexijax.config import CacheConfig
-from flexijax.engine.engine import Engine
+from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program
@@ -144,7 +144,7 @@ def _length(sizes: Sizes, cache: CacheConfig) -> int:
 
 def _filled(
     part: Part, sizes: Sizes, lm: LanguageModel, cache: CacheConfig
-) -> tuple[Engine, list[float]]:
+) -> tuple[ModelRunner, list[float]]:
     """An engine full of requests, and the seconds that admitting each took but for the first."""
     batch = sizes.large_batch
     while True:
@@ -160,7 +160,7 @@ def _filled(
 
 def _admit(
     part: Part, sizes: Sizes, lm: LanguageModel, cache: CacheConfig, batch: int
-) -> tuple[Engine, list[float]]:
+) -> tuple[ModelRunner, list[float]]:
     length, room = _length(sizes, cache), sizes.large_context
     program = make_program(
         lm,
@@ -170,7 +170,7 @@ def _admit(
         batch=batch,
     )
     batch, seconds = program.layout.sizes.batch, []
-    engine = Engine(lm, program, progress=part.progress)
+    engine = ModelRunner(lm, program, progress=part.progress)
     for row in range(batch):
         made = jax.block_until_ready(_random_prompt(program, sizes, length, seed=row))
         started = time.perf_counter()
@@ -214,7 +214,7 @@ def _some_layers(program: Program) -> tuple[int, ...]:
     return tuple(sorted({0, last // 2, last}))
 
 
-def _check(part: Part, engine: Engine, what: str, layers: tuple[int, ...]) -> None:
+def _check(part: Part, engine: ModelRunner, what: str, layers: tuple[int, ...]) -> None:
     """Of a batch after a chunk: its lengths, tokens that are in the vocabulary, equal tiers."""
     assert engine.cache is not None
     lengths = np.asarray(engine.cache.lengths).tolist()
@@ -228,7 +228,7 @@ def _check(part: Part, engine: Engine, what: str, layers: tuple[int, ...]) -> No
     part.check(f"{what}: tiers of layers {layers}", compared > 0 and not unequal, found)
 
 
-def _promoted(engine: Engine) -> int:
+def _promoted(engine: ModelRunner) -> int:
     return sum(engine.stats(sequence).promoted_pages for sequence in engine.running.values())
 
 

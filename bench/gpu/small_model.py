@@ -12,7 +12,7 @@ from bench.gpu.report import Part
 from bench.gpu.sizes import Sizes
 from bench.gpu.tiers_equal import compared_pages
 from flexijax.config import CacheConfig
-from flexijax.engine.engine import Engine
+from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import bucket, make_program
 from flexijax.engine.sequence import Request
 from flexijax.generate import run_requests
@@ -76,7 +76,7 @@ def tiers(part: Part, sizes: Sizes) -> None:
 
 def _engine(
     part: Part, sizes: Sizes, lm: LanguageModel, *, policy: str, budget_pages: int
-) -> tuple[Engine, CacheConfig]:
+) -> tuple[ModelRunner, CacheConfig]:
     """For the prompts of both parts: where they have one budget, they have the same programs."""
     budget = budget_pages * sizes.page
     cache = cache_for(sizes.small, "small", policy=policy, budget_tokens=budget)
@@ -89,7 +89,7 @@ def _engine(
         max_new_tokens=new_tokens,
         batch=max(len(sizes.prompts), len(sizes.long_prompts)),
     )
-    return Engine(lm, program, progress=part.progress), cache
+    return ModelRunner(lm, program, progress=part.progress), cache
 
 
 def _requests(sizes: Sizes, prompts: tuple[int, ...], new_tokens: int) -> list[Request]:
@@ -99,7 +99,7 @@ def _requests(sizes: Sizes, prompts: tuple[int, ...], new_tokens: int) -> list[R
     ]
 
 
-def _host_pages(engine: Engine) -> list[np.ndarray]:
+def _host_pages(engine: ModelRunner) -> list[np.ndarray]:
     """Bits of the full pages of all prompts on the host, of every layer and head."""
     assert engine.cache is not None
     found, page_size = [], engine.program.layout.sizes.page_size

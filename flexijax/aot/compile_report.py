@@ -104,7 +104,7 @@ def compile_report(
     aot.prepare()
     profile = cache.profile if program.policy.needs_profile else None
     stages = compile_program(program, abstract_params(config), target, progress)
-    step = _step(stages)
+    step = _step(stages, program.chunk_steps)
     temporaries = max(stage.device.temporaries for stage in stages.values())
     return CompileReport(
         model=name,
@@ -155,14 +155,13 @@ def compile_program(
     return {stage: _together(reports) for stage, reports in found.items()}
 
 
-def _step(stages: dict[str, ProgramReport]) -> Estimate:
-    """A decode step and its share of the end of a chunk."""
+def _step(stages: dict[str, ProgramReport], chunk_steps: int) -> Estimate:
+    """A decode step and its share of the end of a chunk, which comes every `chunk_steps`."""
     decode, end = stages["decode"], stages.get("end of a chunk")
     assert decode.estimate is not None
     if end is None or end.estimate is None:
         return decode.estimate
-    [loop] = decode.launches.loops
-    return decode.estimate + end.estimate.times(1 / (loop.trips or 1))
+    return decode.estimate + end.estimate.times(1 / chunk_steps)
 
 
 def describe(profile: HeadProfile) -> str:

@@ -38,18 +38,19 @@ class Step:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChunkEnd:
-    """Where a batch stands after R decode steps; nothing is chosen for what has ended.
+    """Where a batch stands at the end of a chunk of R decode steps of some of its rows.
 
-    All of it is the same in every layer, so it is worked out once, see `chunk_end`.
+    Nothing is chosen for rows whose chunk does not end here, or that have ended themselves. All of
+    it is the same in every layer, so it is worked out once, see `chunk_end`.
     """
 
     block_table: jax.Array  # int32[B, P]
-    before: jax.Array  # int32[B], tokens held before the steps
-    held: jax.Array  # int32[B], after them
-    lengths: jax.Array  # int32[B], the same; 0 for requests that have ended
-    active: jax.Array  # bool[B]
+    before: jax.Array  # int32[B], tokens held before the chunk; `held` where it does not end here
+    held: jax.Array  # int32[B], after it
+    lengths: jax.Array  # int32[B], the same; 0 for rows of which nothing is chosen
+    active: jax.Array  # bool[B], the other rows
     summarized: jax.Array  # int32[B], tokens of `lengths` that lie in full pages
-    filled_page: jax.Array  # int32[B, E], pages that filled up, those of the ended too; -1 for none
+    filled_page: jax.Array  # int32[B, E], pages that filled up, those of the ended too; -1: none
     filled_block: jax.Array  # int32[B, E], the block of each, -1 for none
 
 
@@ -80,14 +81,17 @@ class Prompt:
 def chunk_end(
     sizes: CacheSizes,
     block_table: jax.Array,
-    before: jax.Array,
+    settled: jax.Array,
     held: jax.Array,
+    due: jax.Array,
     active: jax.Array,
 ) -> ChunkEnd:
-    """Where rows with `before` tokens stand now that they hold `held`, both int32[B].
+    """Where rows that held `settled` tokens at their last chunk's end stand now, at `held`.
 
-    block_table: int32[B, P]. active: bool[B], rows that go on.
+    settled, held: int32[B]. block_table: int32[B, P]. due: bool[B], rows whose chunk ends. active:
+    bool[B], rows that go on.
     """
+    before, active = jnp.where(due, settled, held), due & active
     most = -(-sizes.chunk_steps // sizes.page_size)
     page = filled_pages(before, held, page_size=sizes.page_size, count=most)
     block = jnp.take_along_axis(block_table, jnp.maximum(page, 0), axis=1, mode="clip")

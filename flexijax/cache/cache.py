@@ -45,6 +45,7 @@ class Cache:
     layers: tuple[LayerCache, ...]
     block_table: jax.Array  # int32[B, P], block of each page; 0 beyond the request's own
     lengths: jax.Array  # int32[B], tokens held; 0 for a free row
+    settled: jax.Array  # int32[B], tokens held at the last end of a chunk, or the prompt's
     chunks: jax.Array  # int32[B], chunks of decode steps since the request was admitted
 
 
@@ -92,6 +93,7 @@ def init_tables(layout: CacheLayout, layers: tuple[LayerCache, ...]) -> Cache:
         layers=layers,
         block_table=zeros((sizes.batch, sizes.pages), "int32"),
         lengths=zeros(rows, "int32"),
+        settled=zeros(rows, "int32"),
         chunks=zeros(rows, "int32"),
     )
 
@@ -102,6 +104,7 @@ def reset_row(cache: Cache, row: jax.Array, blocks: jax.Array, length: jax.Array
         cache,
         block_table=cache.block_table.at[row].set(blocks),
         lengths=cache.lengths.at[row].set(length),
+        settled=cache.settled.at[row].set(length),
         chunks=cache.chunks.at[row].set(0),
     )
 

@@ -33,12 +33,10 @@ class RequestBytes:
 
 
 def cache_bytes(layout: CacheLayout, policy: Policy) -> tuple[int, int]:
-    """(device bytes, host bytes) of the arrays of a whole cache, and of one prompt's dense KV."""
+    """(device bytes, host bytes) of the arrays of a whole cache."""
     cache = abstract(layout, policy)
     host = nbytes([layer.host for layer in cache.layers])
-    sizes = layout.sizes
-    heads = sizes.shape.num_layers * sizes.shape.num_kv_heads
-    return nbytes(cache) - host + heads * sizes.pages * sizes.page_bytes, host
+    return nbytes(cache) - host, host
 
 
 def request_bytes(layout: CacheLayout, length: int) -> RequestBytes:

@@ -176,7 +176,7 @@ def end_chunk(
         slot_page=plan.slot_page,
         summaries=summaries,
         score_state=group.score_state,
-        schedule=_next_schedule(program, group.schedule, due, plan.rco),
+        schedule=_next_schedule(program, group.schedule, chunk, due, plan.rco),
     )
     return group, host, plan.stats
 
@@ -214,12 +214,17 @@ def _first_schedule(
 
 
 def _next_schedule(
-    program: GroupProgram, schedule: RerankSchedule | None, due: jax.Array, rco: jax.Array
+    program: GroupProgram,
+    schedule: RerankSchedule | None,
+    chunk: Chunk,
+    due: jax.Array,
+    rco: jax.Array,
 ) -> RerankSchedule | None:
-    """The schedule after the rerank of the heads `due`, int32[B, K]."""
+    """The schedule after a chunk, of which the heads `due`, int32[B, K], were reranked."""
     adaptive = program.group.schedule
     if schedule is None or adaptive is None:
         return schedule
     interval = jnp.where(due > 0, adaptive.following(schedule.interval, rco), schedule.interval)
-    left = schedule.steps_until_rerank - program.sizes.chunk_steps
+    gone = jnp.where(chunk.active, program.sizes.chunk_steps, 0)[:, None]
+    left = schedule.steps_until_rerank - gone
     return RerankSchedule(interval, jnp.where(due > 0, interval, left))

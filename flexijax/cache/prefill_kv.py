@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +90,16 @@ def empty_prefill_kv(spec: PrefillSpec) -> PrefillKV:
         zeros((spec.window, heads, shape.group_size, width), spec.dtype),
         nothing_observed(spec),
     )
+
+
+def prefill_bytes(spec: PrefillSpec, *, width: int, layers: int = 1) -> int:
+    """Device bytes of a prompt while it is read.
+
+    width: bytes of what a token is between two layers. layers: of which keys and values are held.
+    """
+    kv = jax.eval_shape(lambda: empty_prefill_kv(spec))
+    of_layer = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kv))
+    return spec.tokens * width + layers * of_layer
 
 
 def nothing_observed(spec: PrefillSpec) -> tuple[PolicyState, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,23 +30,31 @@ _Kept: TypeAlias = tuple[jax.Array | None, ...]
 Groups: TypeAlias = tuple[tuple[Any, ...], ...]
 
 
+class Standing(NamedTuple):
+    """Where the rows of a batch stand: see `Cache`."""
+
+    block_table: jax.Array  # int32[B, P]
+    lengths: jax.Array  # int32[B]
+    settled: jax.Array  # int32[B]
+
+
 def decode_steps(
     program: Program,
     params: Params,
     groups: Groups,
-    block_table: jax.Array,
-    lengths: jax.Array,
+    standing: Standing,
+    due: jax.Array,
     batch: BatchState,
 ) -> tuple[Groups, ChunkEnd, BatchState, SampledTokens, Queries]:
-    """R = `program.chunk_steps` decode steps of all requests; groups are donated.
+    """T = `program.steps` decode steps of all requests; groups are donated.
 
-    block_table: int32[B, P]; lengths: int32[B], tokens held. Nothing goes to Python or to the host
-    in between. Returns groups and batch after the steps, what was sampled, and what
-    `end_chunk_layer` asks for.
+    due: bool[B], rows whose chunk ends with these steps. Nothing goes to Python or to the host in
+    between. Returns groups and batch after the steps, what was sampled, and what `end_chunk_layer`
+    asks for.
     """
-
-    steps = program.chunk_steps
-    summarized = _whole_pages(program, lengths, batch.active)
+    block_table, lengths, settled = standing
+    steps = program.steps
+    summarized = _whole_pages(program, settled, batch.active)
 
     def step(carry, _):
         groups, lengths, batch, _, index, sampled = carry
@@ -81,7 +89,7 @@ def decode_steps(
     )
     carry = (groups, lengths, batch, _no_queries(program), jnp.int32(0), sampled)
     (groups, held, batch, last, _, sampled), every = lax.scan(step, carry, None, length=steps)
-    end = chunk_end(program.layout.sizes, block_table, lengths, held, batch.active)
+    end = chunk_end(program.layout.sizes, block_table, settled, held, due, batch.active)
     return groups, end, batch, sampled, _queries(program, last, every)
 
 
@@ -89,18 +97,18 @@ def teacher_forced_steps(
     program: Program,
     params: Params,
     groups: Groups,
-    block_table: jax.Array,
-    lengths: jax.Array,
+    standing: Standing,
     tokens: jax.Array,
     active: jax.Array,
 ) -> tuple[Groups, ChunkEnd, jax.Array, Queries]:
     """As `decode_steps` on given tokens, for comparing policies on one and the same text.
 
-    tokens: int32[R, B], fed in order; active: bool[B]; groups: donated. Returns groups, where the
-    batch stands, the logits float32[R, B, V] of what would come after each token, and queries.
+    tokens: int32[R, B], a whole chunk fed in order; active: bool[B]; groups: donated. Returns
+    groups, where the batch stands, the logits float32[R, B, V] of what would come after each token,
+    and queries.
     """
-
-    summarized = _whole_pages(program, lengths, active)
+    block_table, lengths, settled = standing
+    summarized = _whole_pages(program, settled, active)
 
     def step(carry, token):
         groups, lengths, _ = carry
@@ -110,7 +118,7 @@ def teacher_forced_steps(
 
     carry = (groups, lengths, _no_queries(program))
     (groups, held, last), (logits, every) = lax.scan(step, carry, tokens)
-    end = chunk_end(program.layout.sizes, block_table, lengths, held, active)
+    end = chunk_end(program.layout.sizes, block_table, settled, held, active, active)
     return groups, end, logits, _queries(program, last, every)
 
 
@@ -138,12 +146,12 @@ def end_chunk_layer(
     return LayerCache(tuple(groups), tuple(hosts), tuple(counts))
 
 
-def _whole_pages(program: Program, lengths: jax.Array, active: jax.Array) -> jax.Array:
-    """int32[B]: tokens that have a summary during the steps; what fills up has one after them.
+def _whole_pages(program: Program, settled: jax.Array, active: jax.Array) -> jax.Array:
+    """int32[B]: tokens that have a summary; what fills up has one when its chunk ends.
 
     0 of requests that had ended before: what is not to be attended need not be scored.
     """
-    return jnp.where(active, in_full_pages(lengths, program.layout.sizes.page_size), 0)
+    return jnp.where(active, in_full_pages(settled, program.layout.sizes.page_size), 0)
 
 
 def _step(

@@ -1,211 +1,182 @@
-"""The engine: admits requests into slots of a batch and runs decode chunks over all of them."""
+"""The engine: requests come and go while others run, in the memory that was given to it."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+import itertools
+import threading
 import time
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from flexijax.cache.blocks import BlockAllocator
-from flexijax.cache.cache import Cache, init
-from flexijax.engine.batch import SampledTokens, empty_batch
-from flexijax.engine.execute import (
-    Place,
-    compile_decode,
-    run_admit,
-    run_commit,
-    run_decode,
-    run_refit,
-)
-from flexijax.engine.first_token import FirstToken, first_token
-from flexijax.engine.prefiller import Prefiller, PrefillResult
-from flexijax.engine.program import Program, Progress, Runner
-from flexijax.engine.sampling import METHODS, SamplingRows, method_of
-from flexijax.engine.sequence import Request, Sequence
-from flexijax.engine.stats import SequenceStats, sequence_stats
+from flexijax.config import CacheConfig
+from flexijax.engine.core import Answering, EngineCore, Entry, new_entry
+from flexijax.engine.plan import find_profile, origin_of
+from flexijax.engine.plan_engine import make_engine_program
+from flexijax.engine.program import Progress
+from flexijax.engine.requests import check_cache, check_callable, check_int, make_requests
+from flexijax.engine.sampling import Sampling
+from flexijax.engine.stream import Stream
 from flexijax.models.language_model import LanguageModel
+
+# Decode steps between two looks at what was sampled.
+BOUNDARY_STEPS = 4
 
 
 class Engine:
-    """Runs requests through one cache of `program.layout.sizes.batch` slots.
+    """Generates for many requests at once, of which new ones may come at any time.
 
-    `admit` reads a prompt into a free slot and samples its first token; `step` runs one decode
-    chunk over all slots; `release` frees one. Only between these calls does Python look at
-    anything.
+        engine = flexijax.Engine(lm, max_requests=8, max_context=8192, device_bytes="1GiB")
+        streams = [engine.submit(prompt, max_new_tokens=256) for prompt in prompts]
+        for piece in streams[0]:          # drives all of them
+            print(piece, end="")
+        streams[1].result().metrics
+
+    Every few decode steps, at a boundary, requests that came are admitted where their memory is
+    free, rows get the blocks of their next tokens, and part of a waiting prompt is read; see
+    `scheduler.py` for the rules. Nothing that runs is ever preempted or computed again. Programs
+    are compiled once, for the sizes of the engine, and its arrays are made once.
     """
 
-    def __init__(self, lm: LanguageModel, program: Program, *, progress: Progress | None) -> None:
-        self.lm, self.program = lm, program
-        self.runner = Runner(progress)
-        sizes = program.layout.sizes
-        # Made when the first request comes, since compiling takes memory that it then can have.
-        self.cache: Cache | None = None
-        self._prefiller = Prefiller(program.decoder, lm.params, program.prefill_spec(), self.runner)
-        self._allocator = BlockAllocator(sizes.blocks)
-        self.running: dict[int, Sequence] = {}
-        self._batch = jax.tree.map(np.array, empty_batch(sizes.batch))
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        cache: CacheConfig | None = None,
+        max_requests: int = 8,
+        max_context: int | None = None,
+        usual_context: int | None = None,
+        device_bytes: int | str | None = None,
+        host_bytes: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Counts what fits; arrays are made when the first request comes.
 
-    def blocks_of(self, request: Request) -> int:
-        """Blocks that a request may come to need."""
-        tokens = len(request.tokens) + request.max_new_tokens
-        return -(-tokens // self.program.layout.sizes.page_size)
-
-    def can_admit(self, request: Request) -> bool:
-        """Whether a slot and enough blocks are free."""
-        free = len(self.running) < self.program.layout.sizes.batch
-        return free and self._allocator.can_allocate(self.blocks_of(request))
-
-    def admit(self, request: Request, label: str, prompt: PrefillResult | None = None) -> Sequence:
-        """Reads the prompt, samples the first token and puts the request into a free slot.
-
-        label: what progress calls it. prompt: where it has been read already, which it survives.
-        The caller has asked `can_admit`.
+        cache: default `CacheConfig()`; its profile is looked up, not measured. max_requests: rows,
+        requests that run at once. max_context: tokens of the longest request, new ones included;
+        None: all that the model can read. usual_context: of an ordinary one, by which rows are
+        weighed against blocks; None: max_context. device_bytes, host_bytes: for everything that the
+        engine holds beside the model's weights, a number or a text such as "1GiB"; None: what
+        `max_requests` requests of `max_context` tokens take. progress: called with (stage, done,
+        total).
+        Raises ValueError naming the argument, with the arithmetic where not even one request fits.
         """
-        self._serve(request)
-        batch, runner, params = self.program.layout.sizes.batch, self.runner, self.lm.params
-        slot = next(at for at in range(batch) if at not in self.running)
-        blocks = self._allocator.allocate(self.blocks_of(request))
-        admitted, compiled = time.perf_counter(), runner.seconds
-        if self.cache is None:
-            if request.max_new_tokens > 1:
-                compile_decode(runner, self.program, params, self._device_batch())
-            self.cache = init(self.program.layout, self.program.policy)
-        if prompt is None:
-            x = self._read(request, slot, blocks, label)
-        else:
-            self.cache = prompt.commit(runner, self.program, self.cache, row=slot, blocks=blocks)
-            x = prompt.x
-        sampling = SamplingRows.of([request.sampling])
-        seeds = jnp.asarray([request.seed], jnp.uint32)
-        args = (params, x, sampling, seeds)
-        first = FirstToken(self.program.decoder, self.program.sampling)
-        sampled = runner.run("first token", first_token, first, args)
-        token, logprob = (float(value[0]) for value in jax.device_get(sampled))
-        _check_finite(request, [logprob])
-        sequence = Sequence(
-            request=request,
-            slot=slot,
-            blocks=blocks,
-            tokens=[int(token)],
-            logprobs=[logprob],
-            prefill_s=time.perf_counter() - admitted - (runner.seconds - compiled),
+        cache = CacheConfig() if cache is None else cache
+        check_cache(lm, cache)
+        check_callable("progress", progress)
+        max_requests = check_int("max_requests", max_requests, minimum=1)
+        if max_context is None:
+            max_context = lm.max_context
+        max_context = check_int("max_context", max_context, minimum=2)
+        if usual_context is not None:
+            usual_context = check_int("usual_context", usual_context, minimum=2)
+        if max_context > lm.max_context:
+            raise ValueError(
+                f"max_context={max_context} is more than the {lm.max_context} tokens that "
+                f"{lm.name} can read"
+            )
+        profile = origin = None
+        if cache.find_policy().needs_profile:
+            profile = find_profile(lm, cache)
+            origin = origin_of(cache.profile, profile)
+            cache = dataclasses.replace(cache, profile=profile)
+        program = make_engine_program(
+            lm,
+            cache,
+            max_context=max_context,
+            max_requests=max_requests,
+            usual_context=usual_context,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            boundary_steps=BOUNDARY_STEPS,
         )
-        self.running[slot] = sequence
-        self._place(sequence)
-        return sequence
+        answering = Answering(cache, profile, origin)
+        self._core = EngineCore(lm, program, answering, progress=progress)
+        self._numbers = itertools.count()
+        # Whoever drives the engine holds the first; the second guards what others change meanwhile.
+        self._driving, self._changing = threading.RLock(), threading.Lock()
+        self._submitted: list[Entry] = []
+        self._cancelled: set[int] = set()
+        self.max_context = max_context
 
-    def _read(self, request: Request, row: int, blocks: list[int], label: str) -> jax.Array:
-        """The prompt into its row, layer by layer; the last token's hidden state [1, D]."""
-        place = Place.of(self.program, row, blocks, len(request.tokens))
-        reading = self._prefiller.begin(request.tokens, label)
-        while not reading.done:
-            layer = reading.advance()
-            if layer is not None:
-                assert self.cache is not None
-                self.cache = run_commit(
-                    self.runner,
-                    self.program,
-                    self._prefiller.spec,
-                    self.cache,
-                    layer,
-                    reading.kv,
-                    place,
-                )
-        assert self.cache is not None and reading.x is not None
-        self.cache = run_admit(self.cache, place)
-        return reading.x
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        timeout_s: float | None = None,
+    ) -> Stream:
+        """A request; it runs while somebody waits for a piece of it or of another.
 
-    def _serve(self, request: Request) -> None:
-        """Makes the decode program one that can sample as the request asks, from now on."""
-        needed = max(method_of(request.sampling), self.program.sampling, key=METHODS.index)
-        if needed != self.program.sampling:
-            self.program = dataclasses.replace(self.program, sampling=needed)
+        prompt: a text, or token ids. timeout_s: seconds from now after which it ends with what it
+        has, finish_reason "deadline".
+        Raises ValueError naming the argument, for what `generate` refuses too, and with the
+        arithmetic for what could never fit.
+        """
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
+        [request] = make_requests(self._core.lm, [prompt], max_new_tokens, sampling)
+        total = len(request.tokens) + request.max_new_tokens
+        if total > self.max_context:
+            raise ValueError(
+                f"the prompt has {len(request.tokens)} tokens, and max_new_tokens="
+                f"{request.max_new_tokens} more would pass max_context={self.max_context} of this "
+                "engine"
+            )
+        key = next(self._numbers)
+        stream = Stream(self._wait, functools.partial(self._cancel, key))
+        entry = new_entry(self._core, request, stream, key=key, label="a prompt")
+        if timeout_s is not None:
+            deadline = time.monotonic() + timeout_s
+            entry.state = dataclasses.replace(entry.state, deadline=deadline)
+        with self._changing:
+            self._submitted.append(entry)
+        return stream
 
-    def _place(self, sequence: Sequence) -> None:
-        """Enters a fresh request into the batch of the next chunk."""
-        request, slot, batch = sequence.request, sequence.slot, self._batch
-        token = sequence.tokens[0]
-        sequence.active = request.max_new_tokens > 1 and token not in request.stop_ids
-        batch.tokens[slot] = token
-        batch.active[slot] = sequence.active
-        batch.remaining[slot] = request.max_new_tokens - 1
-        batch.generated[slot] = 1
-        batch.seeds[slot] = request.seed
-        batch.stop_ids[slot] = -1
-        batch.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
-        mine = SamplingRows.of([request.sampling])
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            getattr(batch.sampling, name)[slot] = getattr(mine, name)[0]
+    def step(self) -> bool:
+        """From one boundary to the next; whether anything is left to do."""
+        with self._driving:
+            self._take_changes()
+            left = self._core.step()
+            return left or bool(self._submitted)
 
-    def step(self) -> list[Sequence]:
-        """One decode chunk over all slots; returns the requests that generated tokens in it."""
-        started, compiled = time.perf_counter(), self.runner.seconds
-        assert self.cache is not None, "nothing has been admitted"
-        self.cache, batch, sampled = run_decode(
-            self.runner, self.program, self.lm.params, self.cache, self._device_batch()
-        )
-        batch, sampled = jax.device_get((batch, sampled))
-        self._batch = jax.tree.map(np.array, batch)
-        took = time.perf_counter() - started - (self.runner.seconds - compiled)
-        took_part = [s for s in self.running.values() if s.active]
-        held = {s.slot: s.held for s in took_part}
-        generated = [s for s in took_part if self._take(s, sampled, took)]
-        for sequence in generated:
-            if sequence.active:
-                self._refit(sequence, held[sequence.slot])
-        return generated
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling so far."""
+        return self._core.compile_s
 
-    def _refit(self, sequence: Sequence, before: int) -> None:
-        """Fits the scores' states anew, where the prompt was too short to; before: tokens held."""
-        assert self.cache is not None
-        self.cache = run_refit(
-            self.runner,
-            self.program,
-            self.cache,
-            row=sequence.slot,
-            prompt=len(sequence.request.tokens),
-            before=before,
-        )
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a row."""
+        return sum(entry.state.admitted for entry in self._core.entries.values())
 
-    def _device_batch(self) -> Any:
-        return jax.tree.map(jnp.asarray, self._batch)
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no request holds, of `num_blocks`."""
+        return self._core.pool.num_free
 
-    def _take(self, sequence: Sequence, sampled: SampledTokens, took: float) -> bool:
-        emitted = sampled.emitted[:, sequence.slot]
-        sequence.tokens += sampled.tokens[emitted, sequence.slot].tolist()
-        logprobs = sampled.logprobs[emitted, sequence.slot].tolist()
-        _check_finite(sequence.request, logprobs)
-        sequence.logprobs += logprobs
-        sequence.active = bool(self._batch.active[sequence.slot])
-        # A request that ends inside a chunk took its share of the chunk's steps.
-        sequence.decode_s += took * float(emitted.sum()) / emitted.size
-        return bool(emitted.any())
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pools, each of `page_size` tokens."""
+        return self._core.limits.blocks
 
-    def stop(self, sequence: Sequence) -> None:
-        """Ends a request early, as a stop string does; `release` it next."""
-        sequence.active = False
-        self._batch.active[sequence.slot] = False
+    def _wait(self, stream: Stream) -> None:
+        """Drives the engine until the stream has something."""
+        while stream.waits:
+            with self._driving:
+                if stream.waits and not self.step() and stream.waits:
+                    raise RuntimeError("the engine does not know this request any more")
 
-    def release(self, sequence: Sequence) -> None:
-        """Frees the slot and the blocks of a request that has ended."""
-        del self.running[sequence.slot]
-        self._allocator.release(sequence.blocks)
+    def _cancel(self, key: int) -> None:
+        with self._changing:
+            self._cancelled.add(key)
 
-    def stats(self, sequence: Sequence) -> SequenceStats:
-        """What the programs have counted of a request."""
-        assert self.cache is not None
-        return sequence_stats(self.program.layout, self.cache, row=sequence.slot)
-
-
-def _check_finite(request: Request, logprobs: list[float]) -> None:
-    """Raises FloatingPointError where a token was sampled from logits that are no numbers."""
-    if not all(map(math.isfinite, logprobs)):
-        raise FloatingPointError(
-            f"prompts[{request.index}]: the model's logits are not finite, so its tokens mean "
-            "nothing; load it with dtype='float32', or check its weights"
-        )
+    def _take_changes(self) -> None:
+        with self._changing:
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, set()
+        for entry in submitted:
+            self._core.add(entry)
+        for key in cancelled:
+            self._core.cancel(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from flexijax.engine.batch import BatchState, SampledTokens
 from flexijax.engine.decode import (
     Groups,
     Queries,
+    Standing,
     decode_steps,
     end_chunk_layer,
     teacher_forced_steps,
@@ -38,10 +39,10 @@ class Place(NamedTuple):
     length: jax.Array
 
     @classmethod
-    def of(cls, program: Program, row: int, blocks: Sequence[int], length: int) -> Place:
+    def of(cls, program: Program, row: int, blocks: Collection[int], length: int) -> Place:
         """blocks: one block id a page, at least ceil(length / page) of them."""
         table = np.zeros(program.layout.sizes.pages, np.int32)
-        table[: len(blocks)] = blocks
+        table[: len(blocks)] = list(blocks)
         return cls(as_index(row), jnp.asarray(table), as_index(length))
 
 
@@ -79,14 +80,25 @@ def compile_decode(runner: Runner, program: Program, params: Params, batch: Batc
 
 
 def run_decode(
-    runner: Runner, program: Program, params: Params, cache: Cache, batch: BatchState
+    runner: Runner,
+    program: Program,
+    params: Params,
+    cache: Cache,
+    batch: BatchState,
+    due: np.ndarray,
 ) -> tuple[Cache, BatchState, SampledTokens]:
-    """R decode steps of all requests and what follows them; cache is donated."""
-    args = (params, _groups(cache), cache.block_table, cache.lengths, batch)
+    """T = `program.steps` decode steps of all requests, and the ends of chunks; cache is donated.
+
+    due: bool[B], rows whose chunk ends with these steps.
+    """
+    args = (params, _groups(cache), _standing(cache), jnp.asarray(due), batch)
     groups, end, batch, sampled, queries = runner.run(
         "decode", decode_steps, program, args, donate=(1,)
     )
-    return _end_chunk(runner, program, cache, groups, end, queries), batch, sampled
+    made = _after_steps(cache, groups, end, jnp.asarray(due))
+    if due.any():
+        made = _end_chunk(runner, program, made, end, queries)
+    return made, batch, sampled
 
 
 def run_teacher_forced(
@@ -100,11 +112,12 @@ def run_teacher_forced(
     """`teacher_forced_steps` and what follows them: the cache, and logits float32[R, B, V]."""
     # It comes back as it is, and what is placed otherwise than a result is compiled for once more.
     active = jax.device_put(active, platform.sharding())
-    args = (params, _groups(cache), cache.block_table, cache.lengths, tokens, active)
+    args = (params, _groups(cache), _standing(cache), tokens, active)
     groups, end, logits, queries = runner.run(
         "teacher-forced decode", teacher_forced_steps, program, args, donate=(1,)
     )
-    return _end_chunk(runner, program, cache, groups, end, queries), logits
+    made = _after_steps(cache, groups, end, active)
+    return _end_chunk(runner, program, made, end, queries), logits
 
 
 def run_refit(
@@ -124,25 +137,27 @@ def run_refit(
     return dataclasses.replace(cache, layers=layers)
 
 
-def _end_chunk(
-    runner: Runner,
-    program: Program,
-    cache: Cache,
-    groups: Groups,
-    end: ChunkEnd,
-    queries: Queries,
-) -> Cache:
-    """The cache after R steps; `cache` is the one from before them, groups those after them."""
-    layers = [
+def _after_steps(cache: Cache, groups: Groups, end: ChunkEnd, due: jax.Array) -> Cache:
+    """`cache` from before some steps with what they left: groups, and where rows stand."""
+    layers = tuple(
         dataclasses.replace(layer, groups=mine)
         for layer, mine in zip(cache.layers, groups, strict=True)
-    ]
+    )
+    settled = jnp.where(due, end.held, cache.settled)
+    return Cache(layers, cache.block_table, end.held, settled, cache.chunks)
+
+
+def _end_chunk(
+    runner: Runner, program: Program, cache: Cache, end: ChunkEnd, queries: Queries
+) -> Cache:
+    """The cache, donated, after what the ends of its rows' chunks bring."""
+    layers = list(cache.layers)
     for layer in program.chunk_ends:
         args = (layers[layer], end, queries[layer], as_index(layer))
         name = "end of a chunk"
         layers[layer] = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
     chunks = cache.chunks + end.active.astype(jnp.int32)
-    return Cache(tuple(layers), cache.block_table, end.held, chunks)
+    return dataclasses.replace(cache, layers=tuple(layers), chunks=chunks)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -153,3 +168,7 @@ def as_index(number: int) -> jax.Array:
 
 def _groups(cache: Cache) -> Groups:
     return tuple(layer.groups for layer in cache.layers)
+
+
+def _standing(cache: Cache) -> Standing:
+    return Standing(cache.block_table, cache.lengths, cache.settled)

@@ -18,7 +18,7 @@ from flexijax.cache.cache import abstract, kind
 from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
 from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import BatchState, empty_batch
-from flexijax.engine.decode import Queries, decode_steps, end_chunk_layer
+from flexijax.engine.decode import Queries, Standing, decode_steps, end_chunk_layer
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.jit_cache import jitted
 from flexijax.engine.prefill import (
@@ -93,7 +93,7 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
 def decode_calls(
     program: Program, params: Params, batch: BatchState | None = None
 ) -> Iterator[ProgramCall]:
-    """What R decode steps take: the steps, and the end of a chunk for each kind of layer.
+    """What decode steps take: the steps, and the end of a chunk for each kind of layer.
 
     batch: shapes or arrays; None makes shapes.
     """
@@ -103,10 +103,12 @@ def decode_calls(
     assert batch is not None
     cache = abstract(program.layout, program.policy)
     groups = tuple(layer.groups for layer in cache.layers)
-    args = (params, groups, cache.block_table, cache.lengths, batch)
+    standing = Standing(cache.block_table, cache.lengths, cache.settled)
+    flags = _like(jnp.bool_, *cache.lengths.shape)
+    args = (params, groups, standing, flags, batch)
     yield ProgramCall("decode", decode_steps, program, args, donate=(1,))
     lengths, queries = cache.lengths, _abstract_queries(program)
-    at = (cache.block_table, lengths, lengths, _like(jnp.bool_, *lengths.shape))
+    at = (cache.block_table, lengths, lengths, flags, flags)
     end = jax.eval_shape(functools.partial(chunk_end, program.layout.sizes), *at)
     end = platform.placed(end)
     yield from _distinct(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
 
 from flexijax.cache.memory import request_bytes
 from flexijax.config import CacheConfig
-from flexijax.engine.engine import Engine
-from flexijax.engine.sequence import Sequence as Running
+from flexijax.engine.model_runner import ModelRunner
+from flexijax.engine.sequence import Request, Sequence
 from flexijax.engine.stats import SequenceStats
 from flexijax.policies.page_scores import name_of
 from flexijax.profiles.head_profile import HeadProfile
@@ -16,34 +16,68 @@ from flexijax.profiles.staleness import HeadStability, ProfileFit, profile_fit
 from flexijax.results import Metrics
 
 
+@dataclasses.dataclass
+class Times:
+    """When a request's tokens came; seconds of `clock`, which leaves out what compiling took."""
+
+    submitted: float
+    began: float | None = None
+    first: float | None = None
+    last: float = 0.0
+    longest_gap_s: float = 0.0
+    pauses: int = 0
+
+    @property
+    def queue_s(self) -> float:
+        """From submission until the prompt began to be read."""
+        return 0.0 if self.began is None else self.began - self.submitted
+
+    @property
+    def ttft_s(self) -> float:
+        """From submission to the first token."""
+        return 0.0 if self.first is None else self.first - self.submitted
+
+    def tokens_came(self, now: float) -> None:
+        """Some tokens, at once."""
+        if self.first is None:
+            self.first = now
+        else:
+            self.longest_gap_s = max(self.longest_gap_s, now - self.last)
+        self.last = now
+
+
 def metrics(
-    engine: Engine,
-    running: Running,
+    runner: ModelRunner,
+    sequence: Sequence,
+    times: Times,
     *,
     new_tokens: int,
     cache: CacheConfig,
     profile: HeadProfile | None,
     origin: str | None,
 ) -> Metrics:
-    """Of a request that is still in its slot.
+    """Of a request that is still in its row.
 
     new_tokens: that the caller gets. profile: that was used, None where the policy asks for none;
     origin: in words, where it came from.
     """
-    request, layout = running.request, engine.program.layout
-    kept, stats = request_bytes(layout, running.held), engine.stats(running)
+    request, layout = sequence.request, runner.program.layout
+    kept, stats = request_bytes(layout, sequence.held), runner.stats(sequence)
     page_bytes = layout.sizes.page_bytes
     reranked = [head for head in stats.heads if head.reranks]
     overlaps = tuple((head.layer, head.head, head.overlap / head.reranks) for head in reranked)
-    observed = stability(stats, engine.program.chunk_steps)
+    observed = stability(stats, runner.program.chunk_steps)
     return Metrics(
         prompt_tokens=len(request.tokens),
         new_tokens=new_tokens,
-        ttft_s=running.prefill_s,
-        tpot_ms=1e3 * running.decode_s / max(len(running.tokens) - 1, 1),
-        prefill_s=running.prefill_s,
-        decode_s=running.decode_s,
-        compile_s=engine.runner.seconds,
+        queue_s=times.queue_s,
+        ttft_s=times.ttft_s,
+        tpot_ms=1e3 * sequence.decode_s / max(len(sequence.tokens) - 1, 1),
+        prefill_s=sequence.prefill_s,
+        decode_s=sequence.decode_s,
+        longest_gap_s=times.longest_gap_s,
+        pauses=times.pauses,
+        compile_s=runner.runner.seconds,
         device_kv_bytes=kept.device,
         summary_bytes=kept.summaries,
         host_kv_bytes=kept.host,
@@ -58,7 +92,33 @@ def metrics(
         mean_interval=_mean([head.interval for head in observed]),
         head_rco=tuple((head.layer, head.head, head.rco) for head in observed),
         profile=origin,
-        profile_fit=_fit(engine, profile, observed, cache),
+        profile_fit=_fit(runner, profile, observed, cache),
+    )
+
+
+def no_metrics(request: Request, times: Times, *, compile_s: float) -> Metrics:
+    """Of a request that ended before it had a row."""
+    return Metrics(
+        prompt_tokens=len(request.tokens),
+        new_tokens=0,
+        queue_s=times.queue_s,
+        ttft_s=0.0,
+        tpot_ms=0.0,
+        prefill_s=0.0,
+        decode_s=0.0,
+        longest_gap_s=0.0,
+        pauses=0,
+        compile_s=compile_s,
+        device_kv_bytes=0,
+        summary_bytes=0,
+        host_kv_bytes=0,
+        full_kv_bytes=0,
+        reranks=0,
+        promoted_pages=0,
+        promoted_bytes=0,
+        offloaded_bytes=0,
+        evicted_tokens=0,
+        mean_overlap=None,
     )
 
 
@@ -78,13 +138,13 @@ def stability(stats: SequenceStats, chunk_steps: int) -> list[HeadStability]:
 
 
 def _fit(
-    engine: Engine,
+    runner: ModelRunner,
     profile: HeadProfile | None,
     observed: list[HeadStability],
     cache: CacheConfig,
 ) -> ProfileFit | None:
     scores = [
-        group.score for *_, group in engine.program.layout.all_groups() if group.kind == "offloaded"
+        group.score for *_, group in runner.program.layout.all_groups() if group.kind == "offloaded"
     ]
     if profile is None or not scores or scores[0] is None:
         return None
@@ -97,5 +157,5 @@ def _fit(
     )
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: list[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None

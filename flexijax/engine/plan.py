@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 
 from flexijax.cache.layout import CacheLayout, CacheSizes
 from flexijax.cache.memory import available_bytes, cache_bytes
+from flexijax.cache.prefill_kv import prefill_bytes
 from flexijax.config import CacheConfig
 from flexijax.engine.program import Program
 from flexijax.engine.sampling import METHODS, Sampling, method_of
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
-from flexijax.policies.base import Policy, RunSpec, check_groups
+from flexijax.policies.base import RunSpec, check_groups
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
 
@@ -27,12 +29,15 @@ def make_program(
     max_new_tokens: int | None = None,
     batch: int = 1,
     sampling: Sequence[Sampling] = (),
+    boundary_steps: int | None = None,
+    shared_reading: bool = False,
 ) -> Program:
     """The static part of a run: policy, and a layout of bucketed sizes that fits the memory.
 
     max_tokens: of the longest request, its max_new_tokens included (None: as many may be new).
     batch: requests wanted at once; fewer where memory is short.
-    sampling: of the requests, by which the decode program is chosen.
+    sampling: of the requests, by which the decode program is chosen. boundary_steps: see `Program`.
+    shared_reading: whether all layers of a prompt are kept, to be committed to several caches.
     A profile that is not measured yet ("auto") must have been, see `profiling.choose`.
     Raises ValueError when not even one request fits, or the profile is missing or of another model.
     """
@@ -51,19 +56,24 @@ def make_program(
             batch=batch,
         )
 
+    def program(batch: int) -> Program:
+        return Program(
+            lm.decoder,
+            layout(batch),
+            policy,
+            cache.implementation,
+            cache.transfer,
+            sampling=max(map(method_of, sampling), key=METHODS.index, default=METHODS[0]),
+            boundary_steps=boundary_steps,
+        )
+
+    layers = lm.attention.num_layers if shared_reading else 1
     batch = 1 << (batch - 1).bit_length()
-    while not _fits(make := layout(batch), policy):
+    while not _fits(needed := _needed(lm, made := program(batch), layers)):
         if batch == 1:
-            raise ValueError(_too_little(make, policy, max_tokens))
+            raise ValueError(_too_little(needed, max_tokens))
         batch //= 2
-    return Program(
-        lm.decoder,
-        make,
-        policy,
-        cache.implementation,
-        cache.transfer,
-        sampling=max(map(method_of, sampling), key=METHODS.index, default=METHODS[0]),
-    )
+    return made
 
 
 def make_layout(
@@ -75,8 +85,12 @@ def make_layout(
     max_tokens: int,
     max_new_tokens: int,
     batch: int,
+    blocks: int | None = None,
 ) -> CacheLayout:
-    """The layout for `batch` requests of up to max_tokens each, rounded up to buckets."""
+    """The layout for `batch` requests of up to max_tokens each, rounded up to buckets.
+
+    blocks: of the pools; None: as many as all requests can come to need.
+    """
     pages = bucket(-(-max_tokens // cache.page_size))
     tail = max(1, platform.prefill_sizes()[1] // cache.page_size)
     pages = -(-pages // tail) * tail  # prompts are read in whole tails
@@ -100,7 +114,7 @@ def make_layout(
     sizes = CacheSizes(
         shape=shape,
         batch=batch,
-        blocks=batch * pages,
+        blocks=batch * pages if blocks is None else blocks,
         pages=pages,
         page_size=cache.page_size,
         dtype=dtype,
@@ -133,6 +147,15 @@ def find_profile(lm: LanguageModel, cache: CacheConfig) -> HeadProfile:
     return profile
 
 
+def origin_of(asked: HeadProfile | str | None, found: HeadProfile) -> str:
+    """In words, where a profile came from that `find_profile` found for the one `asked` for."""
+    if isinstance(asked, HeadProfile):
+        return "given by the caller"
+    if asked is not None and asked != "auto":
+        return f"{'shipped' if asked in lookup.names() else 'read from the file'} {asked}"
+    return f"shipped for {found.model} at {found.budget_pages} pages"
+
+
 def bucket(pages: int) -> int:
     """Rounds up to an eighth of the power of two above: few programs, little waste.
 
@@ -143,16 +166,30 @@ def bucket(pages: int) -> int:
     return -(-pages // step) * step
 
 
-def _fits(layout: CacheLayout, policy: Policy) -> bool:
-    device, host = cache_bytes(layout, policy)
+def _needed(lm: LanguageModel, program: Program, layers: int) -> tuple[int, int]:
+    """(device bytes, host bytes) of a cache and a prompt of which so many layers are held."""
+    device, host = cache_bytes(program.layout, program.policy)
+    width = token_bytes(lm)
+    return device + prefill_bytes(program.prefill_spec(), width=width, layers=layers), host
+
+
+def token_bytes(lm: LanguageModel) -> int:
+    """Bytes of what a token is between two layers of the model."""
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    x = jax.eval_shape(lm.decoder.embed, lm.params, token)
+    return x.shape[-1] * x.dtype.itemsize
+
+
+def _fits(needed: tuple[int, int]) -> bool:
+    device, host = needed
     free_device, free_host = available_bytes()
     if free_device == free_host:  # one memory
         return device + host <= 0.9 * free_device
     return device <= 0.9 * free_device and host <= 0.9 * free_host
 
 
-def _too_little(layout: CacheLayout, policy: Policy, max_tokens: int) -> str:
-    device, host = cache_bytes(layout, policy)
+def _too_little(needed: tuple[int, int], max_tokens: int) -> str:
+    device, host = needed
     free_device, free_host = available_bytes()
     pinned, raised = platform.max_pinned_bytes(), ""
     if pinned is not None and host > 0.9 * pinned:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -87,6 +87,12 @@ class Reading:
             of.give_back(self.kv)
         return complete
 
+    def close(self) -> None:
+        """Ends a reading that nobody waits for; its room serves the next prompt."""
+        if not self.done:
+            self._of.give_back(self.kv)
+            self.layer = len(self._weights)
+
     def _tell(self, made: jax.Array, piece: Piece) -> None:
         """Progress in tokens of the prompt, as if all layers were read at once."""
         progress = self._of.runner.progress
@@ -124,6 +130,10 @@ class Prefiller:
         assert reading.x is not None
         return PrefillResult(self.decoder, self.spec, reading.length, tuple(kept), reading.x)
 
+    def reset(self) -> None:
+        """Lets go of all arrays, after a program failed that had been given them."""
+        self._kv = None
+
     def take_kv(self) -> PrefillKV:
         """Room for one layer: what the last prompt left, or new."""
         kv, self._kv = self._kv, None
@@ -159,7 +169,7 @@ class PrefillResult:
         cache: Cache,
         *,
         row: int,
-        blocks: Sequence[int],
+        blocks: Collection[int],
     ) -> Cache:
         """The prompt in row `row` of a cache of `program`, which is donated.
 

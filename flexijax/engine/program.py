@@ -21,6 +21,7 @@ from flexijax.engine.jit_cache import jitted, running
 from flexijax.engine.sampling import METHODS
 from flexijax.models.decoder import DecoderLike
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.tiling import largest_divisor
 from flexijax.policies.base import Policy
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -31,7 +32,8 @@ class Program:
     """Everything static about a run; hashable. implementation, transfer: see `CacheConfig`.
 
     suppress_ids: tokens that are never generated. sampling: what decode steps can do, see
-    `sampling.METHODS`.
+    `sampling.METHODS`. boundary_steps: at most so many decode steps run at a time; None: whole
+    chunks.
     """
 
     decoder: DecoderLike
@@ -41,10 +43,23 @@ class Program:
     transfer: str | None = None
     suppress_ids: tuple[int, ...] = ()
     sampling: str = METHODS[0]
+    boundary_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Decode steps between two looks at what was sampled, a divisor of R."""
+        if self.boundary_steps is None or self.observes_chunks:
+            return self.chunk_steps
+        return largest_divisor(self.chunk_steps, self.boundary_steps)
+
+    @functools.cached_property
+    def observes_chunks(self) -> bool:
+        """Whether a group asks for every query of a chunk, so that a program runs all of it."""
+        return any(kind(of.group).num_queries(of) > 1 for groups in self.groups for of in groups)
 
     @property
     def chunk_steps(self) -> int:
-        """Decode steps of one program, after which heads are reranked and tokens evicted (R)."""
+        """Decode steps of a request after which heads are reranked and tokens evicted (R)."""
         return self.layout.sizes.chunk_steps
 
     @functools.cached_property

@@ -21,16 +21,22 @@ class Request:
 
 @dataclasses.dataclass
 class Sequence:
-    """A request in a slot of the batch, and the ids generated so far (stop token included)."""
+    """A request in a row of the batch, and the ids generated so far (stop token included).
+
+    active: whether it goes on generating. error: why it does not, where its tokens mean nothing.
+    chunk_steps: decode steps since its last chunk ended.
+    """
 
     request: Request
-    slot: int
-    blocks: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    prefill_s: float
+    row: int
+    blocks: tuple[int, ...]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    prefill_s: float = 0.0
     decode_s: float = 0.0
-    active: bool = True
+    active: bool = False
+    error: FloatingPointError | None = None
+    chunk_steps: int = 0
 
     @property
     def held(self) -> int:

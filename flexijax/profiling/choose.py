@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from flexijax.config import CacheConfig
-from flexijax.engine.plan import find_profile
+from flexijax.engine.plan import find_profile, origin_of
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
@@ -65,13 +65,7 @@ def choose(
             return _measured(lm, cache.page_size, cache.budget_pages, prompts, progress)
         cache = replace(cache, profile=None)
     found = find_profile(lm, cache)
-    if isinstance(asked, HeadProfile):
-        origin = "given by the caller"
-    elif asked is not None and asked != AUTO:
-        origin = f"{'shipped' if asked in lookup.names() else 'read from the file'} {asked}"
-    else:
-        origin = f"shipped for {found.model} at {found.budget_pages} pages"
-    return ProfileChoice(profile=found, origin=origin)
+    return ProfileChoice(profile=found, origin=origin_of(asked, found))
 
 
 def _measured(

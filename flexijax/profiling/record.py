@@ -101,7 +101,7 @@ def _program(
         budget_tokens=budgets[-1] * page_size,
         rerank_interval=_CHUNK_STEPS,
     )
-    made = make_program(lm, cache, max_tokens=capacity)
+    made = make_program(lm, cache, max_tokens=capacity, shared_reading=True)
     return Program(made.decoder, made.layout, policy, suppress_ids=tuple(sorted(lm.end_ids)))
 
 

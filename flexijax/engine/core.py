@@ -1,0 +1,291 @@
+"""What an engine does from one boundary to the next: admit, grow, decode, read prompts, let go."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+
+from flexijax.cache.blocks import BlockAllocator
+from flexijax.cache.prefix import PrefixIndex
+from flexijax.config import CacheConfig
+from flexijax.engine.boundary import BoundaryPlan, Limits, RequestState, Stage, State, apply
+from flexijax.engine.measured import Times, metrics, no_metrics
+from flexijax.engine.model_runner import ModelRunner, Prompting
+from flexijax.engine.prefiller import PrefillResult
+from flexijax.engine.program import Program, Progress
+from flexijax.engine.scheduler import schedule, why_refused
+from flexijax.engine.sequence import Request, Sequence
+from flexijax.engine.stream import EngineError, Stream
+from flexijax.engine.text import RunningText
+from flexijax.models.language_model import LanguageModel
+from flexijax.profiles.head_profile import HeadProfile
+from flexijax.results import Generation
+
+# Seconds of reading after which others are looked at, where nothing decodes.
+_READING_S = 0.25
+
+
+@dataclasses.dataclass
+class Entry:
+    """A request that has not been let go of.
+
+    label: of its prompt, for progress. prompt: where that has been read already. shown: of its
+    tokens, how many its text has.
+    """
+
+    request: Request
+    stream: Stream
+    state: RequestState
+    text: RunningText
+    times: Times
+    label: str
+    prompt: PrefillResult | None = None
+    sequence: Sequence | None = None
+    shown: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """What all requests of an engine are answered with. origin: in words, of the profile."""
+
+    cache: CacheConfig
+    profile: HeadProfile | None = None
+    origin: str | None = None
+
+
+class EngineCore:
+    """Requests over one cache; for one thread, which calls `step` until nothing is left.
+
+    prefill_first: whether prompts are read before anything decodes, so that rows decode together.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        program: Program,
+        answering: Answering,
+        *,
+        progress: Progress | None,
+        prefill_first: bool = False,
+    ) -> None:
+        sizes = program.layout.sizes
+        self.lm, self._answering = lm, answering
+        self.runner = ModelRunner(lm, program, progress=progress)
+        self.limits = Limits(
+            blocks=sizes.blocks,
+            rows=sizes.batch,
+            page_size=sizes.page_size,
+            boundary_steps=program.steps,
+        )
+        self.pool = PrefixIndex(BlockAllocator(sizes.blocks), page_size=sizes.page_size)
+        self.entries: dict[int, Entry] = {}
+        self._reading: Prompting | None = None
+        self._prefill_first = prefill_first
+
+    def add(self, entry: Entry) -> None:
+        """A request that waits from now on; its key is new."""
+        self.entries[entry.state.key] = entry
+
+    def cancel(self, key: int) -> None:
+        """Lets a request go at the next boundary, if it is there."""
+        if (entry := self.entries.get(key)) is not None:
+            entry.state = dataclasses.replace(entry.state, cancelled=True)
+
+    def step(self) -> bool:
+        """From one boundary to the next; whether anything is left to do.
+
+        A program that fails takes the arrays with it that it was given: all requests that had a row
+        fail then, and the others go on in new arrays.
+        """
+        if not self.entries:
+            return False
+        try:
+            self._boundary()
+        except Exception as error:
+            self._fail(error)
+        except BaseException as error:
+            self._fail(RuntimeError(f"interrupted by {type(error).__name__}"))
+            raise
+        return bool(self.entries)
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent compiling so far."""
+        return self.runner.runner.seconds
+
+    def clock(self) -> float:
+        """Seconds, without those that compiling took."""
+        return time.perf_counter() - self.compile_s
+
+    def _boundary(self) -> None:
+        states = tuple(entry.state for entry in self.entries.values())
+        readings = 0 if self._reading is not None else 1
+        plan = schedule(
+            State(requests=states, now=time.monotonic(), readings=readings), self.limits
+        )
+        held = dict(self.entries)
+        for state in apply(plan, states, self.pool, self.limits):
+            held.pop(state.key)
+            self.entries[state.key].state = state
+        for key, entry in held.items():
+            del self.entries[key]
+            if key in plan.refuse:
+                entry.stream.fail(ValueError(plan.refuse[key]))
+            else:
+                self._leave(entry, plan.release[key].value)
+        self._run(plan)
+
+    def _run(self, plan: BoundaryPlan) -> None:
+        """What was planned until the next boundary."""
+        for admission in plan.admit:
+            self._begin(self.entries[admission.key])
+        grown = [self.entries[key].state for key in plan.grow]
+        self.runner.grow({of.row: of.blocks for of in grown if of.row is not None})
+        for key in plan.pause:
+            self.entries[key].times.pauses += 1
+        took = 0.0
+        if not (self._prefill_first and self._reading is not None):
+            took = self._decode([self.entries[key] for key in plan.decode])
+        self._read(took)
+
+    def _begin(self, entry: Entry) -> None:
+        state = entry.state
+        assert state.row is not None and self._reading is None
+        entry.times.began = self.clock()
+        self._reading = self.runner.begin(
+            entry.request, state.row, state.blocks, entry.label, entry.prompt
+        )
+        entry.sequence = self._reading.sequence
+
+    def _decode(self, entries: list[Entry]) -> float:
+        """The coming steps of these rows; the seconds that they took."""
+        if not entries:
+            return 0.0
+        started = self.clock()
+        self.runner.step({entry.state.row for entry in entries if entry.state.row is not None})
+        took = self.clock() - started
+        for entry in entries:
+            self._take(entry)
+        return took
+
+    def _read(self, decoded_s: float) -> None:
+        """Reads on for as long as the steps took: half of the time, or a while where none ran."""
+        started, budget = self.clock(), decoded_s or _READING_S
+        while (reading := self._reading) is not None:
+            if self.runner.advance(reading):
+                self._reading = None
+                entry = next(e for e in self.entries.values() if e.sequence is reading.sequence)
+                entry.state = dataclasses.replace(entry.state, stage=Stage.RUNNING)
+                self._take(entry)
+            elif reading.reading is not None:
+                jax.block_until_ready(reading.reading.kv.k)
+            if self.clock() - started >= budget:
+                break
+
+    def _take(self, entry: Entry) -> None:
+        """Shows the tokens that came, and lets go of the request if it has ended."""
+        sequence, request, text = entry.sequence, entry.request, entry.text
+        assert sequence is not None
+        if sequence.error is not None:
+            self._release(entry)
+            entry.stream.fail(sequence.error)
+            return
+        if len(sequence.tokens) > entry.shown:
+            entry.times.tokens_came(self.clock())
+        for at in range(entry.shown, len(sequence.tokens)):
+            token = sequence.tokens[at]
+            if token in request.stop_ids:
+                break
+            entry.stream.put(text.push(token))
+            if text.stopped:
+                del sequence.tokens[at + 1 :], sequence.logprobs[at + 1 :]
+                self.runner.stop(sequence)
+                break
+        entry.shown = len(sequence.tokens)
+        entry.state = dataclasses.replace(entry.state, tokens=sequence.held)
+        if not sequence.active:
+            stopped = text.stopped or sequence.tokens[-1] in request.stop_ids
+            self._release(entry, "stop" if stopped else "length")
+
+    def _release(self, entry: Entry, reason: str | None = None) -> None:
+        """Gives back what a request holds; with a reason its stream ends."""
+        del self.entries[entry.state.key]
+        self.pool.release(list(entry.state.blocks))
+        self._leave(entry, reason)
+
+    def _leave(self, entry: Entry, reason: str | None) -> None:
+        """Ends the stream of a request whose blocks are given back, and frees its row."""
+        if reason is not None:
+            entry.stream.put(entry.text.finish())
+            entry.stream.end(self._generation(entry, reason))
+        if entry.sequence is None:
+            return
+        if self._reading is not None and self._reading.sequence is entry.sequence:
+            if self._reading.reading is not None:
+                self._reading.reading.close()
+            self._reading = None
+        self.runner.leave(entry.sequence)
+
+    def _generation(self, entry: Entry, reason: str) -> Generation:
+        sequence, request = entry.sequence, entry.request
+        if sequence is None or not sequence.tokens:
+            tokens, logprobs = [], []
+            measured = no_metrics(request, entry.times, compile_s=self.compile_s)
+        else:
+            ended = sequence.tokens[-1] in request.stop_ids
+            tokens = sequence.tokens[:-1] if ended else sequence.tokens
+            logprobs = sequence.logprobs[: len(tokens)]
+            measured = metrics(
+                self.runner,
+                sequence,
+                entry.times,
+                new_tokens=len(tokens),
+                cache=self._answering.cache,
+                profile=self._answering.profile,
+                origin=self._answering.origin,
+            )
+        return Generation(
+            text=entry.text.text,
+            token_ids=tuple(tokens),
+            logprobs=tuple(logprobs) if request.sampling.logprobs else None,
+            finish_reason=reason,
+            metrics=measured,
+            profile=self._answering.profile,
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """A program had been given the arrays and did not give them back: what ran is lost."""
+        for key, entry in list(self.entries.items()):
+            if not entry.state.admitted:
+                continue
+            del self.entries[key]
+            self.pool.release(list(entry.state.blocks))
+            failed = EngineError(f"the engine failed while this request ran: {error}")
+            failed.__cause__ = error
+            entry.stream.fail(failed)
+        self._reading = None
+        self.runner.reset()
+
+
+def new_entry(
+    core: EngineCore,
+    request: Request,
+    stream: Stream,
+    *,
+    key: int,
+    label: str,
+    prompt: PrefillResult | None = None,
+) -> Entry:
+    """A request that is submitted now. Raises ValueError, with the arithmetic, if it never fits."""
+    state = RequestState(
+        key=key,
+        arrival=key,
+        prompt_tokens=len(request.tokens),
+        max_new_tokens=request.max_new_tokens,
+    )
+    if (message := why_refused(state, core.limits)) is not None:
+        raise ValueError(message)
+    text = RunningText(core.lm.tokenizer, request.sampling.stop)
+    return Entry(request, stream, state, text, Times(core.clock()), label, prompt)

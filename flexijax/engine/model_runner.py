@@ -1,0 +1,288 @@
+"""The rows of a batch in one cache: prompts read into them, decode steps run over all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexijax.cache.blocks import BlockAllocator
+from flexijax.cache.cache import Cache, init
+from flexijax.engine.batch import SampledTokens, empty_batch
+from flexijax.engine.execute import (
+    Place,
+    compile_decode,
+    run_admit,
+    run_commit,
+    run_decode,
+    run_refit,
+)
+from flexijax.engine.first_token import FirstToken, first_token
+from flexijax.engine.prefiller import Prefiller, PrefillResult, Reading
+from flexijax.engine.program import Program, Progress, Runner
+from flexijax.engine.sampling import METHODS, SamplingRows, method_of
+from flexijax.engine.sequence import Request, Sequence
+from flexijax.engine.stats import SequenceStats, sequence_stats
+from flexijax.models.language_model import LanguageModel
+from flexijax.pallas_kernels import platform
+
+
+@dataclasses.dataclass
+class Prompting:
+    """A request whose prompt is being read into its row.
+
+    reading: None where it had been read before. seconds: spent on it so far, without compiling.
+    """
+
+    request: Request
+    place: Place
+    sequence: Sequence
+    reading: Reading | None
+    x: jax.Array | None = None
+    seconds: float = 0.0
+
+
+class ModelRunner:
+    """Runs requests in a cache of `program.layout.sizes.batch` rows.
+
+    It decides nothing: a caller says which request goes into which row and blocks, and when a piece
+    of a prompt is read and when a few decode steps are run. `admit` and `release` do so for callers
+    who have no plan of their own: each request gets a free row and all blocks it may come to need.
+    Only between these calls does Python look at anything.
+    """
+
+    def __init__(self, lm: LanguageModel, program: Program, *, progress: Progress | None) -> None:
+        self.lm, self.program = lm, program
+        self.runner = Runner(progress)
+        sizes = program.layout.sizes
+        # Made when the first request comes, since compiling takes memory that it then can have.
+        self.cache: Cache | None = None
+        self._prefiller = Prefiller(program.decoder, lm.params, program.prefill_spec(), self.runner)
+        self._allocator = BlockAllocator(sizes.blocks)
+        self.running: dict[int, Sequence] = {}
+        self._batch = jax.tree.map(np.array, empty_batch(sizes.batch))
+
+    def blocks_of(self, request: Request) -> int:
+        """Blocks that a request may come to need."""
+        tokens = len(request.tokens) + request.max_new_tokens
+        return -(-tokens // self.program.layout.sizes.page_size)
+
+    def can_admit(self, request: Request) -> bool:
+        """Whether a row and enough blocks are free."""
+        free = len(self.running) < self.program.layout.sizes.batch
+        return free and self._allocator.can_allocate(self.blocks_of(request))
+
+    def admit(self, request: Request, label: str, prompt: PrefillResult | None = None) -> Sequence:
+        """Reads the prompt into a free row and samples the first token.
+
+        label: what progress calls it. prompt: where it has been read already, which it survives.
+        The caller has asked `can_admit`.
+        """
+        row = next(at for at in range(self.program.layout.sizes.batch) if at not in self.running)
+        blocks = self._allocator.allocate(self.blocks_of(request))
+        prompting = self.begin(request, row, blocks, label, prompt)
+        while not self.advance(prompting):
+            pass
+        return prompting.sequence
+
+    def release(self, sequence: Sequence) -> None:
+        """Frees the row and the blocks of a request that `admit` took in and that has ended."""
+        self.leave(sequence)
+        self._allocator.release(list(sequence.blocks))
+
+    def begin(
+        self,
+        request: Request,
+        row: int,
+        blocks: Collection[int],
+        label: str,
+        prompt: PrefillResult | None = None,
+    ) -> Prompting:
+        """A request takes a row that is free; `advance` reads its prompt.
+
+        blocks: one block id for each of the prompt's pages, and more, if any.
+        """
+        self._serve(request)
+        compiled, started = self.runner.seconds, time.perf_counter()
+        if self.cache is None:
+            if request.max_new_tokens > 1:
+                compile_decode(self.runner, self.program, self.lm.params, self._device_batch())
+            self.cache = init(self.program.layout, self.program.policy)
+        place = Place.of(self.program, row, blocks, len(request.tokens))
+        sequence = Sequence(request=request, row=row, blocks=tuple(blocks))
+        self.running[row] = sequence
+        reading = None
+        if prompt is None:
+            reading = self._prefiller.begin(request.tokens, label)
+        made = Prompting(request, place, sequence, reading)
+        if prompt is not None:
+            made.x = prompt.x
+            self.cache = prompt.commit(
+                self.runner, self.program, self.cache, row=row, blocks=blocks
+            )
+        made.seconds += time.perf_counter() - started - (self.runner.seconds - compiled)
+        return made
+
+    def advance(self, prompting: Prompting) -> bool:
+        """Reads a piece of the prompt, with the last one samples the first token; whether done."""
+        compiled, started = self.runner.seconds, time.perf_counter()
+        reading = prompting.reading
+        if reading is not None and not reading.done:
+            layer = reading.advance()
+            if layer is not None:
+                assert self.cache is not None
+                self.cache = run_commit(
+                    self.runner,
+                    self.program,
+                    self._prefiller.spec,
+                    self.cache,
+                    layer,
+                    reading.kv,
+                    prompting.place,
+                )
+        done = reading is None or reading.done
+        if done:
+            if reading is not None:
+                assert self.cache is not None
+                prompting.x = reading.x
+                self.cache = run_admit(self.cache, prompting.place)
+            self._start(prompting)
+        prompting.seconds += time.perf_counter() - started - (self.runner.seconds - compiled)
+        if done:
+            prompting.sequence.prefill_s = prompting.seconds
+        return done
+
+    def _start(self, prompting: Prompting) -> None:
+        """Samples the first token and enters the request into the batch of the next steps."""
+        request, sequence, batch = prompting.request, prompting.sequence, self._batch
+        mine, row = SamplingRows.of([request.sampling]), sequence.row
+        args = (self.lm.params, prompting.x, mine, jnp.asarray([request.seed], jnp.uint32))
+        first = FirstToken(self.program.decoder, self.program.sampling)
+        sampled = self.runner.run("first token", first_token, first, args)
+        token, logprob = (value[0].item() for value in jax.device_get(sampled))
+        sequence.tokens, sequence.logprobs = [token], [logprob]
+        sequence.error = _not_finite(request, [logprob])
+        ends = request.max_new_tokens == 1 or token in request.stop_ids
+        sequence.active = not ends and sequence.error is None
+        batch.tokens[row] = token
+        batch.active[row] = sequence.active
+        batch.remaining[row] = request.max_new_tokens - 1
+        batch.generated[row] = 1
+        batch.seeds[row] = request.seed
+        batch.stop_ids[row] = -1
+        batch.stop_ids[row, : len(request.stop_ids)] = request.stop_ids
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            getattr(batch.sampling, name)[row] = getattr(mine, name)[0]
+
+    def _serve(self, request: Request) -> None:
+        """Makes the decode program one that can sample as the request asks, from now on."""
+        needed = max(method_of(request.sampling), self.program.sampling, key=METHODS.index)
+        if needed != self.program.sampling:
+            self.program = dataclasses.replace(self.program, sampling=needed)
+
+    def grow(self, blocks: dict[int, Collection[int]]) -> None:
+        """New lists of blocks for some rows, which go on as the old ones did."""
+        assert self.cache is not None
+        if not blocks:
+            return
+        table = np.array(self.cache.block_table)
+        for row, mine in blocks.items():
+            self.running[row].blocks = tuple(mine)
+            table[row, : len(mine)] = mine
+        table = jax.device_put(table, platform.sharding())
+        self.cache = dataclasses.replace(self.cache, block_table=table)
+
+    def step(self, rows: Collection[int] | None = None) -> list[Sequence]:
+        """`program.steps` decode steps; the requests that generated tokens in them.
+
+        rows: that take part, None for all. Every R of its own steps a request's chunk ends,
+        whatever runs beside it.
+        """
+        started, compiled = time.perf_counter(), self.runner.seconds
+        assert self.cache is not None, "nothing has been admitted"
+        took_part = [
+            of for of in self.running.values() if of.active and (rows is None or of.row in rows)
+        ]
+        due = np.zeros(self.program.layout.sizes.batch, bool)
+        self._batch.active[:] = False
+        for sequence in took_part:
+            self._batch.active[sequence.row] = True
+            sequence.chunk_steps += self.program.steps
+            due[sequence.row] = sequence.chunk_steps == self.program.chunk_steps
+        self.cache, batch, sampled = run_decode(
+            self.runner, self.program, self.lm.params, self.cache, self._device_batch(), due
+        )
+        batch, sampled = jax.device_get((batch, sampled))
+        self._batch = jax.tree.map(np.array, batch)
+        took = time.perf_counter() - started - (self.runner.seconds - compiled)
+        generated = [of for of in took_part if self._take(of, sampled, took)]
+        for sequence in generated:
+            if due[sequence.row]:
+                sequence.chunk_steps = 0
+                if sequence.active:
+                    self._refit(sequence, sequence.held - self.program.chunk_steps)
+        return generated
+
+    def _refit(self, sequence: Sequence, before: int) -> None:
+        """Fits the scores' states anew, where the prompt was too short to; before: tokens held."""
+        assert self.cache is not None
+        self.cache = run_refit(
+            self.runner,
+            self.program,
+            self.cache,
+            row=sequence.row,
+            prompt=len(sequence.request.tokens),
+            before=before,
+        )
+
+    def _device_batch(self) -> Any:
+        return jax.tree.map(jnp.asarray, self._batch)
+
+    def _take(self, sequence: Sequence, sampled: SampledTokens, took: float) -> bool:
+        emitted = sampled.emitted[:, sequence.row]
+        sequence.tokens += sampled.tokens[emitted, sequence.row].tolist()
+        logprobs = sampled.logprobs[emitted, sequence.row].tolist()
+        sequence.logprobs += logprobs
+        sequence.error = _not_finite(sequence.request, logprobs)
+        sequence.active = bool(self._batch.active[sequence.row]) and sequence.error is None
+        # A request that ends inside of the steps took its share of them.
+        sequence.decode_s += took * float(emitted.sum()) / emitted.size
+        return bool(emitted.any())
+
+    def stop(self, sequence: Sequence) -> None:
+        """Ends a request early, as a stop string does; its row is to be left next."""
+        sequence.active = False
+        self._batch.active[sequence.row] = False
+
+    def leave(self, sequence: Sequence) -> None:
+        """Frees the row of a request that has ended, or whose prompt is not read to its end."""
+        self.stop(sequence)
+        del self.running[sequence.row]
+
+    def reset(self) -> None:
+        """Lets go of all arrays and requests, after a program failed that had been given them."""
+        self.cache = None
+        self.running.clear()
+        self._batch.active[:] = False
+        self._prefiller.reset()
+
+    def stats(self, sequence: Sequence) -> SequenceStats:
+        """What the programs have counted of a request."""
+        assert self.cache is not None
+        return sequence_stats(self.program.layout, self.cache, row=sequence.row)
+
+
+def _not_finite(request: Request, logprobs: list[float]) -> FloatingPointError | None:
+    """What is wrong with tokens that were sampled from logits that are no numbers."""
+    if all(map(math.isfinite, logprobs)):
+        return None
+    return FloatingPointError(
+        f"prompts[{request.index}]: the model's logits are not finite, so its tokens mean "
+        "nothing; load it with dtype='float32', or check its weights"
+    )
