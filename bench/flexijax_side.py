@@ -44,8 +44,8 @@ def measure(
     if steps % program.chunk_steps:
         raise ValueError(f"steps={steps} must be whole chunks of {program.chunk_steps}")
     # As on the other side, the first run of a prefill is outside of the clock; that of a decode
-    # chunk is outside of the median.
-    first = make_requests(lm, [prompts[0][:64]], 1, Sampling(ignore_eos=True))
+    # chunk is outside of the median. A prompt of this length is read in chunks of both sizes.
+    first = make_requests(lm, [prompts[0][:600]], 1, Sampling(ignore_eos=True))
     ModelRunner(lm, program, progress=None).admit(first[0], "")
     engine = ModelRunner(lm, program, progress=None)
     requests = make_requests(lm, prompts, steps + 1, Sampling(ignore_eos=True))

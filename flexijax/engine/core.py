@@ -11,7 +11,7 @@ from flexijax.cache.blocks import BlockAllocator
 from flexijax.cache.prefix import PrefixIndex
 from flexijax.config import CacheConfig
 from flexijax.engine.boundary import BoundaryPlan, Limits, RequestState, Stage, State, apply
-from flexijax.engine.measured import Times, metrics, no_metrics
+from flexijax.engine.measured import EngineTotals, Times, metrics, no_metrics
 from flexijax.engine.model_runner import ModelRunner, Prompting
 from flexijax.engine.prefiller import PrefillResult
 from flexijax.engine.program import Program, Progress
@@ -83,10 +83,12 @@ class EngineCore:
         self.entries: dict[int, Entry] = {}
         self._reading: Prompting | None = None
         self._prefill_first = prefill_first
+        self.totals = EngineTotals()
 
     def add(self, entry: Entry) -> None:
         """A request that waits from now on; its key is new."""
         self.entries[entry.state.key] = entry
+        self.totals.submitted += 1
 
     def cancel(self, key: int) -> None:
         """Lets a request go at the next boundary, if it is there."""
@@ -145,10 +147,15 @@ class EngineCore:
         self.runner.grow({of.row: of.blocks for of in grown if of.row is not None})
         for key in plan.pause:
             self.entries[key].times.pauses += 1
+            self.totals.paused += 1
         took = 0.0
         if not (self._prefill_first and self._reading is not None):
             took = self._decode([self.entries[key] for key in plan.decode])
-        self._read(took)
+        took_reading = self._read(took)
+        totals, rows = self.totals, sum(of.state.admitted for of in self.entries.values())
+        totals.decode_s += took
+        totals.prefill_s += took_reading
+        totals.row_s += rows * (took + took_reading)
 
     def _begin(self, entry: Entry) -> None:
         state = entry.state
@@ -170,19 +177,24 @@ class EngineCore:
             self._take(entry)
         return took
 
-    def _read(self, decoded_s: float) -> None:
-        """Reads on for as long as the steps took: half of the time, or a while where none ran."""
+    def _read(self, decoded_s: float) -> float:
+        """Reads on for as long as the steps took: half of the time, or a while where none ran.
+
+        Returns the seconds that it took.
+        """
         started, budget = self.clock(), decoded_s or _READING_S
         while (reading := self._reading) is not None:
             if self.runner.advance(reading):
                 self._reading = None
                 entry = next(e for e in self.entries.values() if e.sequence is reading.sequence)
                 entry.state = dataclasses.replace(entry.state, stage=Stage.RUNNING)
+                self.totals.prompt_tokens += len(entry.request.tokens)
                 self._take(entry)
             elif reading.reading is not None:
                 jax.block_until_ready(reading.reading.kv.k)
             if self.clock() - started >= budget:
                 break
+        return self.clock() - started
 
     def _take(self, entry: Entry) -> None:
         """Shows the tokens that came, and lets go of the request if it has ended."""
@@ -193,6 +205,7 @@ class EngineCore:
             entry.stream.fail(sequence.error)
             return
         if len(sequence.tokens) > entry.shown:
+            self.totals.new_tokens += len(sequence.tokens) - entry.shown
             entry.times.tokens_came(self.clock())
         for at in range(entry.shown, len(sequence.tokens)):
             token = sequence.tokens[at]
@@ -217,6 +230,7 @@ class EngineCore:
 
     def _leave(self, entry: Entry, reason: str | None) -> None:
         """Ends the stream of a request whose blocks are given back, and frees its row."""
+        self.totals.ended += 1
         if reason is not None:
             entry.stream.put(entry.text.finish())
             entry.stream.end(self._generation(entry, reason))
@@ -262,6 +276,7 @@ class EngineCore:
                 continue
             del self.entries[key]
             self.pool.release(list(entry.state.blocks))
+            self.totals.ended += 1
             failed = EngineError(f"the engine failed while this request ran: {error}")
             failed.__cause__ = error
             entry.stream.fail(failed)

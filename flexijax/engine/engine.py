@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from flexijax.config import CacheConfig
 from flexijax.engine.core import Answering, EngineCore, Entry, new_entry
+from flexijax.engine.measured import EngineTotals
 from flexijax.engine.plan import find_profile, origin_of
 from flexijax.engine.plan_engine import make_engine_program
 from flexijax.engine.program import Progress
@@ -147,6 +148,11 @@ class Engine:
         return self._core.compile_s
 
     @property
+    def totals(self) -> EngineTotals:
+        """What all requests so far took together; goes on changing."""
+        return self._core.totals
+
+    @property
     def num_running(self) -> int:
         """Requests that hold a row."""
         return sum(entry.state.admitted for entry in self._core.entries.values())
@@ -155,6 +161,11 @@ class Engine:
     def num_free_blocks(self) -> int:
         """Blocks that no request holds, of `num_blocks`."""
         return self._core.pool.num_free
+
+    @property
+    def max_requests(self) -> int:
+        """Rows: requests that may run at once; fewer than asked for where memory is short."""
+        return self._core.limits.rows
 
     @property
     def num_blocks(self) -> int:

@@ -46,6 +46,30 @@ class Times:
         self.last = now
 
 
+@dataclasses.dataclass
+class EngineTotals:
+    """Of all requests of an engine so far; seconds without those that compiling took.
+
+    submitted, ended: requests, the latter for whatever reason. prompt_tokens: read. new_tokens:
+    generated. decode_s, prefill_s: spent on steps and on prompts. row_s: rows that held a request,
+    summed over those seconds. paused: how often a row had to wait for blocks.
+    """
+
+    submitted: int = 0
+    ended: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+    prefill_s: float = 0.0
+    row_s: float = 0.0
+    paused: int = 0
+
+    @property
+    def mean_running(self) -> float:
+        """Requests that held a row, on average over time."""
+        return self.row_s / max(self.decode_s + self.prefill_s, 1e-9)
+
+
 def metrics(
     runner: ModelRunner,
     sequence: Sequence,

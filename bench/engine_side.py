@@ -1,0 +1,86 @@
+"""One measurement of an engine under load, in a process of its own.
+
+`python -m bench.engine_side SPEC` with the JSON of `measure`'s arguments prints the JSON of its
+result as the last line.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+from bench.timing import peak_bytes
+
+
+def measure(
+    *,
+    prompts: list[list[int]],
+    new_tokens: int,
+    policy: str,
+    budget_tokens: int,
+    device_bytes: int | str,
+    max_requests: int,
+    max_context: int,
+    usual_context: int,
+) -> dict[str, Any]:
+    """All prompts submitted at once, to their end; compiling is outside of the clock.
+
+    new_tokens: of each, its model's stop tokens ignored. Returns `EngineTotals`, the seconds of all
+    of it, and of what lies between two times that a request's tokens came the longest.
+    """
+    import flexijax
+    from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
+
+    return_freed_memory()
+    use_compilation_cache()
+    engine = flexijax.Engine(
+        flexijax.load("smollm2"),
+        cache=flexijax.CacheConfig(policy=policy, budget_tokens=budget_tokens),
+        max_requests=max_requests,
+        max_context=max_context,
+        usual_context=usual_context,
+        device_bytes=device_bytes,
+    )
+    sampling = flexijax.Sampling(ignore_eos=True)
+    # Compiles everything: a prompt of this length is read in chunks of both sizes.
+    engine.submit(prompts[0][:600], max_new_tokens=20, sampling=sampling).result()
+    before = dataclasses.asdict(engine.totals)
+    started, compiled = time.perf_counter(), engine.compile_s
+    streams = [
+        engine.submit(prompt, max_new_tokens=new_tokens, sampling=sampling) for prompt in prompts
+    ]
+    while engine.step():
+        totals = engine.totals
+        print(f"{totals.ended - 1} of {len(prompts)} ended", file=sys.stderr, flush=True)
+    seconds = time.perf_counter() - started - (engine.compile_s - compiled)
+    after = dataclasses.asdict(engine.totals)
+    totals = {name: after[name] - before[name] for name in after}
+    made = [stream.result() for stream in streams]
+    return {
+        "totals": totals,
+        "seconds": seconds,
+        "running": totals["row_s"] / (totals["decode_s"] + totals["prefill_s"]),
+        "decode_tokens_per_s": totals["new_tokens"] / totals["decode_s"],
+        "tokens_per_s": (totals["new_tokens"] + totals["prompt_tokens"]) / seconds,
+        "new_tokens_per_s": totals["new_tokens"] / seconds,
+        "ttft_s": [one.metrics.ttft_s for one in made],
+        "longest_gap_s": max(one.metrics.longest_gap_s for one in made),
+        "pauses": totals["paused"],
+        "compiled_late_s": engine.compile_s - compiled,
+        "rows": engine.max_requests,
+        "blocks": engine.num_blocks,
+        "peak_bytes": peak_bytes(),
+        "tokens": [list(one.token_ids) for one in made],
+    }
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    with open(spec.pop("prompts_file"), encoding="utf-8") as file:
+        prompts = json.load(file)
+    print(json.dumps(measure(prompts=prompts, **spec)))
+
+
+if __name__ == "__main__":
+    main()
