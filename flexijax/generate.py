@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from flexijax.config import CacheConfig
-from flexijax.engine.core import Answering, EngineCore, new_entry
+from flexijax.engine.core import Answering, EngineCore
 from flexijax.engine.engine import BOUNDARY_STEPS
+from flexijax.engine.entry import new_entry
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import PrefillResult
 from flexijax.engine.program import Program, Progress
@@ -102,7 +103,18 @@ def run_requests(
     for key, request in enumerate(requests):
         answer = Stream(lambda _: core.step(), functools.partial(core.cancel, key))
         label = f"prompt {request.index + 1} of {len(requests)}"
-        core.add(new_entry(core, request, answer, key=key, label=label, prompt=prompt))
+        core.add(
+            new_entry(
+                lm,
+                core.limits,
+                request,
+                answer,
+                key=key,
+                label=label,
+                now=core.clock(),
+                prompt=prompt,
+            )
+        )
         streams.append(answer)
     left = True
     while left:

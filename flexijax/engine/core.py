@@ -10,40 +10,19 @@ import jax
 from flexijax.cache.blocks import BlockAllocator
 from flexijax.cache.prefix import PrefixIndex
 from flexijax.config import CacheConfig
-from flexijax.engine.boundary import BoundaryPlan, Limits, RequestState, Stage, State, apply
-from flexijax.engine.measured import EngineTotals, Times, metrics, no_metrics
+from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, State, apply
+from flexijax.engine.entry import Entry
+from flexijax.engine.measured import EngineTotals, metrics, no_metrics
 from flexijax.engine.model_runner import ModelRunner, Prompting
-from flexijax.engine.prefiller import PrefillResult
 from flexijax.engine.program import Program, Progress
-from flexijax.engine.scheduler import schedule, why_refused
-from flexijax.engine.sequence import Request, Sequence
-from flexijax.engine.stream import EngineError, Stream
-from flexijax.engine.text import RunningText
+from flexijax.engine.scheduler import schedule
+from flexijax.engine.stream import EngineError
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.results import Generation
 
 # Seconds of reading after which others are looked at, where nothing decodes.
 _READING_S = 0.25
-
-
-@dataclasses.dataclass
-class Entry:
-    """A request that has not been let go of.
-
-    label: of its prompt, for progress. prompt: where that has been read already. shown: of its
-    tokens, how many its text has.
-    """
-
-    request: Request
-    stream: Stream
-    state: RequestState
-    text: RunningText
-    times: Times
-    label: str
-    prompt: PrefillResult | None = None
-    sequence: Sequence | None = None
-    shown: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,25 +261,3 @@ class EngineCore:
             entry.stream.fail(failed)
         self._reading = None
         self.runner.reset()
-
-
-def new_entry(
-    core: EngineCore,
-    request: Request,
-    stream: Stream,
-    *,
-    key: int,
-    label: str,
-    prompt: PrefillResult | None = None,
-) -> Entry:
-    """A request that is submitted now. Raises ValueError, with the arithmetic, if it never fits."""
-    state = RequestState(
-        key=key,
-        arrival=key,
-        prompt_tokens=len(request.tokens),
-        max_new_tokens=request.max_new_tokens,
-    )
-    if (message := why_refused(state, core.limits)) is not None:
-        raise ValueError(message)
-    text = RunningText(core.lm.tokenizer, request.sampling.stop)
-    return Entry(request, stream, state, text, Times(core.clock()), label, prompt)

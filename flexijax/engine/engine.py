@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 
 from flexijax.config import CacheConfig
-from flexijax.engine.core import Answering, EngineCore, Entry, new_entry
+from flexijax.engine.core import Answering, EngineCore
+from flexijax.engine.entry import Entry, new_entry
 from flexijax.engine.measured import EngineTotals
 from flexijax.engine.plan import find_profile, origin_of
 from flexijax.engine.plan_engine import make_engine_program
@@ -125,9 +126,11 @@ class Engine:
                 f"{request.max_new_tokens} more would pass max_context={self.max_context} of this "
                 "engine"
             )
-        key = next(self._numbers)
+        key, core = next(self._numbers), self._core
         stream = Stream(self._wait, functools.partial(self._cancel, key))
-        entry = new_entry(self._core, request, stream, key=key, label="a prompt")
+        entry = new_entry(
+            core.lm, core.limits, request, stream, key=key, label="a prompt", now=core.clock()
+        )
         if timeout_s is not None:
             deadline = time.monotonic() + timeout_s
             entry.state = dataclasses.replace(entry.state, deadline=deadline)
