@@ -27,6 +27,10 @@ class BlockAllocator:
         """Whether `allocate(count)` would succeed."""
         return 0 <= count <= len(self._free)
 
+    def references(self, block: int) -> int:
+        """How many hold the block; 0 for a free one."""
+        return self._references[block]
+
     def allocate(self, count: int) -> list[int]:
         """Block ids for `count` pages, each with one reference.
 
