@@ -5,7 +5,13 @@ import dataclasses
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from flexijax.cache.blocks import BlockAllocator
 from flexijax.cache.prefix import PrefixIndex
@@ -106,7 +112,7 @@ class PrefixMachine(RuleBasedStateMachine):
         self.requests: list[Reading] = []
         self.content: dict[int, tuple[str, tuple[int, ...]]] = {}  # what was written, by block
 
-    @hypothesis.stateful.initialize(pages=st.integers(1, 2), fewest=st.integers(0, 5))
+    @initialize(pages=st.integers(1, 2), fewest=st.integers(0, 5))
     def start(self, pages, fewest):
         self.grid, self.fewest = pages * PAGE, fewest
         self.index = PrefixIndex(
@@ -175,5 +181,5 @@ class PrefixMachine(RuleBasedStateMachine):
 
 TestPrefixMachine = PrefixMachine.TestCase
 TestPrefixMachine.settings = hypothesis.settings(
-    deadline=None, max_examples=150, stateful_step_count=40
+    deadline=None, max_examples=80, stateful_step_count=40
 )
