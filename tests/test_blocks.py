@@ -30,6 +30,7 @@ def test_shared_block_is_free_only_after_its_last_reference():
     allocator.share(blocks[:1])
     allocator.release(blocks)
     assert allocator.num_free == 1
+    assert [allocator.references(block) for block in blocks] == [1, 0]
     allocator.release(blocks[:1])
     assert allocator.num_free == 2
 
