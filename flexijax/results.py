@@ -15,6 +15,8 @@ class Metrics:
     prompt_tokens: int
     new_tokens: int
     """Without the stop token."""
+    cached_tokens: int
+    """Of the prompt, those whose keys and values were in the cache already."""
     queue_s: float
     """From the request's submission until its prompt began to be read, seconds."""
     ttft_s: float

@@ -19,7 +19,13 @@ from flexijax.aot.launches import Launches
 from flexijax.aot.targets import Target
 from flexijax.cache.memory import nbytes
 from flexijax.config import CacheConfig
-from flexijax.engine.inventory import ProgramCall, decode_calls, prompt_calls, refit_calls
+from flexijax.engine.inventory import (
+    ProgramCall,
+    decode_calls,
+    prefix_calls,
+    prompt_calls,
+    refit_calls,
+)
 from flexijax.engine.program import Program
 from flexijax.models.config import ModelConfig
 from flexijax.pallas_kernels import platform
@@ -135,6 +141,7 @@ def compile_program(
     with platform.compiling_for("gpu"):
         calls = [
             *prompt_calls(program, params),
+            *prefix_calls(program),
             *decode_calls(program, params),
             *refit_calls(program),
         ]

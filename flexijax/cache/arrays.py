@@ -75,6 +75,7 @@ class Prompt:
     row: jax.Array  # int32[], its place in the batch
     blocks: jax.Array  # int32[P], block of each page, good below ceil(length / page)
     length: jax.Array  # int32[]
+    start: jax.Array  # int32[], tokens whose pages the blocks hold already
     layer: jax.Array  # int32[]
 
 

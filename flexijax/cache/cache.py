@@ -52,9 +52,15 @@ class Cache:
 def kind(group: HeadGroup) -> ModuleType:
     """The functions over groups of that kind.
 
-    empty, store, after_step, commit, end_chunk; of the last: has_chunk_end, num_queries.
+    empty, store, after_step, commit, end_chunk; of the last: has_chunk_end, num_queries. Of kinds
+    whose pages all lie by block, and may be shared: read_pages.
     """
     return _KINDS[group.kind]
+
+
+def keeps_all_by_block(layout: CacheLayout) -> bool:
+    """Whether every page of a request can be read by its block id, so that blocks can be shared."""
+    return all(hasattr(kind(group), "read_pages") for *_, group in layout.all_groups())
 
 
 def group_programs(

@@ -92,11 +92,12 @@ def commit(
     v = prompt.v.reshape(1, heads, sizes.pages, sizes.page_size, -1)
     page = jnp.arange(sizes.pages, dtype=jnp.int32)
     full = jnp.where(page < prompt.length // sizes.page_size, prompt.blocks, -1)
+    new = jnp.where(page * sizes.page_size >= prompt.start, full, -1)
     every = jnp.broadcast_to(page[None, None], (1, heads, sizes.pages))
-    host = offload(host, k, v, full[None], every, transfer=program.transfer)
+    host = offload(host, k, v, new[None], every, transfer=program.transfer)
     k_pages = k[0].transpose(2, 0, 3, 1)  # [P, K, page, H]
     state = score.fit(k_pages, prompt.length)
-    at = jnp.where(full >= 0, full, sizes.blocks)
+    at = jnp.where(new >= 0, new, sizes.blocks)
     summaries = scatter(group.summaries, at, score.summarize(k_pages, state))
     # Blocks of the newest page may not be in `full`; it has no summary and stays by rule.
     table = PageTable.of_full_pages(jnp.maximum(full, 0)[None], length, sizes.page_size)
@@ -118,6 +119,27 @@ def commit(
     )
     nought = jax.tree.map(lambda leaf: set_row(leaf, row, jnp.zeros_like(leaf[0])), stats)
     return group, host, nought
+
+
+def read_pages(
+    program: GroupProgram,
+    group: OffloadedGroup,
+    host: HostPages,
+    blocks: jax.Array,
+    count: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The first `count` pages of int32[P] blocks, as a prompt has them: k [K, H, S], v [K, S, H].
+
+    They come from the host; behind them are zeros.
+    """
+    heads, page, width = host.k.shape[1:]
+    pages = len(blocks)
+    load = jnp.where(jnp.arange(pages, dtype=jnp.int32) < count, blocks, -1)
+    k = jnp.zeros((1, heads, width, pages, page), host.k.dtype)
+    v = jnp.zeros((1, heads, pages, page, width), host.v.dtype)
+    load = jnp.broadcast_to(load, (1, heads, pages))
+    k, v = promote(k, v, host, load, transfer=program.transfer)
+    return k.reshape(heads, width, -1), v.reshape(heads, -1, width)
 
 
 def num_queries(program: GroupProgram) -> int:

@@ -73,8 +73,8 @@ def commit(
     sizes, score = program.sizes, program.score
     heads = prompt.k.shape[0]
     page = jnp.arange(sizes.pages, dtype=jnp.int32)
-    used = page < -(-prompt.length // sizes.page_size)
-    table = jnp.where(used, prompt.blocks, sizes.blocks)  # beyond: out of bounds, dropped
+    new = (page < -(-prompt.length // sizes.page_size)) & (page * sizes.page_size >= prompt.start)
+    table = jnp.where(new, prompt.blocks, sizes.blocks)  # others: out of bounds, dropped
     k = prompt.k.reshape(heads, -1, sizes.pages, sizes.page_size)
     k_pages = k.transpose(2, 0, 3, 1)  # [P, K, page, H]
     v_pages = prompt.v.reshape(heads, sizes.pages, sizes.page_size, -1).swapaxes(0, 1)
@@ -86,6 +86,18 @@ def commit(
         score_state=scatter(group.score_state, prompt.row, state),
     )
     return group, None, None
+
+
+def read_pages(
+    program: GroupProgram, group: SelectedGroup, host: None, blocks: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The first `count` pages of int32[P] blocks, as a prompt has them: k [K, H, S], v [K, S, H].
+
+    What stands behind them means nothing.
+    """
+    heads, width = group.k.shape[1], group.k.shape[3]
+    k = group.k[blocks].transpose(1, 3, 0, 2).reshape(heads, width, -1)
+    return k, group.v[blocks].swapaxes(0, 1).reshape(heads, -1, width)
 
 
 def num_queries(program: GroupProgram) -> int:

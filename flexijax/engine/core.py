@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 import jax
 
 from flexijax.cache.blocks import BlockAllocator
+from flexijax.cache.cache import keeps_all_by_block
 from flexijax.cache.prefix import PrefixIndex
 from flexijax.config import CacheConfig
 from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, State, apply
@@ -38,6 +40,8 @@ class EngineCore:
     """Requests over one cache; for one thread, which calls `step` until nothing is left.
 
     prefill_first: whether prompts are read before anything decodes, so that rows decode together.
+    prefix_caching: whether prompts that begin alike share the blocks of what they begin with, where
+    the policy keeps all pages.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class EngineCore:
         *,
         progress: Progress | None,
         prefill_first: bool = False,
+        prefix_caching: bool = True,
     ) -> None:
         sizes = program.layout.sizes
         self.lm, self._answering = lm, answering
@@ -58,7 +63,17 @@ class EngineCore:
             page_size=sizes.page_size,
             boundary_steps=program.steps,
         )
-        self.pool = PrefixIndex(BlockAllocator(sizes.blocks), page_size=sizes.page_size)
+        spec = program.prefill_spec()
+        self.pool = PrefixIndex(
+            BlockAllocator(sizes.blocks),
+            page_size=sizes.page_size,
+            # So that what follows a hit is read in the chunks in which a miss reads it.
+            grid=math.lcm(spec.chunk, sizes.page_size),
+            fewest=program.code_tokens,
+        )
+        # What policies observe of a prompt is not kept of what was shared.
+        alone = program.policy.prompt_window is None or program.policy.prompt_window > 1
+        self._shares = prefix_caching and not alone and keeps_all_by_block(program.layout)
         self.entries: dict[int, Entry] = {}
         self._reading: Prompting | None = None
         self._prefill_first = prefill_first
@@ -101,6 +116,8 @@ class EngineCore:
         return time.perf_counter() - self.compile_s
 
     def _boundary(self) -> None:
+        if self._shares and self._reading is None:
+            self._look_up()
         states = tuple(entry.state for entry in self.entries.values())
         readings = 0 if self._reading is not None else 1
         plan = schedule(
@@ -117,6 +134,13 @@ class EngineCore:
             else:
                 self._leave(entry, plan.release[key].value)
         self._run(plan)
+
+    def _look_up(self) -> None:
+        """What of the next prompts the cache knows; only of those that may be admitted now."""
+        waiting = [of for of in self.entries.values() if of.state.stage is Stage.WAITING]
+        for entry in waiting[: self.limits.max_passes + 1]:
+            known = () if entry.prompt else self.pool.match(entry.request.tokens, entry.salt)
+            entry.state = dataclasses.replace(entry.state, cached=tuple(known))
 
     def _run(self, plan: BoundaryPlan) -> None:
         """What was planned until the next boundary."""
@@ -141,8 +165,15 @@ class EngineCore:
         assert state.row is not None and self._reading is None
         entry.times.began = self.clock()
         self._reading = self.runner.begin(
-            entry.request, state.row, state.blocks, entry.label, entry.prompt
+            entry.request,
+            state.row,
+            state.blocks,
+            entry.label,
+            entry.prompt,
+            start=state.tokens,
         )
+        self.totals.cached_tokens += state.tokens
+        entry.times.cached_tokens = state.tokens
         entry.sequence = self._reading.sequence
 
     def _decode(self, entries: list[Entry]) -> float:
@@ -168,6 +199,8 @@ class EngineCore:
                 entry = next(e for e in self.entries.values() if e.sequence is reading.sequence)
                 entry.state = dataclasses.replace(entry.state, stage=Stage.RUNNING)
                 self.totals.prompt_tokens += len(entry.request.tokens)
+                if self._shares:
+                    self.pool.insert(entry.request.tokens, entry.state.blocks, entry.salt)
                 self._take(entry)
             elif reading.reading is not None:
                 jax.block_until_ready(reading.reading.kv.k)

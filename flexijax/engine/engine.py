@@ -50,6 +50,7 @@ class Engine:
         usual_context: int | None = None,
         device_bytes: int | str | None = None,
         host_bytes: int | str | None = None,
+        prefix_caching: bool = True,
         progress: Progress | None = None,
     ) -> None:
         """Counts what fits; arrays are made when the first request comes.
@@ -59,8 +60,8 @@ class Engine:
         None: all that the model can read. usual_context: of an ordinary one, by which rows are
         weighed against blocks; None: max_context. device_bytes, host_bytes: for everything that the
         engine holds beside the model's weights, a number or a text such as "1GiB"; None: what
-        `max_requests` requests of `max_context` tokens take. progress: called with (stage, done,
-        total).
+        `max_requests` requests of `max_context` tokens take. prefix_caching: whether prompts that
+        begin alike share what they begin with. progress: called with (stage, done, total).
         Raises ValueError naming the argument, with the arithmetic where not even one request fits.
         """
         cache = CacheConfig() if cache is None else cache
@@ -93,7 +94,9 @@ class Engine:
             boundary_steps=BOUNDARY_STEPS,
         )
         answering = Answering(cache, profile, origin)
-        self._core = EngineCore(lm, program, answering, progress=progress)
+        self._core = EngineCore(
+            lm, program, answering, progress=progress, prefix_caching=prefix_caching
+        )
         self._numbers = itertools.count()
         # Whoever drives the engine holds the first; the second guards what others change meanwhile.
         self._driving, self._changing = threading.RLock(), threading.Lock()
@@ -108,11 +111,13 @@ class Engine:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         timeout_s: float | None = None,
+        cache_salt: str = "",
     ) -> Stream:
         """A request; it runs while somebody waits for a piece of it or of another.
 
         prompt: a text, or token ids. timeout_s: seconds from now after which it ends with what it
-        has, finish_reason "deadline".
+        has, finish_reason "deadline". cache_salt: the request shares the beginning of its prompt
+        with those of the same salt alone.
         Raises ValueError naming the argument, for what `generate` refuses too, and with the
         arithmetic for what could never fit.
         """
@@ -131,6 +136,7 @@ class Engine:
         entry = new_entry(
             core.lm, core.limits, request, stream, key=key, label="a prompt", now=core.clock()
         )
+        entry.salt = cache_salt
         if timeout_s is not None:
             deadline = time.monotonic() + timeout_s
             entry.state = dataclasses.replace(entry.state, deadline=deadline)

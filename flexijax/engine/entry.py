@@ -19,7 +19,7 @@ class Entry:
     """A request that has not been let go of.
 
     label: of its prompt, for progress. prompt: where that has been read already. shown: of its
-    tokens, how many its text has.
+    tokens, how many its text has. salt: only requests of one salt share what they begin with.
     """
 
     request: Request
@@ -31,6 +31,7 @@ class Entry:
     prompt: PrefillResult | None = None
     sequence: Sequence | None = None
     shown: int = 0
+    salt: str = ""
 
 
 def new_entry(

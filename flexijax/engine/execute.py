@@ -25,25 +25,41 @@ from flexijax.engine.decode import (
     teacher_forced_steps,
 )
 from flexijax.engine.inventory import decode_calls
-from flexijax.engine.prefill import commit_layer, head_arrays
+from flexijax.engine.prefill import commit_layer, head_arrays, load_prefix
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import Params
 from flexijax.pallas_kernels import platform
 
 
 class Place(NamedTuple):
-    """Where a prompt goes: row int32[], blocks int32[P], and its length in tokens int32[]."""
+    """Where a prompt goes: row int32[], blocks int32[P], and its length in tokens int32[].
+
+    start: int32[], tokens whose pages the blocks hold already.
+    """
 
     row: jax.Array
     blocks: jax.Array
     length: jax.Array
+    start: jax.Array
 
     @classmethod
-    def of(cls, program: Program, row: int, blocks: Collection[int], length: int) -> Place:
+    def of(
+        cls, program: Program, row: int, blocks: Collection[int], length: int, start: int = 0
+    ) -> Place:
         """blocks: one block id a page, at least ceil(length / page) of them."""
         table = np.zeros(program.layout.sizes.pages, np.int32)
         table[: len(blocks)] = list(blocks)
-        return cls(as_index(row), jnp.asarray(table), as_index(length))
+        return cls(as_index(row), jnp.asarray(table), as_index(length), as_index(start))
+
+
+def run_load_prefix(
+    runner: Runner, program: Program, cache: Cache, layer: int, kv: PrefillKV, place: Place
+) -> PrefillKV:
+    """The tokens of a prompt that are in the cache already, of one layer; kv is donated."""
+    heads = head_arrays(program.layout, layer)
+    args = (cache.layers[layer], heads, place.blocks, place.start, kv)
+    groups = program.groups[layer]
+    return runner.run("prefix", load_prefix, groups, args, donate=(4,))
 
 
 def run_commit(

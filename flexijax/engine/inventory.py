@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.cache.arrays import Prompt, chunk_end
-from flexijax.cache.cache import abstract, kind
+from flexijax.cache.cache import abstract, keeps_all_by_block, kind
 from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
 from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import BatchState, empty_batch
@@ -26,6 +26,7 @@ from flexijax.engine.prefill import (
     commit_layer,
     embed_prompt,
     head_arrays,
+    load_prefix,
     prefill_chunk,
     prefill_last_layer,
 )
@@ -79,7 +80,8 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
     commits = []
     for layer, groups in enumerate(program.groups):
         observed = () if program.policy not in spec.observers else kv.observed[0]
-        prompt = Prompt(kv.k, kv.v, kv.queries, observed, scalar, blocks, scalar, scalar)
+        place = (scalar, blocks, scalar, scalar)
+        prompt = Prompt(kv.k, kv.v, kv.queries, observed, *place, scalar)
         heads = platform.placed(head_arrays(program.layout, layer))
         args = (cache.layers[layer], prompt, heads)
         commits.append(ProgramCall("commit", commit_layer, groups, args, donate=(0,)))
@@ -88,6 +90,20 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
     first = FirstToken(decoder, program.sampling)
     args = (params, _like(stream.dtype, 1, stream.shape[1]), sampling, _like(jnp.uint32, 1))
     yield ProgramCall("first token", first_token, first, args)
+
+
+def prefix_calls(program: Program) -> Iterator[ProgramCall]:
+    """What it takes to go on from tokens that are in the cache, where they can be shared."""
+    if not keeps_all_by_block(program.layout):
+        return
+    cache, scalar = abstract(program.layout, program.policy), _like(jnp.int32)
+    kv = platform.placed(jax.eval_shape(lambda: empty_prefill_kv(program.prefill_spec())))
+    blocks, calls = _like(jnp.int32, program.layout.sizes.pages), []
+    for layer, groups in enumerate(program.groups):
+        heads = platform.placed(head_arrays(program.layout, layer))
+        args = (cache.layers[layer], heads, blocks, scalar, kv)
+        calls.append(ProgramCall("prefix", load_prefix, groups, args, donate=(4,)))
+    yield from _distinct(calls)
 
 
 def decode_calls(

@@ -26,6 +26,7 @@ class Times:
     last: float = 0.0
     longest_gap_s: float = 0.0
     pauses: int = 0
+    cached_tokens: int = 0
 
     @property
     def queue_s(self) -> float:
@@ -50,14 +51,16 @@ class Times:
 class EngineTotals:
     """Of all requests of an engine so far; seconds without those that compiling took.
 
-    submitted, ended: requests, the latter for whatever reason. prompt_tokens: read. new_tokens:
-    generated. decode_s, prefill_s: spent on steps and on prompts. row_s: rows that held a request,
-    summed over those seconds. paused: how often a row had to wait for blocks.
+    submitted, ended: requests, the latter for whatever reason. prompt_tokens: of prompts that were
+    read; cached_tokens: of them, those that were in the cache already. new_tokens: generated.
+    decode_s, prefill_s: spent on steps and on prompts. row_s: rows that held a request, summed over
+    those seconds. paused: how often a row had to wait for blocks.
     """
 
     submitted: int = 0
     ended: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     decode_s: float = 0.0
     prefill_s: float = 0.0
@@ -94,6 +97,7 @@ def metrics(
     return Metrics(
         prompt_tokens=len(request.tokens),
         new_tokens=new_tokens,
+        cached_tokens=times.cached_tokens,
         queue_s=times.queue_s,
         ttft_s=times.ttft_s,
         tpot_ms=1e3 * sequence.decode_s / max(len(sequence.tokens) - 1, 1),
@@ -125,6 +129,7 @@ def no_metrics(request: Request, times: Times, *, compile_s: float) -> Metrics:
     return Metrics(
         prompt_tokens=len(request.tokens),
         new_tokens=0,
+        cached_tokens=0,
         queue_s=times.queue_s,
         ttft_s=0.0,
         tpot_ms=0.0,

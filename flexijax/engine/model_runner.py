@@ -21,6 +21,7 @@ from flexijax.engine.execute import (
     run_admit,
     run_commit,
     run_decode,
+    run_load_prefix,
     run_refit,
 )
 from flexijax.engine.first_token import FirstToken, first_token
@@ -103,10 +104,12 @@ class ModelRunner:
         blocks: Collection[int],
         label: str,
         prompt: PrefillResult | None = None,
+        start: int = 0,
     ) -> Prompting:
         """A request takes a row that is free; `advance` reads its prompt.
 
-        blocks: one block id for each of the prompt's pages, and more, if any.
+        blocks: one block id for each of the prompt's pages, and more, if any; they hold its first
+        `start` tokens already, whole chunks.
         """
         self._serve(request)
         compiled, started = self.runner.seconds, time.perf_counter()
@@ -114,12 +117,12 @@ class ModelRunner:
             if request.max_new_tokens > 1:
                 compile_decode(self.runner, self.program, self.lm.params, self._device_batch())
             self.cache = init(self.program.layout, self.program.policy)
-        place = Place.of(self.program, row, blocks, len(request.tokens))
+        place = Place.of(self.program, row, blocks, len(request.tokens), start)
         sequence = Sequence(request=request, row=row, blocks=tuple(blocks))
         self.running[row] = sequence
         reading = None
         if prompt is None:
-            reading = self._prefiller.begin(request.tokens, label)
+            reading = self._prefiller.begin(request.tokens, label, start)
         made = Prompting(request, place, sequence, reading)
         if prompt is not None:
             made.x = prompt.x
@@ -134,6 +137,16 @@ class ModelRunner:
         compiled, started = self.runner.seconds, time.perf_counter()
         reading = prompting.reading
         if reading is not None and not reading.done:
+            if reading.wants_prefix:
+                assert self.cache is not None
+                reading.kv = run_load_prefix(
+                    self.runner,
+                    self.program,
+                    self.cache,
+                    reading.layer,
+                    reading.kv,
+                    prompting.place,
+                )
             layer = reading.advance()
             if layer is not None:
                 assert self.cache is not None

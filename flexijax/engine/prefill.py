@@ -103,6 +103,31 @@ def commit_layer(
     return LayerCache(tuple(groups), tuple(hosts), tuple(counts))
 
 
+def load_prefix(
+    programs: tuple[GroupProgram, ...],
+    layer_cache: LayerCache,
+    heads: tuple[jax.Array | None, ...],
+    blocks: jax.Array,
+    length: jax.Array,
+    kv: PrefillKV,
+) -> PrefillKV:
+    """The first tokens of a prompt from both tiers, where a chunk of one layer attends to them.
+
+    blocks: int32[P]; they hold the first `length` int32[] tokens, whole pages. kv: donated.
+    """
+    k, v = kv.k, kv.v
+    for program, group, host, mine in zip(
+        programs, layer_cache.groups, layer_cache.host, heads, strict=True
+    ):
+        pages = lax.div(length, program.sizes.page_size)
+        of_group = kind(program.group).read_pages(program, group, host, blocks, pages)
+        if mine is None:
+            k, v = of_group
+        else:
+            k, v = k.at[mine].set(of_group[0]), v.at[mine].set(of_group[1])
+    return dataclasses.replace(kv, k=k, v=v)
+
+
 def head_arrays(layout: CacheLayout, layer: int) -> tuple[jax.Array | None, ...]:
     """The heads of each group of a layer, as `commit_layer` takes them."""
     every = tuple(range(layout.sizes.shape.num_kv_heads))

@@ -38,11 +38,11 @@ class Reading:
     next call. x: the last token's hidden state [1, D] once all layers have been read.
     """
 
-    def __init__(self, prefiller: Prefiller, tokens: Sequence[int], label: str) -> None:
+    def __init__(self, prefiller: Prefiller, tokens: Sequence[int], label: str, start: int) -> None:
         self._of, self._label = prefiller, label
-        self.length = len(tokens)
+        self.length, self.start = len(tokens), start
         spec = prefiller.spec
-        self._pieces = list(pieces(spec, self.length))
+        self._pieces = list(pieces(spec, self.length, start))
         self._weights = prefiller.decoder.layers(prefiller.params)
         padded = np.zeros(spec.tokens, np.int32)
         padded[: self.length] = tokens
@@ -52,6 +52,11 @@ class Reading:
         # Placed as a program's results are: what differs in that is compiled twice.
         args = (prefiller.params, jax.device_put(padded, platform.sharding()))
         self._stream = prefiller.runner.run("prefill", embed_prompt, prefiller.decoder, args)
+
+    @property
+    def wants_prefix(self) -> bool:
+        """Whether the first `start` tokens of `kv` are to be filled in before `advance`."""
+        return bool(self.start) and self._at == 0 and not self.done
 
     @property
     def done(self) -> bool:
@@ -113,9 +118,13 @@ class Prefiller:
         self.decoder, self.params, self.spec, self.runner = decoder, params, spec, runner
         self._kv: PrefillKV | None = None
 
-    def begin(self, tokens: Sequence[int], label: str) -> Reading:
-        """A prompt of token ids, at least one. label: what progress calls it."""
-        return Reading(self, tokens, label)
+    def begin(self, tokens: Sequence[int], label: str, start: int = 0) -> Reading:
+        """A prompt of token ids, at least one. label: what progress calls it.
+
+        start: of the first token to read, a multiple of the chunk; the caller fills in those before
+        it, see `Reading.wants_prefix`.
+        """
+        return Reading(self, tokens, label, start)
 
     def read(self, tokens: Sequence[int], label: str) -> PrefillResult:
         """All layers of a prompt at once, to be committed to several caches."""

@@ -53,6 +53,12 @@ class Program:
         return largest_divisor(self.chunk_steps, self.boundary_steps)
 
     @functools.cached_property
+    def code_tokens(self) -> int:
+        """Tokens at a prompt's beginning on which what is kept of its pages may depend."""
+        scores = {group.score for *_, group in self.layout.all_groups() if group.score is not None}
+        return max([0, *(score.fit_tokens or 0 for score in scores)])
+
+    @functools.cached_property
     def observes_chunks(self) -> bool:
         """Whether a group asks for every query of a chunk, so that a program runs all of it."""
         return any(kind(of.group).num_queries(of) > 1 for groups in self.groups for of in groups)
