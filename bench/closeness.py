@@ -49,6 +49,11 @@ _FORM = "METHOD[:SCORE][:TOKENS][:interval=STEPS|:adaptive[=HIGH/LOW]]"
 class Recent:
     """A page score that knows nothing of keys: the newer the better."""
 
+    @property
+    def fit_tokens(self) -> int | None:
+        """Nothing is fitted: see `PageScore`."""
+        return 0
+
     def empty(self, blocks: int, heads: int, page: PageShape) -> jax.Array:
         """A placeholder for each page: see `PageScore`."""
         return jnp.zeros((blocks, heads, 1), jnp.int8)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.score_fitted import Early, LowRank, Product, SketchMax
+from bench.score_fitted import LowRank, Product, SketchMax
 from flexijax.pallas_kernels import platform
 from flexijax.policies.minmax import MinMax
 from flexijax.policies.page_score import PageScore, PageShape, PageTable, update_by_summaries
@@ -30,6 +30,11 @@ class Candidate:
     kept: Callable[[int, int], tuple[int, ...]] = dataclasses.field(repr=False)
     of_page: Callable[[jax.Array], jax.Array] = dataclasses.field(repr=False)
     logits: Callable[[jax.Array, jax.Array], jax.Array] = dataclasses.field(repr=False)
+
+    @property
+    def fit_tokens(self) -> int | None:
+        """Nothing is fitted: see `PageScore`."""
+        return 0
 
     def empty(self, blocks: int, heads: int, page: PageShape) -> jax.Array:
         """See `PageScore.empty`."""
@@ -147,7 +152,8 @@ CANDIDATES: dict[str, PageScore] = {
     "sketch1": Sketch(1),
     "sketch2": Sketch(2),
     "sketch4": Sketch(4),
-    **{f"sketch2first{n}": Early(Sketch(2), n) for n in (16, 64, 256, 1024)},
+    **{f"sketch2first{n}": Sketch(2, n) for n in (16, 64, 256)},
+    "sketch2whole": Sketch(2, None),
     "sketch2max": SketchMax(2),
     "mean": Candidate("mean", _row, _mean, _product),
     "radius": Candidate("radius", _row_and_one, _mean_and_radius, _radius_logits),

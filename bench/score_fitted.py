@@ -8,41 +8,8 @@ import jax.numpy as jnp
 
 from flexijax.pallas_kernels import dispatch, platform, sketches
 from flexijax.pallas_kernels.sketches import SketchCode
-from flexijax.policies.page_score import PageScore, PageShape, PageTable, update_by_summaries
+from flexijax.policies.page_score import PageShape, PageTable, update_by_summaries
 from flexijax.policies.sketch import Sketch
-
-
-@dataclasses.dataclass(frozen=True)
-class Early:
-    """A score whose state is fitted on the first `tokens` tokens only.
-
-    What is scored behind them stands for a long generation: text that the code has not seen.
-    """
-
-    score: PageScore
-    tokens: int
-
-    def empty(self, blocks: int, heads: int, page: PageShape) -> Any:
-        """See `PageScore.empty`."""
-        return self.score.empty(blocks, heads, page)
-
-    def empty_state(self, rows: int, heads: int, page: PageShape) -> Any:
-        """See `PageScore.empty_state`."""
-        return self.score.empty_state(rows, heads, page)
-
-    def fit(self, k_pages: jax.Array, length: jax.Array) -> Any:
-        """See `PageScore.fit`."""
-        return self.score.fit(k_pages, jnp.minimum(length, self.tokens))
-
-    def summarize(self, k_pages: jax.Array, state: Any) -> Any:
-        """See `PageScore.summarize`."""
-        return self.score.summarize(k_pages, state)
-
-    update = update_by_summaries
-
-    def scores(self, *args: Any, **options: Any) -> jax.Array:
-        """See `PageScore.scores`."""
-        return self.score.scores(*args, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +47,11 @@ class LowRank:
 
     rank: int
     bits: int
+
+    @property
+    def fit_tokens(self) -> int | None:
+        """The whole prompt: see `PageScore`."""
+        return None
 
     def empty(self, blocks: int, heads: int, page: PageShape) -> jax.Array:
         """See `PageScore.empty`."""
@@ -144,6 +116,11 @@ class Product:
 
     part: int
     rounds: int = 8
+
+    @property
+    def fit_tokens(self) -> int | None:
+        """The whole prompt: see `PageScore`."""
+        return None
 
     def empty(self, blocks: int, heads: int, page: PageShape) -> jax.Array:
         """See `PageScore.empty`."""

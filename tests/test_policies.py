@@ -210,6 +210,7 @@ def test_flexi_with_named_heads_asks_for_no_profile():
     [
         (lambda: MinMax("nonsense"), "dtype='nonsense' of MinMax must be None or one of 'float32'"),
         (lambda: Sketch(3), r"bits=3 of Sketch must be one of \(1, 2, 4\)"),
+        (lambda: Sketch(2, 0), "fit_tokens=0 of Sketch must be at least 1, or None"),
         (lambda: StreamingLLM(-1), "sinks=-1 must be at least 0"),
         (lambda: SnapKV(window=0), "window=0 must be at least 1"),
         (lambda: SnapKV(kernel=4), "kernel=4 must be odd and positive"),

@@ -1,5 +1,7 @@
 """What a sketch keeps in the cache: each request's own code, and every full page by that code."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import flexijax
 from flexijax.cache.offloaded import OffloadedGroup
-from flexijax.cache.refit import is_due
+from flexijax.cache.refit import RefitRule, is_due, refit_rule
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
 from flexijax.engine.sampling import Sampling
@@ -68,7 +70,7 @@ def assert_own_code(engine, running, bits, *, fitted=None):
     assert checked == 4
 
 
-def make_engine(bits, *, budget=16):
+def make_engine(bits, *, budget=16, fit_tokens=1024):
     lm = tiny_model()
     profile = flexijax.HeadProfile(
         model="tiny-llama",
@@ -80,7 +82,7 @@ def make_engine(bits, *, budget=16):
         source="by hand",
     )
     config = flexijax.CacheConfig(
-        policy=Flexi(score=Sketch(bits)),
+        policy=Flexi(score=Sketch(bits, fit_tokens)),
         page_size=PAGE,
         budget_tokens=budget,
         rerank_interval=STEPS,
@@ -130,17 +132,103 @@ def test_a_short_prompt_is_fitted_anew_before_pages_are_chosen():
 
 
 @pytest.mark.parametrize(
-    ("begins", "steps", "prompt", "due_at"),
+    ("rule", "steps", "prompt", "due_at"),
     [
-        (1024, 16, 1, 1009),  # at 1025 not every page is attended
-        (1024, 16, 1000, 1016),
-        (1024, 16, 1023, 1039),  # one chunk too late, but by a code of a full prompt
-        (1024, 16, 1024, None),
-        (32, 128, 1, 129),  # a chunk that is longer than the budget
+        (RefitRule(1024, 1024), 16, 1, 1009),  # at 1025 not every page is attended
+        (RefitRule(1024, 1024), 16, 1000, 1016),
+        (RefitRule(1024, 1024), 16, 1023, 1039),  # too late, but by a code of a full prompt
+        (RefitRule(1024, 1024), 16, 1024, None),
+        (RefitRule(2048, 1024), 16, 1023, 2047),
+        (RefitRule(2048, 1024), 16, 1024, None),  # its code is all that it can be
+        (RefitRule(32, 32), 128, 1, 129),  # a chunk that is longer than the budget
         (None, 16, 1, None),
     ],
 )
-def test_when_a_state_is_fitted_anew(begins, steps, prompt, due_at):
+def test_when_a_state_is_fitted_anew(rule, steps, prompt, due_at):
     lengths = range(prompt, 3000, steps)
-    due = [at + steps for at in lengths if is_due(begins, steps, prompt=prompt, before=at)]
+    due = [at + steps for at in lengths if is_due(rule, steps, prompt=prompt, before=at)]
     assert due == ([] if due_at is None else [due_at])
+
+
+@pytest.mark.parametrize(
+    ("budget", "fit_tokens", "rule"),
+    [
+        (32, 1024, RefitRule(32, 32)),
+        (32, None, RefitRule(32, 32)),
+        (32, 24, RefitRule(32, 24)),
+        (2048, 24, None),  # every page is attended
+    ],
+)
+def test_which_prompts_are_short(budget, fit_tokens, rule):
+    engine = make_engine(2, budget=budget, fit_tokens=fit_tokens)
+    assert refit_rule(engine.program.layout) == rule
+
+
+@pytest.mark.parametrize("length", [7, 18, 40])
+@pytest.mark.parametrize("fit_tokens", [18, 24, None])
+def test_a_code_is_of_the_first_tokens(fit_tokens, length):
+    """Against float64, with what must not be read not a number."""
+    count = length if fit_tokens is None else min(length, fit_tokens)
+    keys = np.random.default_rng(length).normal(3, 2, (2, 48, 8)).astype(np.float32)
+    keys[:, 18:] *= 5
+    unread = keys.copy()
+    unread[:, count:] = np.nan
+    pages = jnp.asarray(unread.reshape(2, 12, PAGE, 8).swapaxes(0, 1))
+    state = Sketch(2, fit_tokens).fit(pages, jnp.int32(length))
+    for head in range(2):
+        mean, step = reference.sketch_code(keys[head, :count], spacing=SPACING[2])
+        np.testing.assert_allclose(state.mean[head], mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state.step[head], step, rtol=1e-4)
+
+
+def kept_of(engine, sequence, pages):
+    """All that the scores keep of the request's first pages, and its states, as bytes."""
+    cache = jax.device_get(engine.cache)
+    blocks = np.array(sequence.blocks)[:pages]
+    return [
+        np.asarray(leaf).tobytes()
+        for layer in cache.layers
+        for group in layer.groups
+        for leaf in (
+            *(leaf[blocks] for leaf in jax.tree.leaves(group.summaries)),
+            *(leaf[sequence.row] for leaf in jax.tree.leaves(group.score_state)),
+        )
+    ]
+
+
+def test_what_is_kept_of_a_page_depends_on_the_first_tokens_alone():
+    """So a page can be shared: not on what follows in its prompt, nor on any other request."""
+    common = request(1, 40, 1).tokens
+    engine = make_engine(2, fit_tokens=24)
+    first = request(2, 24, 30)
+    first = engine.admit(dataclasses.replace(first, tokens=(*common, *first.tokens)), "")
+    kept = kept_of(engine, first, 10)
+    assert_own_code(engine, first, 2, fitted=24)
+    engine.step()
+    second = request(3, 9, 30)
+    second = engine.admit(dataclasses.replace(second, tokens=(*common, *second.tokens)), "")
+    assert kept_of(engine, second, 10) == kept
+    engine.step()
+    assert kept_of(engine, first, 10) == kept_of(engine, second, 10) == kept
+    # One of the fitted tokens, and one behind them, in a page of its own.
+    engine.release(first)
+    for at, alike in ((23, False), (36, True)):
+        tokens = [*common, *second.request.tokens[40:]]
+        tokens[at] = (tokens[at] + 1) % 97
+        third = engine.admit(dataclasses.replace(second.request, tokens=tuple(tokens)), "")
+        assert (kept_of(engine, third, 9) == kept_of(engine, second, 9)) is alike
+        engine.release(third)
+
+
+def test_a_prompt_of_all_fitted_tokens_is_never_fitted_anew():
+    """Though its pages are not chosen from before it has grown to twice its length."""
+    engine = make_engine(2, budget=64, fit_tokens=24)
+    long, short = engine.admit(request(1, 28, 60), ""), engine.admit(request(2, 20, 60), "")
+    kept, before = kept_of(engine, long, 7), kept_of(engine, short, 5)
+    for _ in range(6):
+        engine.step()
+    assert engine.cache is not None and engine.cache.lengths[long.row] == 76
+    assert kept_of(engine, long, 7) == kept
+    assert_own_code(engine, long, 2, fitted=24)
+    assert kept_of(engine, short, 5) != before
+    assert_own_code(engine, short, 2, fitted=24)

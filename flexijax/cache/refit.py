@@ -2,8 +2,11 @@
 
 A state is fitted on the prompt. That of a prompt of a few tokens says little of what is generated
 after it: of a `Sketch`, all pages would score alike. It matters from the moment on at which a
-request has more pages than are attended, so just before it the state is fitted once more, on every
-full page there is, and those pages are summarised by the new one.
+request has more pages than are attended, so just before it the state is fitted once more, on the
+full pages that there are, and those are summarised by the new one.
+
+A prompt that has all the tokens which its score fits on is never fitted anew: its pages, and what
+is kept of them, stay as they were written.
 """
 
 from __future__ import annotations
@@ -30,29 +33,37 @@ class Row(NamedTuple):
     length: jax.Array
 
 
-def choice_begins(layout: CacheLayout) -> int | None:
-    """Up to so many tokens every page is attended, whatever the scores' states.
+class RefitRule(NamedTuple):
+    """Which requests are fitted anew, and when.
 
-    None where it is so at any length, or no score keeps a state.
+    begins: up to so many tokens every page is attended, whatever the scores' states. short: prompts
+    of fewer tokens left states that say too little.
     """
-    rooms = [
-        (group.room or group.attends or 0) * layout.sizes.page_size
-        for *_, group in layout.all_groups()
-        if state_bytes(layout, group)
-    ]
-    least = min(rooms, default=layout.sizes.max_tokens)
-    return least if least < layout.sizes.max_tokens else None
+
+    begins: int
+    short: int
 
 
-def is_due(begins: int | None, steps: int, *, prompt: int, before: int) -> bool:
+def refit_rule(layout: CacheLayout) -> RefitRule | None:
+    """None where every page is attended at any length, or no score keeps a state."""
+    sizes = layout.sizes
+    groups = [group for *_, group in layout.all_groups() if state_bytes(layout, group)]
+    rooms = [(group.room or group.attends or 0) * sizes.page_size for group in groups]
+    begins = min(rooms, default=sizes.max_tokens)
+    if begins >= sizes.max_tokens:
+        return None
+    fitted = [group.score.fit_tokens for group in groups if group.score is not None]
+    return RefitRule(begins, min(begins, max(begins if n is None else n for n in fitted)))
+
+
+def is_due(rule: RefitRule | None, steps: int, *, prompt: int, before: int) -> bool:
     """Whether a request is to be fitted anew after a chunk of steps; true once, if at all.
 
-    begins: of `choice_begins`. steps: of a chunk. prompt: its tokens. before: tokens held before
-    the chunk.
+    steps: of a chunk. prompt: its tokens. before: tokens held before the chunk.
     """
-    if begins is None or prompt >= begins or before + 2 * steps <= begins:
+    if rule is None or prompt >= rule.short or before + 2 * steps <= rule.begins:
         return False
-    return before == prompt or before + steps <= begins
+    return before == prompt or before + steps <= rule.begins
 
 
 def refit_layer(

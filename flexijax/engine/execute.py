@@ -143,7 +143,7 @@ def run_refit(
 
     prompt: its tokens. before: tokens held before the chunk.
     """
-    if not is_due(program.choice_begins, program.chunk_steps, prompt=prompt, before=before):
+    if not is_due(program.refit_rule, program.chunk_steps, prompt=prompt, before=before):
         return cache
     at = (as_index(row), cache.block_table, cache.lengths)
     layers = tuple(

@@ -143,7 +143,7 @@ def decode_calls(
 
 def refit_calls(program: Program) -> Iterator[ProgramCall]:
     """What fitting a request's score states anew takes, where it can come to that."""
-    if program.choice_begins is None:
+    if program.refit_rule is None:
         return
     cache = abstract(program.layout, program.policy)
     row = (_like(jnp.int32), cache.block_table, cache.lengths)

@@ -14,7 +14,7 @@ from flexijax.cache.cache import group_programs, kind
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import trim_heap
 from flexijax.cache.prefill_kv import PrefillSpec
-from flexijax.cache.refit import choice_begins
+from flexijax.cache.refit import RefitRule, refit_rule
 from flexijax.engine import jit_cache
 from flexijax.engine.interrupts import deferred_interrupt
 from flexijax.engine.jit_cache import jitted, running
@@ -92,9 +92,9 @@ class Program:
         )
 
     @functools.cached_property
-    def choice_begins(self) -> int | None:
-        """See `cache.refit.choice_begins`."""
-        return choice_begins(self.layout)
+    def refit_rule(self) -> RefitRule | None:
+        """See `cache.refit.refit_rule`."""
+        return refit_rule(self.layout)
 
     def prefill_spec(self) -> PrefillSpec:
         """What reading a prompt for this program alone is compiled for."""

@@ -32,6 +32,11 @@ class MinMax:
 
     dtype: str | None = None
 
+    @property
+    def fit_tokens(self) -> int | None:
+        """Nothing is fitted: see `PageScore`."""
+        return 0
+
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             listed = ", ".join(map(repr, DTYPES))

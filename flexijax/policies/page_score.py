@@ -60,6 +60,11 @@ class PageScore(Protocol):
     frozen dataclass: programs are compiled once per value.
     """
 
+    @property
+    def fit_tokens(self) -> int | None:
+        """How many tokens at the beginning of a prompt `fit` reads; None: all of them."""
+        ...
+
     def empty(self, blocks: int, heads: int, page: PageShape) -> Any:
         """Leaves [blocks, heads, ...] of unwritten summaries, in device memory.
 

@@ -18,16 +18,21 @@ class Sketch:
     """The attention that a page's keys, rounded to `bits` bits, would get.
 
     Of the G query heads of a KV head: the log of the mean over them of the page's share of
-    attention, a softmax over all full pages. bits: 1, 2 or 4 of each key element. The code is
-    fitted on a request's prompt, and what is generated is rounded by the same code.
-    Raises ValueError for other bits.
+    attention, a softmax over all full pages. bits: 1, 2 or 4 of each key element. fit_tokens: the
+    code is fitted on the first so many tokens of a request's prompt, None on all of them, and what
+    comes later is rounded by the same code. Raises ValueError for other bits, or no tokens.
     """
 
     bits: int = 2
+    fit_tokens: int | None = 1024
 
     def __post_init__(self) -> None:
         if self.bits not in sketches.SPACING:
             raise ValueError(f"bits={self.bits!r} of Sketch must be one of {(*sketches.SPACING,)}")
+        if self.fit_tokens is not None and self.fit_tokens < 1:
+            raise ValueError(
+                f"fit_tokens={self.fit_tokens!r} of Sketch must be at least 1, or None"
+            )
 
     def empty(self, blocks: int, heads: int, page: PageShape) -> Any:
         """See `PageScore.empty`: uint32[blocks, heads, bits, W, page]."""
@@ -44,6 +49,10 @@ class Sketch:
 
     def fit(self, k_pages: jax.Array, length: jax.Array) -> Any:
         """See `PageScore.fit`."""
+        if self.fit_tokens is not None:
+            # What is not read cannot matter: prompts alike so far have one code, to the bit.
+            k_pages = k_pages[: -(-self.fit_tokens // k_pages.shape[2])]
+            length = jnp.minimum(length, self.fit_tokens)
         return sketches.fit(k_pages, length, bits=self.bits)
 
     def summarize(self, k_pages: jax.Array, state: Any) -> Any:
