@@ -105,7 +105,7 @@ def test_every_request_has_its_own_code(bits):
     kept = jax.tree.map(np.array, engine.cache.layers[0].groups[0].score_state)
     engine.release(first)
     third = engine.admit(request(3, 40, 30), "")
-    assert third.slot == first.row
+    assert third.row == first.row
     engine.step()
     for running in (second, third):
         assert_own_code(engine, running, bits)
