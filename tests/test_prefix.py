@@ -33,6 +33,15 @@ def test_a_second_prompt_finds_the_full_pages_that_both_begin_with():
     assert index.match([0, 2, 3, 4, 5, 6, 7, 8, 9]) == []
 
 
+def test_hashes_that_the_caller_kept_give_the_same_answer():
+    index, tokens = make_index(), list(range(12))
+    blocks = read(index, tokens, "mine")
+    hashes = list(block_hashes(tokens, page_size=PAGE, salt="mine"))
+    assert len(hashes) == 3
+    assert index.match(tokens, "mine", hashes=hashes) == blocks[:2]
+    assert index.match(tokens, "yours", hashes=hashes) == []
+
+
 @pytest.mark.parametrize(("length", "found"), [(0, 0), (4, 0), (5, 1), (8, 1), (9, 2), (11, 2)])
 def test_at_least_one_token_is_left_to_compute(length, found):
     index, tokens = make_index(), list(range(11))
@@ -122,6 +131,17 @@ def test_the_least_recently_used_chain_goes_first_and_ends_first():
     assert (len(index.match(old)), len(index.match(new))) == (3, 3)
     index.release(index.allocate(2))
     assert (len(index.match(old)), len(index.match(new))) == (3, 2)
+
+
+def test_use_over_and_over_leaves_neither_a_trace_nor_a_wrong_order():
+    index = make_index(7)
+    old, new = [1] * 13, [2] * 13
+    for _ in range(50):
+        for tokens in (new, old, new):
+            index.release(read(index, tokens))
+    assert len(index._ends) <= 2 * 7
+    index.release(index.allocate(3))
+    assert (len(index.match(old)), len(index.match(new))) == (1, 3)
 
 
 def test_what_a_request_holds_is_not_evicted():

@@ -18,8 +18,8 @@ from flexijax.cache.prefix import PrefixIndex
 
 pytestmark = pytest.mark.any_jax
 
-PAGE, BLOCKS = 2, 9
-TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
+PAGE, BLOCKS = 2, 6
+TOKENS = st.lists(st.sampled_from([0, 0, 0, 1]), min_size=1, max_size=7)
 SALTS = st.sampled_from(["", "a"])
 
 
@@ -149,18 +149,34 @@ class PrefixMachine(RuleBasedStateMachine):
             self.content[block] = (salt, tuple(tokens[: (at + 1) * PAGE]))
         self.requests.append(Reading(tokens, salt, blocks))
 
+    @rule(tokens=TOKENS, salt=SALTS, pages=st.integers(1, 2))
+    def two_read_the_same_at_once(self, tokens, salt, pages):
+        """Neither finds the other's blocks, and the longer chain goes on below the first's."""
+        before = len(self.requests)
+        self.admit(tokens[: pages * PAGE], salt)
+        self.admit(tokens, salt)
+        if len(self.requests) == before + 2:
+            self.insert(self.requests[-2])
+            self.insert(self.requests[-1])
+            self.end(-2)
+
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def has_been_read(self, data):
         """Some are cancelled before, so it need not come; twice is as once."""
-        one = data.draw(st.sampled_from(self.requests))
-        self.index.insert(one.tokens, one.blocks, one.salt)
-        self.model.insert(one.tokens, one.blocks, one.salt)
+        self.insert(data.draw(st.sampled_from(self.requests)))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def ends(self, data):
-        one = self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))
+        self.end(data.draw(st.integers(0, len(self.requests) - 1)))
+
+    def insert(self, one):
+        self.index.insert(one.tokens, one.blocks, one.salt)
+        self.model.insert(one.tokens, one.blocks, one.salt)
+
+    def end(self, at):
+        one = self.requests.pop(at)
         self.index.release(one.blocks)
         self.model.release(one.blocks)
 

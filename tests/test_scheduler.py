@@ -180,3 +180,20 @@ def test_a_plan_is_carried_out_on_the_pool():
     assert (reading.tokens, reading.cached) == (8, ())
     assert pool.num_free == 20 - 3 - 3
     assert (pool.counts.hits, pool.counts.hit_tokens) == (1, 8)
+
+
+def test_what_is_about_to_be_shared_is_not_evicted_for_another():
+    """9 blocks: 5 hold nothing, 2 an older prompt, 2 a newer one. The first request needs 6."""
+    pool = PrefixIndex(BlockAllocator(9), page_size=4)
+    old, new = [1] * 9, [2] * 9
+    for prompt in (old, new):
+        blocks = pool.allocate(2)
+        pool.insert(prompt, blocks)
+        pool.release(blocks)
+    cached = tuple(pool.match(old))
+    requests = waiting(0, prompt=23, new=1), waiting(1, prompt=9, new=1, cached=cached)
+    limits = dataclasses.replace(LIMITS, blocks=9)
+    plan = schedule(State(requests=requests, now=0.0, readings=2), limits)
+    _, second = apply(plan, requests, pool, limits)
+    assert second.blocks[:2] == cached and pool.match(old) == list(cached)
+    assert pool.num_free == 0 and pool.match(new) == []

@@ -12,7 +12,7 @@ import dataclasses
 import heapq
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 
 from flexijax.cache.blocks import BlockAllocator
@@ -93,15 +93,18 @@ class PrefixIndex:
         """Whether `allocate(count)` would succeed."""
         return 0 <= count <= self.num_free
 
-    def match(self, tokens: Sequence[int], salt: str = "") -> list[int]:
+    def match(
+        self, tokens: Sequence[int], salt: str = "", *, hashes: Sequence[bytes] | None = None
+    ) -> list[int]:
         """Blocks of the longest known chain that a prompt begins with; changes nothing.
 
         At most all but the prompt's last token, which has to be computed. The blocks are only
-        certain until the next `allocate`: `acquire` them first.
+        certain until the next `allocate`: `acquire` them first. hashes: all `block_hashes` of the
+        prompt, where the caller asks again and again and keeps them: they are nearly all the time.
         """
         most = max(len(tokens) - 1, 0) // self.page_size
-        hashes = block_hashes(tokens, page_size=self.page_size, salt=salt)
-        path = self._walk(hashes, salt)[1:][:most]
+        made = block_hashes(tokens, page_size=self.page_size, salt=salt)
+        path = self._walk(made if hashes is None else hashes, salt)[1:][:most]
         pages = len(path) * self.page_size // self.grid * self.grid // self.page_size
         if pages * self.page_size < self.fewest:
             return []
@@ -179,7 +182,7 @@ class PrefixIndex:
                 node.used = self._clock
                 self._offer(node)
 
-    def _walk(self, hashes: Iterator[bytes] | Sequence[bytes], salt: str) -> list[_Node]:
+    def _walk(self, hashes: Iterable[bytes], salt: str) -> list[_Node]:
         """The salt's root and the nodes below it that follow the hashes; [] for a new salt."""
         node = self._roots.get(salt)
         path = [] if node is None else [node]

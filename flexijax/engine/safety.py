@@ -26,7 +26,9 @@ class BlockLedger:
         self, limits: Limits, admitted: Sequence[RequestState], waiting: Sequence[RequestState]
     ) -> None:
         self._limits = limits
-        times = Counter(block for request in admitted for block in request.blocks)
+        times: Counter[int] = Counter()
+        for request in admitted:
+            times.update(request.blocks)
         self.free = limits.blocks - len(times)
         for request in waiting:
             times.update(request.cached)
