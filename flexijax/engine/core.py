@@ -136,10 +136,14 @@ class EngineCore:
         self._run(plan)
 
     def _look_up(self) -> None:
-        """What of the next prompts the cache knows; only of those that may be admitted now."""
+        """What of the next prompts the cache knows, where one of them may be admitted now."""
+        rows = sum(entry.state.admitted for entry in self.entries.values())
         waiting = [of for of in self.entries.values() if of.state.stage is Stage.WAITING]
         for entry in waiting[: self.limits.max_passes + 1]:
-            known = () if entry.prompt else self.pool.match(entry.request.tokens, entry.salt)
+            known = []
+            if rows < self.limits.rows and entry.prompt is None:
+                tokens, hashes = entry.request.tokens, entry.hashes(self.limits.page_size)
+                known = self.pool.match(tokens, entry.salt, hashes=hashes)
             entry.state = dataclasses.replace(entry.state, cached=tuple(known))
 
     def _run(self, plan: BoundaryPlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from flexijax.cache.prefix import block_hashes
 from flexijax.engine.boundary import Limits, RequestState
 from flexijax.engine.measured import Times
 from flexijax.engine.prefiller import PrefillResult
@@ -32,6 +33,14 @@ class Entry:
     sequence: Sequence | None = None
     shown: int = 0
     salt: str = ""
+    _hashes: list[bytes] | None = None
+
+    def hashes(self, page_size: int) -> list[bytes]:
+        """Of the prompt's full pages, see `block_hashes`; worked out once."""
+        if self._hashes is None:
+            tokens = self.request.tokens
+            self._hashes = list(block_hashes(tokens, page_size=page_size, salt=self.salt))
+        return self._hashes
 
 
 def new_entry(

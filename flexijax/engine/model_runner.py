@@ -85,7 +85,7 @@ class ModelRunner:
         label: what progress calls it. prompt: where it has been read already, which it survives.
         The caller has asked `can_admit`.
         """
-        row = next(at for at in range(self.program.layout.sizes.batch) if at not in self.running)
+        row = min(set(range(self.program.layout.sizes.batch)) - self.running.keys())
         blocks = self._allocator.allocate(self.blocks_of(request))
         prompting = self.begin(request, row, blocks, label, prompt)
         while not self.advance(prompting):
@@ -136,9 +136,9 @@ class ModelRunner:
         """Reads a piece of the prompt, with the last one samples the first token; whether done."""
         compiled, started = self.runner.seconds, time.perf_counter()
         reading = prompting.reading
+        assert self.cache is not None
         if reading is not None and not reading.done:
             if reading.wants_prefix:
-                assert self.cache is not None
                 reading.kv = run_load_prefix(
                     self.runner,
                     self.program,
@@ -149,7 +149,6 @@ class ModelRunner:
                 )
             layer = reading.advance()
             if layer is not None:
-                assert self.cache is not None
                 self.cache = run_commit(
                     self.runner,
                     self.program,
@@ -162,7 +161,6 @@ class ModelRunner:
         done = reading is None or reading.done
         if done:
             if reading is not None:
-                assert self.cache is not None
                 prompting.x = reading.x
                 self.cache = run_admit(self.cache, prompting.place)
             self._start(prompting)
