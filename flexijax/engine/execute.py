@@ -107,11 +107,12 @@ def run_decode(
 
     due: bool[B], rows whose chunk ends with these steps.
     """
-    args = (params, _groups(cache), _standing(cache), jnp.asarray(due), batch)
+    flags = jax.device_put(due, platform.sharding())
+    args = (params, _groups(cache), _standing(cache), flags, batch)
     groups, end, batch, sampled, queries = runner.run(
         "decode", decode_steps, program, args, donate=(1,)
     )
-    made = _after_steps(cache, groups, end, jnp.asarray(due))
+    made = _after_steps(cache, groups, end, flags)
     if due.any():
         made = _end_chunk(runner, program, made, end, queries)
     return made, batch, sampled
