@@ -11,6 +11,7 @@ from flexijax.policies.flexi import Flexi
 from flexijax.policies.minmax import MinMax
 from flexijax.policies.quest import Quest
 from flexijax.policies.sketch import Sketch
+from flexijax.policies.snapkv import SnapKV
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import SMALL
 
@@ -123,7 +124,7 @@ def test_less_than_the_code_is_fitted_on_is_not_shared(lm):
     assert [one.metrics.cached_tokens for one in answers(engine)] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("policy", ["full", "snapkv", "h2o", "streaming_llm"])
+@pytest.mark.parametrize("policy", ["full", SnapKV(window=4), "h2o", "streaming_llm"], ids=str)
 def test_policies_that_do_not_keep_all_by_block_share_nothing(lm, policy):
     engine = engine_of(lm, dataclasses.replace(SMALL, policy=policy))
     assert [one.metrics.cached_tokens for one in answers(engine)] == [0, 0, 0, 0]

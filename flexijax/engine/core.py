@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 
 import jax
 
-from flexijax.cache.blocks import BlockAllocator
-from flexijax.cache.cache import keeps_all_by_block
-from flexijax.cache.prefix import PrefixIndex
 from flexijax.config import CacheConfig
 from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, State, apply
 from flexijax.engine.entry import Entry
@@ -18,6 +14,7 @@ from flexijax.engine.measured import EngineTotals, metrics, no_metrics
 from flexijax.engine.model_runner import ModelRunner, Prompting
 from flexijax.engine.program import Program, Progress
 from flexijax.engine.scheduler import schedule
+from flexijax.engine.shared_prefixes import SharedPrefixes
 from flexijax.engine.stream import EngineError
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.head_profile import HeadProfile
@@ -63,17 +60,8 @@ class EngineCore:
             page_size=sizes.page_size,
             boundary_steps=program.steps,
         )
-        spec = program.prefill_spec()
-        self.pool = PrefixIndex(
-            BlockAllocator(sizes.blocks),
-            page_size=sizes.page_size,
-            # So that what follows a hit is read in the chunks in which a miss reads it.
-            grid=math.lcm(spec.chunk, sizes.page_size),
-            fewest=program.code_tokens,
-        )
-        # What policies observe of a prompt is not kept of what was shared.
-        alone = program.policy.prompt_window is None or program.policy.prompt_window > 1
-        self._shares = prefix_caching and not alone and keeps_all_by_block(program.layout)
+        self._prefixes = SharedPrefixes(program, enabled=prefix_caching)
+        self.pool = self._prefixes.index
         self.entries: dict[int, Entry] = {}
         self._reading: Prompting | None = None
         self._prefill_first = prefill_first
@@ -116,8 +104,8 @@ class EngineCore:
         return time.perf_counter() - self.compile_s
 
     def _boundary(self) -> None:
-        if self._shares and self._reading is None:
-            self._look_up()
+        if self._reading is None:
+            self._prefixes.look_up(self.entries.values(), self.limits)
         states = tuple(entry.state for entry in self.entries.values())
         readings = 0 if self._reading is not None else 1
         plan = schedule(
@@ -134,17 +122,6 @@ class EngineCore:
             else:
                 self._leave(entry, plan.release[key].value)
         self._run(plan)
-
-    def _look_up(self) -> None:
-        """What of the next prompts the cache knows, where one of them may be admitted now."""
-        rows = sum(entry.state.admitted for entry in self.entries.values())
-        waiting = [of for of in self.entries.values() if of.state.stage is Stage.WAITING]
-        for entry in waiting[: self.limits.max_passes + 1]:
-            known = []
-            if rows < self.limits.rows and entry.prompt is None:
-                tokens, hashes = entry.request.tokens, entry.hashes(self.limits.page_size)
-                known = self.pool.match(tokens, entry.salt, hashes=hashes)
-            entry.state = dataclasses.replace(entry.state, cached=tuple(known))
 
     def _run(self, plan: BoundaryPlan) -> None:
         """What was planned until the next boundary."""
@@ -203,8 +180,7 @@ class EngineCore:
                 entry = next(e for e in self.entries.values() if e.sequence is reading.sequence)
                 entry.state = dataclasses.replace(entry.state, stage=Stage.RUNNING)
                 self.totals.prompt_tokens += len(entry.request.tokens)
-                if self._shares:
-                    self.pool.insert(entry.request.tokens, entry.state.blocks, entry.salt)
+                self._prefixes.remember(entry)
                 self._take(entry)
             elif reading.reading is not None:
                 jax.block_until_ready(reading.reading.kv.k)
