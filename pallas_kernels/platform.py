@@ -195,6 +195,19 @@ def dot4(codes: jax.Array, weight: jax.Array, total: jax.Array) -> jax.Array:
     return made
 
 
+def arrive(count_ref: Any, at: tuple[jax.Array, ...]) -> jax.Array:
+    """int32[]: count_ref[at], raised by one as this program of a kernel gets here.
+
+    count_ref: int32[...], shared by programs. What any thread of one of them wrote before it came
+    is read, after this, by every thread of those that come later.
+    """
+    if is_gpu():
+        # The threads of a program wait for each other, then one of them adds with the order of
+        # acquire and release, which spans the device: what it has seen, the next one sees.
+        pltriton.debug_barrier()
+    return pltriton.atomic_add(count_ref, at, jnp.int32(1))
+
+
 def triton_call(
     *arrays: jax.Array,
     kernel: Any,

@@ -26,6 +26,7 @@ class DecodeState:
     layers: tuple[tuple[Any, ...], ...]  # head groups of each layer
     step: Step
     queries: tuple[jax.Array, ...]  # of each layer done so far, see `DecodeAttention`
+    arrivals: jax.Array | None  # int32[B, K] of zeros, see `dispatch.decode_attention`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,14 @@ class DecodeAttention:
             )
             mine = of_heads(grouped, group.heads)
             stores.append(kind(group).store(program, arrays, group.heads, mine, state.step))
-        out, stores = dispatch.decode_attention(
-            grouped, k, v, tuple(stores), scale=shape.scale, implementation=self.implementation
+        out, stores, arrivals = dispatch.decode_attention(
+            grouped,
+            k,
+            v,
+            tuple(stores),
+            state.arrivals,
+            scale=shape.scale,
+            implementation=self.implementation,
         )
         arrays = tuple(
             kind(group).after_step(arrays, store, state.step)
@@ -73,4 +80,5 @@ class DecodeAttention:
             state,
             layers=replaced(state.layers, layer, arrays),
             queries=(*state.queries, kept),
+            arrivals=arrivals,
         )
