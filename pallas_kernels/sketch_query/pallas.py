@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import lanes, platform
 from flexijax.pallas_kernels.platform import pltriton
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.sketches import (
     LARGEST,
     TINY,
@@ -25,21 +26,29 @@ from flexijax.pallas_kernels.sketches import (
 _MIN_ROWS = 16
 
 
-def sketch_query(q: jax.Array, code: SketchCode, *, bits: int, scale: float) -> SketchQuery:
+def sketch_query(
+    q: jax.Array | HeadQueries, code: SketchCode, *, bits: int, scale: float
+) -> SketchQuery:
     """Weights int32[B, K, G, W, 8] as `lanes.pack` makes them; see `dispatch.sketch_query`."""
     batch, heads, group, width = q.shape
+    if not isinstance(q, HeadQueries):
+        q = HeadQueries(q.reshape(batch, heads * group, width), tuple(range(heads)), group)
+    dtype = q.rows.dtype
     count = words(width)
     rows, padded = max(_MIN_ROWS, pl.next_power_of_2(group)), pl.next_power_of_2(count) * WORD
     shrink = scale * float(width & -width) ** -0.5
-    precision = platform.float32_precision() if q.dtype == jnp.float32 else None
+    precision = platform.float32_precision() if dtype == jnp.float32 else None
 
-    def kernel(q_ref, signs_ref, mean_ref, step_ref, weights_ref, offset_ref, unit_ref):
-        # q [B, K, G, H], signs [H, H], mean and step [B, K, H]; weights int32[B, K, G, W, 8]
+    def kernel(
+        rows_ref, named_ref, signs_ref, mean_ref, step_ref, weights_ref, offset_ref, unit_ref
+    ):
+        # rows [B, M, H], named int32[K], signs [H, H], mean and step [B, K, H];
+        # weights int32[B, K, G, W, 8]
         head, request = pl.program_id(0), pl.program_id(1)
         row, column = jnp.arange(rows), jnp.arange(padded)
         inside = column < width
         query = pltriton.load(
-            q_ref.at[request, head, row[:, None], column[None, :]],
+            rows_ref.at[request, (named_ref[head] * group + row)[:, None], column[None, :]],
             mask=(row < group)[:, None] & inside[None, :],
             other=0.0,
         )
@@ -89,5 +98,11 @@ def sketch_query(q: jax.Array, code: SketchCode, *, bits: int, scale: float) -> 
             jax.ShapeDtypeStruct(lead, jnp.float32),
         ],
         num_warps=4,
-    )(q, jnp.asarray(signs(width), q.dtype), code.mean, code.step)
+    )(
+        q.rows,
+        jnp.array(q.heads, jnp.int32),
+        jnp.asarray(signs(width), dtype),
+        code.mean,
+        code.step,
+    )
     return SketchQuery(weights.reshape(*lead, count, lanes.GROUPS), offset, unit)
