@@ -5,6 +5,8 @@ all of them raise, sees what all others wrote. So no launch of its own merges. S
 a semaphore, and CUDA's sample threadFenceReduction.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,7 +20,7 @@ from flexijax.pallas_kernels.platform import pltriton
 _VALUES = 4096
 
 
-def is_last(arrivals_ref, at: tuple[jax.Array, ...], parts: int) -> jax.Array:
+def is_last(arrivals_ref: Any, at: tuple[jax.Array, ...], parts: int) -> jax.Array:
     """bool[]: whether the `parts` programs that share arrivals_ref[at] have all come here.
 
     arrivals_ref: int32[...], 0 before the first arrives, and 0 again after the last one has.
@@ -32,12 +34,13 @@ def is_last(arrivals_ref, at: tuple[jax.Array, ...], parts: int) -> jax.Array:
     return last
 
 
-def merge_parts(outs_ref, lses_ref, out_ref, at: tuple[jax.Array, jax.Array]) -> None:
-    """What `partials.merge` says, of one head: out_ref[at] from the parts at outs_ref[:, *at].
+def merge_parts(parts: tuple[Any, ...], out_ref: Any, at: tuple[jax.Array, jax.Array]) -> None:
+    """What `partials.merge` says, of one head: out_ref[at] from all of its parts.
 
-    outs_ref: float32[splits, B, K, G, H], lses_ref: float32[splits, B, K, G], out_ref [B, K, G, H];
-    at: request and head. In the order of the parts, whichever came last.
+    parts: refs of outs float32[splits, B, K, G, H] and lses float32[splits, B, K, G]. out_ref:
+    [B, K, G, H]. at: request and head. In the order of the parts, whichever came last.
     """
+    outs_ref, lses_ref = parts
     splits, _, _, group, width = outs_ref.shape
     row, column = jnp.arange(pl.next_power_of_2(group)), jnp.arange(pl.next_power_of_2(width))
     inside = (row < group)[:, None] & (column < width)[None, :]

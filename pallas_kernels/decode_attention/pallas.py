@@ -127,11 +127,13 @@ def _kernel(*refs, described, in_order, first, group, width, page, scale, config
     if not in_order:
         heads_ref, *rest = rest
         head = heads_ref[number]
-    split_up = config.splits > 1
-    rest = rest[1:] if split_up else rest
+    rest = rest[1:] if config.splits > 1 else rest
     inputs = sum(2 + len(_lists(store)) for store, _ in described)
-    out_ref, *made = rest[inputs:]
-    arrivals_ref, *parts, pools = (*made[:3], made[3:]) if split_up else (None, made)
+    out_ref, *pools = rest[inputs:]
+    arrivals_ref, parts = None, ()  # of several programs that share a head: their outs and lses
+    if config.splits > 1:
+        arrivals_ref, outs_ref, lses_ref, *pools = pools
+        parts = outs_ref, lses_ref
     at = begins = 0
     for index, (store, shape) in enumerate(described):
         k_ref, v_ref, held_ref, *lists = rest[at : at + 2 + len(_lists(store))]
@@ -163,7 +165,7 @@ def _kernel(*refs, described, in_order, first, group, width, page, scale, config
 
         @pl.when(is_last(arrivals_ref, (request, head), config.splits))
         def _():
-            merge_parts(*parts, out_ref, (request, head))
+            merge_parts(parts, out_ref, (request, head))
 
 
 def _attend_store(
