@@ -59,6 +59,17 @@ def compiler_options() -> dict[str, Any]:
     return {} if is_gpu() else {"xla_cpu_prefer_vector_width": 512}
 
 
+# Multiprocessors of an A100 and of an H100, by compute capability.
+_MULTIPROCESSORS = {80: 108, 90: 132}
+
+
+def multiprocessors() -> int:
+    """Of the GPU that programs are compiled for; an H100's where there is none."""
+    if _target.value[1] or not is_gpu():
+        return _MULTIPROCESSORS.get(_target.value[1], _MULTIPROCESSORS[90])
+    return getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS[90])
+
+
 def free_device_bytes() -> int | None:
     """What the device can still give; None where it has no memory of its own."""
     stats = jax.devices()[0].memory_stats() if is_gpu() else None
