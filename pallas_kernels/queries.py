@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-
-from flexijax.pallas_kernels.stores import of_heads
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +28,5 @@ def grouped(q: jax.Array | HeadQueries) -> jax.Array:
     """float[B, K, G, H]; on a GPU a launch that copies, unless it is in what XLA fuses."""
     if not isinstance(q, HeadQueries):
         return q
-    batch, rows, width = q.rows.shape
-    whole = rows // q.group * q.group
-    return of_heads(q.rows[:, :whole].reshape(batch, -1, q.group, width), q.heads)
+    firsts = [head * q.group for head in q.heads]
+    return jnp.stack([q.rows[:, first : first + q.group] for first in firsts], axis=1)
