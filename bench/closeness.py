@@ -28,6 +28,7 @@ from flexijax.config import CacheConfig
 from flexijax.evaluate import evaluate
 from flexijax.evaluation import ConfigSummary, Evaluation
 from flexijax.models.load import load
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.policies.adaptive import Adaptive
 from flexijax.policies.base import Policy
 from flexijax.policies.flexi import Flexi
@@ -74,7 +75,7 @@ class Recent:
 
     def scores(
         self,
-        q: jax.Array,
+        q: jax.Array | HeadQueries,
         summaries: jax.Array,
         state: object,
         table: PageTable,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from bench.score_fitted import LowRank, Product, SketchMax
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.queries import HeadQueries, grouped
 from flexijax.policies.minmax import MinMax
 from flexijax.policies.page_score import PageScore, PageShape, PageTable, update_by_summaries
 from flexijax.policies.sketch import Sketch
@@ -57,7 +58,7 @@ class Candidate:
 
     def scores(
         self,
-        q: jax.Array,
+        q: jax.Array | HeadQueries,
         summaries: jax.Array,
         state: Any,
         table: PageTable,
@@ -67,7 +68,7 @@ class Candidate:
     ) -> jax.Array:
         """See `PageScore.scores`."""
         rows = jnp.take(summaries, table.blocks, axis=0, mode="clip").astype(jnp.float32)
-        logits = self.logits(q.astype(jnp.float32) * scale, rows)
+        logits = self.logits(grouped(q).astype(jnp.float32) * scale, rows)
         end = jnp.arange(1, table.blocks.shape[1] + 1)[None] * table.page_size
         known = (end <= table.summarized[:, None])[:, None, None]
         return jnp.where(known, logits, -jnp.inf)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.pallas_kernels import dispatch, platform, sketches
+from flexijax.pallas_kernels.queries import HeadQueries, grouped
 from flexijax.pallas_kernels.sketches import SketchCode
 from flexijax.policies.page_score import PageShape, PageTable, update_by_summaries
 from flexijax.policies.sketch import Sketch
@@ -18,7 +19,7 @@ class SketchMax(Sketch):
 
     def scores(
         self,
-        q: jax.Array,
+        q: jax.Array | HeadQueries,
         summaries: Any,
         state: Any,
         table: PageTable,
@@ -28,7 +29,7 @@ class SketchMax(Sketch):
     ) -> jax.Array:
         """See `PageScore.scores`: the greatest log of the page's summed exponentials."""
         return dispatch.sketch_scores(
-            sketches.prepare(q, state, bits=self.bits, scale=scale),
+            sketches.prepare(grouped(q), state, bits=self.bits, scale=scale),
             summaries,
             table.blocks,
             table.summarized,
@@ -84,7 +85,7 @@ class LowRank:
 
     def scores(
         self,
-        q: jax.Array,
+        q: jax.Array | HeadQueries,
         summaries: jax.Array,
         state: Any,
         table: PageTable,
@@ -94,7 +95,7 @@ class LowRank:
     ) -> jax.Array:
         """See `PageScore.scores`."""
         basis, code = state
-        projected = jnp.einsum("BKGH,BKHR->BKGR", q.astype(jnp.float32), basis)
+        projected = jnp.einsum("BKGH,BKHR->BKGR", grouped(q).astype(jnp.float32), basis)
         query = sketches.prepare(projected, code, bits=self.bits, scale=scale)
         return dispatch.sketch_scores(
             query,
@@ -162,7 +163,7 @@ class Product:
 
     def scores(
         self,
-        q: jax.Array,
+        q: jax.Array | HeadQueries,
         summaries: jax.Array,
         state: jax.Array,
         table: PageTable,
@@ -172,7 +173,7 @@ class Product:
     ) -> jax.Array:
         """See `PageScore.scores`."""
         batch, heads, group, width = q.shape
-        parts = (q.astype(jnp.float32) * scale).reshape(batch, heads, group, -1, self.part)
+        parts = (grouped(q).astype(jnp.float32) * scale).reshape(batch, heads, group, -1, self.part)
         products = jnp.einsum("BKGNP,BKNCP->BKGNC", parts, state)
         rows = jnp.take(summaries, table.blocks, axis=0, mode="clip")  # [B, P, K, page, N / 2]
         halves = [rows & jnp.uint8(15), rows >> jnp.uint8(4)]

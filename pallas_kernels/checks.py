@@ -44,10 +44,18 @@ def check_slot_decode(
 
 
 def check_decode_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, stores: tuple[Store, ...], scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    stores: tuple[Store, ...],
+    arrivals: jax.Array | None,
+    scale: float,
 ) -> None:
     """The arguments of `dispatch.decode_attention`."""
     sizes = axis_sizes(q=(q, "B K G H"), k=(k, "B K H"), v=(v, "B K H"))
+    if arrivals is not None:
+        axis_sizes(q=(q, "B K G H"), arrivals=(arrivals, "B K"))
+        check_dtype("arrivals", arrivals, jnp.int32)
     named = sorted(head for store in stores for head in store.heads)
     if named != list(range(sizes["K"])):
         raise ValueError(f"stores name heads {named}; each of 0 .. {sizes['K'] - 1} must be in one")

@@ -10,6 +10,7 @@ from flexijax.pallas_kernels.checks import (
     check_page_size,
     check_scale,
 )
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery, words
 from flexijax.pallas_kernels.summaries import QuantizedSummaries, Summaries, group_size
 
@@ -43,10 +44,22 @@ def check_page_scores(
     check_page_size(page_size)
 
 
-def check_sketch_query(q: jax.Array, code: SketchCode, bits: int, scale: float) -> None:
+def check_sketch_query(
+    q: jax.Array | HeadQueries, code: SketchCode, bits: int, scale: float
+) -> None:
     """The arguments of `dispatch.sketch_query`."""
-    axis_sizes(q=(q, "B K G H"), mean=(code.mean, "B K H"), step=(code.step, "B K H"))
-    check_float("q", q)
+    if isinstance(q, HeadQueries):
+        heads = len(q.heads)
+        axes = {"rows": (q.rows, "B M H"), "mean": (code.mean, f"B {heads} H")}
+        sizes = axis_sizes(**axes, step=(code.step, f"B {heads} H"))
+        if not heads or min(q.heads) < 0 or (max(q.heads) + 1) * q.group > sizes["M"]:
+            raise ValueError(
+                f"heads {q.heads} of {q.group} query heads each do not lie in {sizes['M']} rows"
+            )
+        check_float("rows", q.rows)
+    else:
+        axis_sizes(q=(q, "B K G H"), mean=(code.mean, "B K H"), step=(code.step, "B K H"))
+        check_float("q", q)
     check_dtype("mean", code.mean, jnp.float32)
     check_dtype("step", code.step, jnp.float32)
     if bits not in SPACING:

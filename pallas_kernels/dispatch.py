@@ -81,10 +81,11 @@ def decode_attention(
     k: jax.Array,
     v: jax.Array,
     stores: tuple[Store, ...],
+    arrivals: jax.Array | None = None,
     *,
     scale: float,
     implementation: str | None = None,
-) -> tuple[jax.Array, tuple[Store, ...]]:
+) -> tuple[jax.Array, tuple[Store, ...], jax.Array | None]:
     """One layer's attention of a decode step, over the heads of all its stores.
 
     Each head's new key and value are written to their place, and its queries attend to what its
@@ -93,20 +94,24 @@ def decode_attention(
     Args:
       q: float[B, K, G, H]; k, v: float[B, K, H] of the new token, in the stores' dtype, keys
         rotated. The stores must name each of the K heads once.
+      arrivals: int32[B, K] of zeros, where programs that share a head count themselves. It comes
+        back as it went in: hand it from layer to layer, or each fills one of its own.
       scale: factor of the logits, usually H ** -0.5.
     Returns:
-      out [B, K, G, H] in the dtype of `q`, 0 in rows that take no part, and the stores with the new
-      token, updated in place when donated.
+      out [B, K, G, H] in the dtype of `q`, 0 in rows that take no part; the stores with the new
+      token, updated in place when donated; arrivals.
     Raises:
       ValueError: shapes or dtypes do not fit, or `implementation` is unknown or cannot run here.
     """
-    checks.check_decode_attention(q, k, v, stores, scale)
+    checks.check_decode_attention(q, k, v, stores, arrivals, scale)
     named = choose(implementation)
     if named == "pallas":
-        return module_of("decode_attention", named).decode_attention(q, k, v, stores, scale=scale)
+        module = module_of("decode_attention", named)
+        return module.decode_attention(q, k, v, stores, arrivals, scale=scale)
     kernels = module_of("sparse_decode", named)
     module = module_of("decode_attention", "xla")
-    return module.decode_attention(q, k, v, stores, scale=scale, kernels=kernels)
+    out, kept = module.decode_attention(q, k, v, stores, scale=scale, kernels=kernels)
+    return out, kept, arrivals
 
 
 # Beyond so many rows a sum and a norm are no launches to save, and XLA's are as good.

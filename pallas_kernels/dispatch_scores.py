@@ -4,6 +4,7 @@ import jax
 
 from flexijax.pallas_kernels import checks_scores as checks
 from flexijax.pallas_kernels.implementations import choose, choose_without_triton, module_of
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.sketches import SketchCode, SketchQuery
 from flexijax.pallas_kernels.summaries import Summaries
 
@@ -38,7 +39,7 @@ def page_scores(
 
 
 def sketch_query(
-    q: jax.Array,
+    q: jax.Array | HeadQueries,
     code: SketchCode,
     *,
     bits: int,
@@ -48,7 +49,8 @@ def sketch_query(
     """Queries made ready for `sketch_scores`: rotated, and rounded to 6 bits; see `sketches`.
 
     Args:
-      q: float[B, K, G, H], unscaled. code: of the keys, leaves float32[B, K, H].
+      q: float[B, K, G, H], unscaled, or where they lie among other rows, which are not read. code:
+        of the keys, leaves float32[B, K, H].
       bits: of each key element. scale: factor of the logits, usually H ** -0.5.
       implementation: "triton" has no kernel of its own here and takes the Pallas one.
     Returns:

@@ -59,6 +59,17 @@ def compiler_options() -> dict[str, Any]:
     return {} if is_gpu() else {"xla_cpu_prefer_vector_width": 512}
 
 
+# Multiprocessors of an A100 and of an H100, by compute capability.
+_MULTIPROCESSORS = {80: 108, 90: 132}
+
+
+def multiprocessors() -> int:
+    """Of the GPU that programs are compiled for; an H100's where there is none."""
+    if _target.value[1] or not is_gpu():
+        return _MULTIPROCESSORS.get(_target.value[1], _MULTIPROCESSORS[90])
+    return getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS[90])
+
+
 def free_device_bytes() -> int | None:
     """What the device can still give; None where it has no memory of its own."""
     stats = jax.devices()[0].memory_stats() if is_gpu() else None
@@ -203,6 +214,19 @@ def dot4(codes: jax.Array, weight: jax.Array, total: jax.Array) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int32)],
     )
     return made
+
+
+def arrive(count_ref: Any, at: tuple[jax.Array, ...]) -> jax.Array:
+    """int32[]: count_ref[at], raised by one as this program of a kernel gets here.
+
+    count_ref: int32[...], shared by programs. What any thread of one of them wrote before it came
+    is read, after this, by every thread of those that come later.
+    """
+    if is_gpu():
+        # The threads of a program wait for each other, then one of them adds with the order of
+        # acquire and release, which spans the device: what it has seen, the next one sees.
+        pltriton.debug_barrier()
+    return pltriton.atomic_add(count_ref, at, jnp.int32(1))
 
 
 def triton_call(

@@ -101,7 +101,7 @@ def expected(case):
     return reference.decode_attention(*inputs(case), scale=case.width**-0.5)
 
 
-def check(case, out, stores):
+def check(case, out, stores, _):
     wanted, kept = expected(case)
     assert out.dtype == (case.query_dtype or case.dtype)
     assert_rows_close(out, wanted, TOLERANCE[case.dtype])
@@ -120,12 +120,30 @@ def test_attention_and_what_is_kept(case, implementation):
     check(case, *jax.jit(run)(*on_device(inputs(case))))
 
 
-def test_several_parts_are_merged():
-    """The new token is in one part only; parts may be empty."""
+@pytest.mark.parametrize("splits", [3, 9])
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[5]], ids=str)
+def test_several_parts_are_merged(case, splits):
+    """By the last program of a head; the new token is in one part only, and parts may be empty."""
+    config = TuningConfig(16, -(-case.page * case.pages // 16 // splits), splits, 1, 1)
+    run = functools.partial(pallas.decode_attention, scale=case.width**-0.5, config=config)
+    q, k, v, stores = on_device(inputs(case))
+    arrivals = jnp.zeros(k.shape[:2], jnp.int32)
+    out, kept, arrivals = jax.jit(run)(q, k, v, stores, arrivals)
+    check(case, out, kept, arrivals)
+    # As the next layer wants them.
+    assert not np.asarray(arrivals).any()
+
+
+def test_who_has_not_been_waited_for_is_not_merged():
+    """With one arrival counted beforehand the last part comes too late, and out is not right."""
     case = CASES[0]
     config = TuningConfig(16, 1, 3, 1, 1)
     run = functools.partial(pallas.decode_attention, scale=case.width**-0.5, config=config)
-    check(case, *jax.jit(run)(*on_device(inputs(case))))
+    q, k, v, stores = on_device(inputs(case))
+    out, kept, arrivals = jax.jit(run)(q, k, v, stores, jnp.ones(k.shape[:2], jnp.int32))
+    assert (np.asarray(arrivals) == 1).all()
+    with pytest.raises(AssertionError):
+        check(case, out, kept, arrivals)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -149,5 +167,7 @@ def test_bad_arguments_are_named():
         call(q, k, v, (stores[0], dataclasses.replace(stores[1], held=jnp.zeros(6))))
     with pytest.raises(ValueError, match="differ in page size"):
         call(q, k, v, (stores[0], dataclasses.replace(stores[1], k=stores[1].k[..., :2])))
+    with pytest.raises(ValueError, match=r"arrivals.*shape \(6, 2\), but K is 4"):
+        call(q, k, v, stores, jnp.zeros((6, 2), jnp.int32))
     with pytest.raises(ValueError, match="scale must be positive"):
         call(q, k, v, stores, scale=-1.0)

@@ -9,6 +9,7 @@ import pytest
 
 from flexijax.pallas_kernels import dispatch, lanes, sketches
 from flexijax.pallas_kernels.page_selection.xla import page_ranks
+from flexijax.pallas_kernels.queries import HeadQueries, grouped
 from flexijax.pallas_kernels.sketch_query import reference as query_reference
 from flexijax.pallas_kernels.sketch_scores import reference
 from flexijax.pallas_kernels.sketches import SPACING, SketchCode, SketchQuery
@@ -133,6 +134,33 @@ def test_a_query_is_rotated_and_rounded(width, group, dtype, implementation):
     assert (lanes.packed(found.weights) == expected).all()
     # Of a sum of many terms, so within rounding of the terms, not of the sum.
     np.testing.assert_allclose(found.offset, offset, atol=1e-5 * width)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize(("heads", "rows"), [((3, 1), 12), ((0, 2), 13)], ids=str)
+def test_a_query_is_read_where_it_lies(heads, rows, implementation):
+    """Among rows of NaN, in the order of the named heads; the last rows are of no head."""
+    group, width, batch = 3, 32, 2
+    rng = np.random.default_rng(rows)
+    q = rng.normal(size=(batch, len(heads), group, width)).astype(np.float32)
+    every = np.full((batch, rows, width), np.nan, np.float32)
+    for at, head in enumerate(heads):
+        every[:, head * group : (head + 1) * group] = q[:, at]
+    queries = HeadQueries(jnp.asarray(every), heads, group)
+    assert queries.shape == q.shape
+    np.testing.assert_array_equal(grouped(queries), q)
+    code = SketchCode(*jnp.asarray(np.abs(rng.normal(size=(2, batch, len(heads), width)) + 0.1)))
+    run = functools.partial(dispatch.sketch_query, bits=2, scale=0.2, implementation=implementation)
+    found = jax.jit(run)(queries, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), code))
+    weights, offset, unit = query_reference.sketch_query(
+        q, np.asarray(code.mean), np.asarray(code.step), bits=2, scale=0.2
+    )
+    np.testing.assert_allclose(found.unit, unit, rtol=1e-5)
+    expected = lanes.pack(jnp.asarray(np.round(weights), jnp.int8))
+    assert (lanes.packed(found.weights) == expected).all()
+    np.testing.assert_allclose(found.offset, offset, atol=1e-5 * width)
+    with pytest.raises(ValueError, match="do not lie in"):
+        run(HeadQueries(queries.rows, (0, 4), group), code)
 
 
 @pytest.mark.parametrize(("bits", "least"), [(1, 0.75), (2, 0.9), (4, 0.98)])

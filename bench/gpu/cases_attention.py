@@ -191,7 +191,7 @@ def _decode(
 
 
 def _attend(stores: Any, q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float) -> Any:
-    return dispatch.decode_attention(q, k, v, stores, scale=scale)
+    return dispatch.decode_attention(q, k, v, stores, scale=scale)[:2]
 
 
 @jax.jit

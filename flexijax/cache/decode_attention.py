@@ -14,7 +14,7 @@ from flexijax.cache.cache import kind
 from flexijax.cache.layout import CacheLayout, GroupProgram, without_heads
 from flexijax.cache.prefill_kv import replaced
 from flexijax.pallas_kernels import dispatch
-from flexijax.pallas_kernels.stores import of_heads
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.policies.base import Policy
 
 
@@ -26,6 +26,7 @@ class DecodeState:
     layers: tuple[tuple[Any, ...], ...]  # head groups of each layer
     step: Step
     queries: tuple[jax.Array, ...]  # of each layer done so far, see `DecodeAttention`
+    arrivals: jax.Array | None  # int32[B, K] of zeros, see `dispatch.decode_attention`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +50,10 @@ class DecodeAttention:
         shape, dtype = sizes.shape, jnp.dtype(sizes.dtype)
         heads = q.shape[2]
         rows, k, v = q[:, 0], k[:, 0].astype(dtype), v[:, 0].astype(dtype)
-        kept = rows.astype(dtype)
+        whole, kept = rows, rows.astype(dtype)
         if rows.dtype == dtype:
             # Rotated once, for all that reads any of it; a slice alone would be rotated again.
-            kept = lax.optimization_barrier(jnp.concatenate([rows, k, v], axis=1))
+            whole = kept = lax.optimization_barrier(jnp.concatenate([rows, k, v], axis=1))
             rows, k, v = jnp.split(kept, [heads, heads + shape.num_kv_heads], axis=1)
         grouped = rows.reshape(len(rows), shape.num_kv_heads, shape.group_size, shape.head_dim)
         groups, stores = self.layout.groups[layer], []
@@ -60,10 +61,16 @@ class DecodeAttention:
             program = GroupProgram(
                 sizes, without_heads(group), self.policy, self.implementation, None
             )
-            mine = of_heads(grouped, group.heads)
+            mine = HeadQueries(whole, group.heads, shape.group_size)
             stores.append(kind(group).store(program, arrays, group.heads, mine, state.step))
-        out, stores = dispatch.decode_attention(
-            grouped, k, v, tuple(stores), scale=shape.scale, implementation=self.implementation
+        out, stores, arrivals = dispatch.decode_attention(
+            grouped,
+            k,
+            v,
+            tuple(stores),
+            state.arrivals,
+            scale=shape.scale,
+            implementation=self.implementation,
         )
         arrays = tuple(
             kind(group).after_step(arrays, store, state.step)
@@ -73,4 +80,5 @@ class DecodeAttention:
             state,
             layers=replaced(state.layers, layer, arrays),
             queries=(*state.queries, kept),
+            arrivals=arrivals,
         )

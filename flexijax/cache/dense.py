@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flexijax.cache.arrays import Chunk, Prompt, Step, empty_state, set_row, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.observe import observe_chunk, prompt_state
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.stores import SlotStore
 from flexijax.policies.base import PolicyState
 
@@ -37,7 +38,7 @@ def empty(program: GroupProgram, heads: int) -> tuple[DenseGroup, None]:
 
 
 def store(
-    program: GroupProgram, group: DenseGroup, heads: tuple[int, ...], q: jax.Array, step: Step
+    program: GroupProgram, group: DenseGroup, heads: tuple[int, ...], q: HeadQueries, step: Step
 ) -> SlotStore:
     """Where a token's key and value go, and what is attended: all."""
     return SlotStore(group.k, group.v, None, step.held, heads)

@@ -17,6 +17,7 @@ from jax import lax
 from flexijax.cache.arrays import Chunk, Prompt, Step, empty_state, set_row, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.observe import observe_chunk, prompt_positions, prompt_state
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.stores import SlotStore
 from flexijax.policies.base import PolicyState, Tokens
 
@@ -56,7 +57,7 @@ def empty(program: GroupProgram, heads: int) -> tuple[EvictingGroup, EvictionSta
 
 
 def store(
-    program: GroupProgram, group: EvictingGroup, heads: tuple[int, ...], q: jax.Array, step: Step
+    program: GroupProgram, group: EvictingGroup, heads: tuple[int, ...], q: HeadQueries, step: Step
 ) -> SlotStore:
     """Where a token's key and value go, and what is attended: all that is held."""
     held = jnp.where(step.active[:, None], group.count, -1)

@@ -18,6 +18,7 @@ from flexijax.cache.layout import GroupProgram
 from flexijax.cache.selected import choose_pages, scatter
 from flexijax.cache.tiers import HostPages, offload, offload_pages, promote
 from flexijax.pallas_kernels import dispatch_rerank
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.rerank import RerankStats, plan_rerank
 from flexijax.pallas_kernels.stores import SlotStore
 from flexijax.policies.page_score import FilledPages, PageTable
@@ -67,7 +68,7 @@ def empty(program: GroupProgram, heads: int) -> tuple[OffloadedGroup, RerankStat
 
 
 def store(
-    program: GroupProgram, group: OffloadedGroup, heads: tuple[int, ...], q: jax.Array, step: Step
+    program: GroupProgram, group: OffloadedGroup, heads: tuple[int, ...], q: HeadQueries, step: Step
 ) -> SlotStore:
     """Where a token's key and value go, and what is attended: whatever the slots hold."""
     return SlotStore(group.k, group.v, group.slot_page, step.held, heads)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flexijax.cache.arrays import Chunk, Prompt, Step, zeros
 from flexijax.cache.layout import GroupProgram
 from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.stores import PageStore
 from flexijax.policies.page_score import FilledPages, PageTable
 
@@ -41,9 +42,9 @@ def empty(program: GroupProgram, heads: int) -> tuple[SelectedGroup, None]:
 
 
 def store(
-    program: GroupProgram, group: SelectedGroup, heads: tuple[int, ...], q: jax.Array, step: Step
+    program: GroupProgram, group: SelectedGroup, heads: tuple[int, ...], q: HeadQueries, step: Step
 ) -> PageStore:
-    """Where a token's key and value go, and what is attended: the best pages for q [B, K, G, H].
+    """Where a token's key and value go, and what is attended: the best pages for the queries.
 
     Pages that have filled since the chunk began have no summary yet, and are attended by rule.
     """
@@ -107,7 +108,7 @@ def num_queries(program: GroupProgram) -> int:
 
 def choose_pages(
     program: GroupProgram,
-    q: jax.Array,
+    q: jax.Array | HeadQueries,
     summaries: Any,
     score_state: Any,
     table: PageTable,

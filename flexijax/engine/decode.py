@@ -164,8 +164,11 @@ def _step(
 ) -> tuple[Groups, jax.Array, tuple[_Kept, _Kept]]:
     """One token a request: (groups, logits float32[B, V], what is kept of the last, of every)."""
     attention_fn = DecodeAttention(program.layout, program.policy, program.implementation)
+    # One for all layers: each leaves it as it was.
+    arrivals = jnp.zeros((len(tokens), program.layout.sizes.shape.num_kv_heads), jnp.int32)
+    state = DecodeState(groups, step, (), arrivals)
     x, state = program.decoder.hidden(
-        params, tokens[:, None], lengths[:, None], attention_fn, DecodeState(groups, step, ())
+        params, tokens[:, None], lengths[:, None], attention_fn, state
     )
     last, every = [], []
     for kept, count in zip(state.queries, _num_queries(program), strict=True):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from flexijax.pallas_kernels import dispatch, platform
+from flexijax.pallas_kernels.queries import HeadQueries, grouped
 from flexijax.pallas_kernels.summaries import quantize, summarize
 from flexijax.policies.page_score import (
     FilledPages,
@@ -79,7 +80,7 @@ class MinMax:
 
     def scores(
         self,
-        q: jax.Array,
+        q: jax.Array | HeadQueries,
         summaries: Any,
         state: Any,
         table: PageTable,
@@ -89,7 +90,7 @@ class MinMax:
     ) -> jax.Array:
         """See `PageScore.scores`."""
         return dispatch.page_scores(
-            q,
+            grouped(q),
             summaries,
             table.blocks,
             table.summarized,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 
 from flexijax.pallas_kernels.filled import in_full_pages, keys_in_blocks, keys_in_slots, set_rows
+from flexijax.pallas_kernels.queries import HeadQueries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class PageScore(Protocol):
 
     def scores(
         self,
-        q: jax.Array,
+        q: jax.Array | HeadQueries,
         summaries: Any,
         state: Any,
         table: PageTable,
@@ -109,6 +110,7 @@ class PageScore(Protocol):
     ) -> jax.Array:
         """q [B, K, G, H], unscaled, state [B, K, ...] -> float32[B, K, 1, P] or [B, K, G, P].
 
+        q may come as it lies among other rows: `queries.grouped(q)` is the array.
         One score for all query heads is the page's rank. G of them are logs of the attention mass
         that each head gives to the page, up to a constant of the head; the rank is the mean share.
         -inf for pages without a summary. scale: of the logits.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.pallas_kernels import dispatch, dispatch_rerank, platform, sketches
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.sketches import SketchCode
 from flexijax.policies.page_score import FilledPages, PageShape, PageTable
 
@@ -79,7 +80,7 @@ class Sketch:
 
     def scores(
         self,
-        q: jax.Array,
+        q: jax.Array | HeadQueries,
         summaries: Any,
         state: Any,
         table: PageTable,

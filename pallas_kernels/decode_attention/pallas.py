@@ -1,8 +1,9 @@
-"""A layer's decode attention as one kernel over all of its stores, and one that merges the parts.
+"""A layer's decode attention as one kernel over all of its stores.
 
 One program attends one KV head over a stretch of what it attends; a head's stretches are as many
 programs. The first of them takes the new token from registers as the start of its running softmax
-and writes it to its place: so nothing is read that has just been written, and no launch writes.
+and writes it to its place: so nothing is read that has just been written, and no launch writes. The
+last of them that is done merges the stretches: so no launch merges.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.arrivals import is_last, merge_parts
 from flexijax.pallas_kernels.in_kernel import find_slot
 from flexijax.pallas_kernels.online_softmax import (
     LOG2_E,
@@ -22,7 +24,6 @@ from flexijax.pallas_kernels.online_softmax import (
     softmax_over,
 )
 from flexijax.pallas_kernels.platform import pltriton
-from flexijax.pallas_kernels.sparse_decode.pallas import merge_splits
 from flexijax.pallas_kernels.sparse_decode.tuning import MIN_ROWS, TuningConfig
 from flexijax.pallas_kernels.stores import PageStore, Store
 
@@ -32,10 +33,11 @@ def decode_attention(
     k: jax.Array,
     v: jax.Array,
     stores: tuple[Store, ...],
+    arrivals: jax.Array | None = None,
     *,
     scale: float,
     config: TuningConfig | None = None,
-) -> tuple[jax.Array, tuple[Store, ...]]:
+) -> tuple[jax.Array, tuple[Store, ...], jax.Array]:
     """See `dispatch.decode_attention`."""
     batch, heads, group, width = q.shape
     page, dtype = stores[0].page_size, stores[0].k.dtype
@@ -52,12 +54,19 @@ def decode_attention(
     named = sum((store.heads for store in stores), ())
     in_order = named == tuple(range(heads))
     operands = [rows, fresh, *([] if in_order else [jnp.array(named, jnp.int32)])]
-    alone, parts = config.splits == 1, (config.splits, batch, heads, group)
-    shapes = [
-        jax.ShapeDtypeStruct((*parts, width), q.dtype if alone else jnp.float32),
-        jax.ShapeDtypeStruct(parts, jnp.float32),
-    ]
-    aliases = {}
+    if arrivals is None:
+        arrivals = jnp.zeros((batch, heads), jnp.int32)
+    shapes, aliases = [jax.ShapeDtypeStruct(q.shape, q.dtype)], {}
+    if config.splits > 1:
+        parts = (config.splits, batch, heads, group)
+        aliases[len(operands)] = len(shapes)
+        operands.append(arrivals)
+        shapes += [
+            jax.ShapeDtypeStruct(arrivals.shape, jnp.int32),
+            jax.ShapeDtypeStruct((*parts, width), jnp.float32),
+            jax.ShapeDtypeStruct(parts, jnp.float32),
+        ]
+    before = len(shapes)
     for store in stores:
         for pool in _matrices(store):
             aliases[len(operands)] = len(shapes)
@@ -75,7 +84,7 @@ def decode_attention(
         scale=scale * LOG2_E,
         config=config,
     )
-    out, lse, *pools = platform.pallas_kernel(
+    made = platform.pallas_kernel(
         kernel,
         name="flexijax_decode_attention",
         grid=(config.splits, heads, batch),
@@ -84,12 +93,11 @@ def decode_attention(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )(*operands)
-    out = out[0] if alone else merge_splits(out, lse, dtype=q.dtype)[0]
-    kept = []
+    kept, pools = [], made[before:]
     for at, store in enumerate(stores):
         k, v = pools[2 * at].reshape(store.k.shape), pools[2 * at + 1].reshape(store.v.shape)
         kept.append(dataclasses.replace(store, k=k, v=v))
-    return out, tuple(kept)
+    return made[0], tuple(kept), made[1] if config.splits > 1 else arrivals
 
 
 def _lists(store: Store) -> list[jax.Array]:
@@ -119,8 +127,13 @@ def _kernel(*refs, described, in_order, first, group, width, page, scale, config
     if not in_order:
         heads_ref, *rest = rest
         head = heads_ref[number]
+    rest = rest[1:] if config.splits > 1 else rest
     inputs = sum(2 + len(_lists(store)) for store, _ in described)
-    out_ref, lse_ref, *pools = rest[inputs:]
+    out_ref, *pools = rest[inputs:]
+    arrivals_ref, parts = None, ()  # of several programs that share a head: their outs and lses
+    if config.splits > 1:
+        arrivals_ref, outs_ref, lses_ref, *pools = pools
+        parts = outs_ref, lses_ref
     at = begins = 0
     for index, (store, shape) in enumerate(described):
         k_ref, v_ref, held_ref, *lists = rest[at : at + 2 + len(_lists(store))]
@@ -137,7 +150,7 @@ def _kernel(*refs, described, in_order, first, group, width, page, scale, config
                 store,
                 shape,
                 program,
-                (rows_ref, fresh_ref, out_ref, lse_ref),
+                (rows_ref, fresh_ref, out_ref, parts),
                 refs,
                 first=first,
                 group=group,
@@ -148,16 +161,21 @@ def _kernel(*refs, described, in_order, first, group, width, page, scale, config
             )
 
         begins = ends
+    if arrivals_ref is not None:
+
+        @pl.when(is_last(arrivals_ref, (request, head), config.splits))
+        def _():
+            merge_parts(parts, out_ref, (request, head))
 
 
 def _attend_store(
     store, shape, program, shared, refs, *, first, group, width, page, scale, config
 ) -> None:
     """One head of one store over one stretch; program: split, model's head, store's, request."""
-    rows_ref, fresh_ref, out_ref, lse_ref = shared
+    rows_ref, fresh_ref, out_ref, parts = shared
     k_ref, v_ref, held_ref, lists, *_ = refs
     split, head, local, request = program
-    num_heads = out_ref.shape[2]
+    num_heads = out_ref.shape[1]
     held = held_ref[request] if store.held.ndim == 1 else held_ref[request, local]
     mine = (held >= 0) & (split == 0)
     padded = pl.next_power_of_2(width)
@@ -193,12 +211,16 @@ def _attend_store(
     )
     out, lse = normalized(carry)
     row = jnp.arange(rows)
+    target_ref, at = out_ref, (request, head)
+    if parts:
+        target_ref, lse_ref = parts
+        at = (split, *at)
+        pltriton.store(lse_ref.at[(*at, row)], lse, mask=row < group)
     pltriton.store(
-        out_ref.at[split, request, head, row[:, None], column[None, :]],
-        out.astype(out_ref.dtype),
+        target_ref.at[(*at, row[:, None], column[None, :])],
+        out.astype(target_ref.dtype),
         mask=(row < group)[:, None] & (column < width)[None, :],
     )
-    pltriton.store(lse_ref.at[split, request, head, row], lse, mask=row < group)
 
 
 def _half_blocks(config: TuningConfig) -> TuningConfig:

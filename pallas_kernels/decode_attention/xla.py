@@ -21,7 +21,7 @@ def decode_attention(
     scale: float,
     kernels: ModuleType = xla,
 ) -> tuple[jax.Array, tuple[Store, ...]]:
-    """See `dispatch.decode_attention`; kernels: `sparse_decode`'s implementation."""
+    """out and stores of `dispatch.decode_attention`; kernels: `sparse_decode`'s implementation."""
     outs, heads, kept = [], [], []
     for store in stores:
         of_store, new_k, new_v = (of_heads(x, store.heads) for x in (q, k, v))

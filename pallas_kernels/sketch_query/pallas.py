@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from flexijax.pallas_kernels import lanes, platform
 from flexijax.pallas_kernels.platform import pltriton
+from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.sketches import (
     LARGEST,
     TINY,
@@ -25,21 +26,33 @@ from flexijax.pallas_kernels.sketches import (
 _MIN_ROWS = 16
 
 
-def sketch_query(q: jax.Array, code: SketchCode, *, bits: int, scale: float) -> SketchQuery:
+def sketch_query(
+    q: jax.Array | HeadQueries, code: SketchCode, *, bits: int, scale: float
+) -> SketchQuery:
     """Weights int32[B, K, G, W, 8] as `lanes.pack` makes them; see `dispatch.sketch_query`."""
     batch, heads, group, width = q.shape
+    if not isinstance(q, HeadQueries):
+        q = HeadQueries(q.reshape(batch, heads * group, width), tuple(range(heads)), group)
+    dtype, first = q.rows.dtype, q.heads[0]
+    named = []
+    if q.heads != tuple(range(first, first + heads)):
+        # One added: of what could be counted from 0 in steps the compiler would make a launch.
+        named = [jnp.array([head + 1 for head in q.heads], jnp.int32)]
     count = words(width)
     rows, padded = max(_MIN_ROWS, pl.next_power_of_2(group)), pl.next_power_of_2(count) * WORD
     shrink = scale * float(width & -width) ** -0.5
-    precision = platform.float32_precision() if q.dtype == jnp.float32 else None
+    precision = platform.float32_precision() if dtype == jnp.float32 else None
 
-    def kernel(q_ref, signs_ref, mean_ref, step_ref, weights_ref, offset_ref, unit_ref):
-        # q [B, K, G, H], signs [H, H], mean and step [B, K, H]; weights int32[B, K, G, W, 8]
+    def kernel(rows_ref, signs_ref, mean_ref, step_ref, *refs):
+        # rows [B, M, H], signs [H, H], mean and step [B, K, H], named int32[K] where there is one;
+        # weights int32[B, K, G, W, 8]
+        *named_ref, weights_ref, offset_ref, unit_ref = refs
         head, request = pl.program_id(0), pl.program_id(1)
+        lies_at = (named_ref[0][head] - 1 if named_ref else first + head) * group
         row, column = jnp.arange(rows), jnp.arange(padded)
         inside = column < width
         query = pltriton.load(
-            q_ref.at[request, head, row[:, None], column[None, :]],
+            rows_ref.at[request, (lies_at + row)[:, None], column[None, :]],
             mask=(row < group)[:, None] & inside[None, :],
             other=0.0,
         )
@@ -89,5 +102,11 @@ def sketch_query(q: jax.Array, code: SketchCode, *, bits: int, scale: float) -> 
             jax.ShapeDtypeStruct(lead, jnp.float32),
         ],
         num_warps=4,
-    )(q, jnp.asarray(signs(width), q.dtype), code.mean, code.step)
+    )(
+        q.rows,
+        jnp.asarray(signs(width), dtype),
+        code.mean,
+        code.step,
+        *named,
+    )
     return SketchQuery(weights.reshape(*lead, count, lanes.GROUPS), offset, unit)

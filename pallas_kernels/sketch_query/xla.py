@@ -1,5 +1,13 @@
 """Prepared queries in plain XLA."""
 
-from flexijax.pallas_kernels.sketches import prepare as sketch_query
+import jax
 
-__all__ = ["sketch_query"]
+from flexijax.pallas_kernels.queries import HeadQueries, grouped
+from flexijax.pallas_kernels.sketches import SketchCode, SketchQuery, prepare
+
+
+def sketch_query(
+    q: jax.Array | HeadQueries, code: SketchCode, *, bits: int, scale: float
+) -> SketchQuery:
+    """See `dispatch.sketch_query`."""
+    return prepare(grouped(q), code, bits=bits, scale=scale)

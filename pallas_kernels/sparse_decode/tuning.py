@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from jax.experimental import pallas as pl
 
-# Programs that an H100 runs at once, four on each of its 132 multiprocessors (an A100 has 108). One
-# more than that, and all wait for a second wave.
-_PROGRAMS = 528
+from flexijax.pallas_kernels import platform
+
+# Programs that a multiprocessor runs at once, of 128 threads with 128 registers each. One more than
+# all of them run together, and all wait for a second wave.
+_RESIDENT = 4
 _MAX_SPLITS = 64
 # Of a tensor core: the query heads are padded to so many rows of the matrix products.
 MIN_ROWS = 16
@@ -33,12 +35,13 @@ class TuningConfig:
     @classmethod
     def choose(cls, *, heads: int, tokens: int, row_bytes: int) -> "TuningConfig":
         """For `heads` = B * K independent heads of `tokens` slots of `row_bytes` bytes of keys."""
+        programs = _RESIDENT * platform.multiprocessors()
         widest = max(16, min(64, 16384 // row_bytes))
         block = 16
-        while block < widest and heads * pl.cdiv(tokens, 2 * block) >= _PROGRAMS // 2:
+        while block < widest and heads * pl.cdiv(tokens, 2 * block) >= programs // 2:
             block *= 2
         blocks = pl.cdiv(tokens, block)
-        splits = min(blocks, _MAX_SPLITS, max(1, _PROGRAMS // heads))
+        splits = min(blocks, _MAX_SPLITS, max(1, programs // heads))
         steps = pl.cdiv(blocks, splits)
         warps = 2 if block * row_bytes <= 4096 else 4 if row_bytes <= 256 else 8
         return cls(block, steps, pl.cdiv(blocks, steps), warps, 3 if steps > 1 else 1)
