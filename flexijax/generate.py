@@ -101,7 +101,7 @@ def run_requests(
     core = EngineCore(lm, program, answering, progress=progress, prefill_first=True)
     streams = []
     for key, request in enumerate(requests):
-        answer = Stream(lambda _: core.step(), functools.partial(core.cancel, key))
+        answer = Stream(_nobody_waits, functools.partial(core.cancel, key))
         label = f"prompt {request.index + 1} of {len(requests)}"
         core.add(
             new_entry(
@@ -127,6 +127,11 @@ def run_requests(
                 # Nobody waits for the others, so the program's own error is the one to see.
                 raise error.__cause__ or error
     return [answer.result() for answer in streams]
+
+
+def _nobody_waits(waits: Callable[[], bool]) -> None:
+    """For streams that are asked when they have ended."""
+    assert not waits(), "the engine has been left before its requests ended"
 
 
 def _warn_if_stale(results: Sequence[Generation]) -> None:

@@ -7,7 +7,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flexijax.config import CacheConfig
 from flexijax.engine.core import Answering, EngineCore
@@ -181,11 +181,12 @@ class Engine:
         """Blocks of the pools, each of `page_size` tokens."""
         return self._core.limits.blocks
 
-    def _wait(self, stream: Stream) -> None:
-        """Drives the engine until the stream has something."""
-        while stream.waits:
+    def _wait(self, waits: Callable[[], bool]) -> None:
+        """Drives the engine for as long as somebody waits."""
+        while waits():
             with self._driving:
-                if stream.waits and not self.step() and stream.waits:
+                # Whoever drove it meanwhile may have brought what is waited for.
+                if waits() and not self.step() and waits():
                     raise RuntimeError("the engine does not know this request any more")
 
     def _cancel(self, key: int) -> None:

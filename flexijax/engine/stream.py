@@ -20,7 +20,10 @@ class Stream:
     tasks may wait at once. Without a tokenizer there are no pieces, only a `result`.
     """
 
-    def __init__(self, wait: Callable[[Stream], None], cancel: Callable[[], None]) -> None:
+    def __init__(
+        self, wait: Callable[[Callable[[], bool]], None], cancel: Callable[[], None]
+    ) -> None:
+        """wait: drives the engine for as long as what it is given says True."""
         self._wait, self._cancel = wait, cancel
         self._pieces: deque[str] = deque()
         self._generation: Generation | None = None
@@ -36,17 +39,11 @@ class Stream:
         """Why it ended without a `result`, if it did."""
         return self._error
 
-    @property
-    def waits(self) -> bool:
-        """Whether there is nothing to hand out yet."""
-        return not self._pieces and not self.done
-
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        while self.waits:
-            self._wait(self)
+        self._wait(self._waits)
         if self._pieces:
             return self._pieces.popleft()
         if self._error is not None:
@@ -56,8 +53,8 @@ class Stream:
     async def __aiter__(self) -> AsyncIterator[str]:
         try:
             while True:
-                if self.waits:
-                    await asyncio.to_thread(self._wait, self)
+                if self._waits():
+                    await asyncio.to_thread(self._wait, self._waits)
                 elif self._pieces:
                     yield self._pieces.popleft()
                 elif self._error is not None:
@@ -75,8 +72,7 @@ class Stream:
         `EngineError`, `FloatingPointError` for logits that are no numbers, or `ValueError` where it
         could never be admitted.
         """
-        while not self.done:
-            self._wait(self)
+        self._wait(lambda: not self.done)
         if self._error is not None:
             raise self._error
         assert self._generation is not None
@@ -86,6 +82,10 @@ class Stream:
         """Ends the request at the next boundary, if it has not ended; it keeps what it has."""
         if not self.done:
             self._cancel()
+
+    def _waits(self) -> bool:
+        """Whether there is nothing to hand out yet."""
+        return not self._pieces and not self.done
 
     def take(self) -> list[str]:
         """The pieces that have come since they were last taken, without waiting."""
