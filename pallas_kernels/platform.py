@@ -122,7 +122,7 @@ def product_parts(*, rows: int, inner: int) -> int:
 
 # Tokens of a prompt read at once, and at its end, and how many lengths of keys they attend to. On a
 # CPU attention stops at the diagonal by itself; a GPU's looks at all keys that it is given.
-_PREFILL_SIZES = {"cpu": (512, 64, 1), "gpu": (2048, 256, 4)}
+_PREFILL_SIZES = {"cpu": (512, 64, 1), "gpu": (1024, 128, 4)}
 
 
 def prefill_sizes() -> tuple[int, int, int]:

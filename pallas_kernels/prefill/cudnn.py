@@ -48,12 +48,18 @@ def prefill_attention(
     bias = jnp.where(attended, 0, jnp.finfo(q.dtype).min / 2).astype(q.dtype)
     # Keys and values beyond the chunk were never written: 0 * NaN must not reach the sum.
     written = (jnp.arange(k.shape[2]) < start + tokens)[:, None, None]
-    out = jax.nn.dot_product_attention(
-        q.reshape(1, tokens, heads * group, width),
-        jnp.where(written, k.transpose(2, 0, 1), 0)[None],
-        jnp.where(written, v.transpose(1, 0, 2), 0)[None],
-        bias=bias[None, None],
-        scale=scale,
-        implementation=backend,
-    )
-    return out.reshape(tokens, heads, group, width)
+    # Half of the heads at a time, since cuDNN's order of axes is another: what is copied for it
+    # takes as much memory as the keys and values themselves.
+    halves = 2 if heads % 2 == 0 else 1
+    found = [
+        jax.nn.dot_product_attention(
+            q[:, mine].reshape(1, tokens, -1, width),
+            jnp.where(written, k[mine].transpose(2, 0, 1), 0)[None],
+            jnp.where(written, v[mine].transpose(1, 0, 2), 0)[None],
+            bias=bias[None, None],
+            scale=scale,
+            implementation=backend,
+        ).reshape(tokens, -1, group, width)
+        for mine in (slice(at, at + heads // halves) for at in range(0, heads, heads // halves))
+    ]
+    return jnp.concatenate(found, axis=1)
