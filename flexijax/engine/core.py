@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 
-import jax
-
 from flexijax.config import CacheConfig
 from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, State, apply
 from flexijax.engine.entry import Entry
@@ -182,8 +180,6 @@ class EngineCore:
                 self.totals.prompt_tokens += len(entry.request.tokens)
                 self._prefixes.remember(entry)
                 self._take(entry)
-            elif reading.reading is not None:
-                jax.block_until_ready(reading.reading.kv.k)
             if self.clock() - started >= budget:
                 break
         return self.clock() - started

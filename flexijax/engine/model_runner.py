@@ -158,6 +158,8 @@ class ModelRunner:
                     reading.kv,
                     prompting.place,
                 )
+            # So that its time is its own, and who shares it out knows what a piece takes.
+            jax.block_until_ready(reading.kv.k)
         done = reading is None or reading.done
         if done:
             if reading is not None:
