@@ -123,9 +123,8 @@ class ModelRunner:
         reading = None
         if prompt is None:
             reading = self._prefiller.begin(request.tokens, label, start)
-        made = Prompting(request, place, sequence, reading)
+        made = Prompting(request, place, sequence, reading, None if prompt is None else prompt.x)
         if prompt is not None:
-            made.x = prompt.x
             self.cache = prompt.commit(
                 self.runner, self.program, self.cache, row=row, blocks=blocks
             )
@@ -158,7 +157,7 @@ class ModelRunner:
                     reading.kv,
                     prompting.place,
                 )
-            # So that its time is its own, and who shares it out knows what a piece takes.
+            # So that whoever shares out time knows what a piece takes.
             jax.block_until_ready(reading.kv.k)
         done = reading is None or reading.done
         if done:
@@ -201,9 +200,9 @@ class ModelRunner:
 
     def grow(self, blocks: dict[int, Collection[int]]) -> None:
         """New lists of blocks for some rows, which go on as the old ones did."""
-        assert self.cache is not None
         if not blocks:
             return
+        assert self.cache is not None
         table = np.array(self.cache.block_table)
         for row, mine in blocks.items():
             self.running[row].blocks = tuple(mine)
