@@ -9,10 +9,9 @@ from typing import Any
 
 from flexijax.config import CacheConfig
 from flexijax.engine.continuation import Continuation
-from flexijax.engine.engine import BOUNDARY_STEPS
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import Prefiller
-from flexijax.engine.program import Progress, Runner, prefill_spec
+from flexijax.engine.program import BOUNDARY_STEPS, Progress, Runner, prefill_spec
 from flexijax.engine.requests import check_cache, make_requests
 from flexijax.engine.sampling import Sampling
 from flexijax.generate import run_requests

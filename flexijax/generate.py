@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 
 from flexijax.config import CacheConfig
 from flexijax.engine.core import Answering, EngineCore
-from flexijax.engine.engine import BOUNDARY_STEPS
 from flexijax.engine.entry import new_entry
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import PrefillResult
-from flexijax.engine.program import Program, Progress
+from flexijax.engine.program import BOUNDARY_STEPS, Program, Progress
 from flexijax.engine.requests import check_cache, check_callable, check_int, make_requests
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.sequence import Request

@@ -37,7 +37,9 @@ def tokens(part: Part, sizes: Sizes) -> None:
         for policy in ("full", "flexi"):
             engine, cache = _engine(part, sizes, lm, policy=policy, budget_pages=roomy)
             requests = _requests(sizes, sizes.prompts, STEPS)
-            done = run_requests(engine, requests, None, cache, None)
+            done = run_requests(
+                lm, engine.program, requests, None, cache, None, progress=part.progress
+            )
             made[policy] = [generation.token_ids for generation in done]
     for at, (full, flexi) in enumerate(zip(*made.values(), strict=True)):
         same = np.equal(full, flexi)

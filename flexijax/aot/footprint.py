@@ -16,7 +16,7 @@ from flexijax.cache.memory import nbytes, summary_bytes
 from flexijax.cache.prefill_kv import empty_prefill_kv
 from flexijax.config import CacheConfig
 from flexijax.engine.plan import make_layout
-from flexijax.engine.program import Program
+from flexijax.engine.program import BOUNDARY_STEPS, Program
 from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
 from flexijax.pallas_kernels import platform
@@ -176,7 +176,14 @@ def make_program(config: ModelConfig, cache: CacheConfig, *, context: int, batch
         max_new_tokens=min(context, NEW_TOKENS),
         batch=batch,
     )
-    return Program(Decoder(config), layout, policy, cache.implementation, cache.transfer)
+    return Program(
+        Decoder(config),
+        layout,
+        policy,
+        cache.implementation,
+        cache.transfer,
+        boundary_steps=BOUNDARY_STEPS,
+    )
 
 
 def abstract_params(config: ModelConfig) -> Any:

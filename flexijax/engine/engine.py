@@ -8,6 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from flexijax.config import CacheConfig
 from flexijax.engine.core import Answering, EngineCore
@@ -15,14 +16,11 @@ from flexijax.engine.entry import Entry, new_entry
 from flexijax.engine.measured import EngineTotals
 from flexijax.engine.plan import find_profile, origin_of
 from flexijax.engine.plan_engine import make_engine_program
-from flexijax.engine.program import Progress
+from flexijax.engine.program import BOUNDARY_STEPS, Progress
 from flexijax.engine.requests import check_cache, check_callable, check_int, make_requests
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.stream import Stream
 from flexijax.models.language_model import LanguageModel
-
-# Decode steps between two looks at what was sampled.
-BOUNDARY_STEPS = 4
 
 
 class Engine:
@@ -123,7 +121,8 @@ class Engine:
         """
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
-        [request] = make_requests(self._core.lm, [prompt], max_new_tokens, sampling)
+        prompts: Any = [prompt]
+        [request] = make_requests(self._core.lm, prompts, max_new_tokens, sampling)
         total = len(request.tokens) + request.max_new_tokens
         if total > self.max_context:
             raise ValueError(

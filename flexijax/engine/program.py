@@ -24,6 +24,9 @@ from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.tiling import largest_divisor
 from flexijax.policies.base import Policy
 
+# Decode steps between two looks at what was sampled, of what serves requests.
+BOUNDARY_STEPS = 4
+
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 
