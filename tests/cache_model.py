@@ -7,9 +7,11 @@ exact and the choice of pages is too.
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from flexijax.models.config import AttentionShape
+from flexijax.models.decoder import DecoderLike
 
 LAYERS, KV_HEADS, GROUP, WIDTH, VOCAB = 2, 2, 2, 8, 13
 # R is no multiple of the page, so that one page or two fill up between reranks.
@@ -19,18 +21,31 @@ UNSTABLE = ((1,), ())
 
 
 @dataclasses.dataclass(frozen=True)
-class TableDecoder:
-    """Queries, keys and values are looked up by token and position; logits by what is attended."""
+class TableDecoder(DecoderLike):
+    """Queries, keys and values are looked up by token and position; logits by what is attended.
 
-    def hidden(self, params, tokens, positions, attention_fn, state, *, only=None):
-        x = 0.0
-        for layer in range(LAYERS):
-            q, k, v = (
-                params[name][0][layer][tokens] + params[name][1][layer][positions] for name in "qkv"
-            )
-            out, state = attention_fn(layer, q, k, v, state)
-            x = x + out.reshape(*tokens.shape, -1)
+    x: the token's number, and the sum of what the layers so far have attended.
+    """
+
+    def embed(self, params, tokens):
+        attended = jnp.zeros((*tokens.shape, KV_HEADS * GROUP * WIDTH))
+        return jnp.concatenate([tokens[..., None].astype(jnp.float32), attended], axis=-1)
+
+    def layers(self, params):
+        return [
+            {name: (params[name][0][at], params[name][1][at]) for name in "qkv"}
+            for at in range(LAYERS)
+        ]
+
+    def layer(self, weights, layer, x, positions, attention_fn, state, *, only=None):
+        tokens = x[..., 0].astype(jnp.int32)
+        q, k, v = (weights[name][0][tokens] + weights[name][1][positions] for name in "qkv")
+        out, state = attention_fn(layer, q, k, v, state)
+        x = x.at[..., 1:].add(out.reshape(*tokens.shape, -1))
         return x if only is None else x[:, only][:, None], state
+
+    def norm(self, params, x):
+        return x[..., 1:]
 
     def logits(self, params, x):
         return x @ params["head"]

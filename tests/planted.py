@@ -7,6 +7,7 @@ import numpy as np
 import tokenizers
 
 from flexijax.models.config import AttentionShape
+from flexijax.models.decoder import DecoderLike
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.tokenizer import Tokenizer
 from flexijax.profiles.documents import Document
@@ -15,7 +16,7 @@ WORDS = [f"w{at}" for at in range(60)]
 
 
 @dataclasses.dataclass(frozen=True)
-class PlantedDecoder:
+class PlantedDecoder(DecoderLike):
     """One fixed query for stable heads and another at every position for the unstable ones.
 
     params: keys float32[positions, K, H]; queries float32[positions, L, K, H], used as they are.
@@ -23,13 +24,24 @@ class PlantedDecoder:
 
     num_layers: int
 
-    def hidden(self, params, tokens, positions, attention_fn, state, *, only=None):
+    def embed(self, params, tokens):
+        """Nothing of a token."""
+        return jnp.zeros((*tokens.shape, 1))
+
+    def layers(self, params):
+        """Keys, the same in all of them, and queries of each."""
+        return [(params["keys"], params["queries"][:, at]) for at in range(self.num_layers)]
+
+    def layer(self, weights, layer, x, positions, attention_fn, state, *, only=None):
         """Calls the attention function with the planted arrays; what it returns changes nothing."""
-        k = params["keys"][positions]
-        x = jnp.zeros((*tokens.shape, 1))
-        for layer in range(self.num_layers):
-            _, state = attention_fn(layer, params["queries"][positions, layer], k, k, state)
+        keys, queries = weights
+        k = keys[positions]
+        _, state = attention_fn(layer, queries[positions], k, k, state)
         return x if only is None else x[:, :1], state
+
+    def norm(self, params, x):
+        """Nothing."""
+        return x
 
     def logits(self, params, x):
         """The same score for every token."""

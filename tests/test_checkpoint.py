@@ -87,12 +87,6 @@ def test_weights_are_sharded_over_devices(tmp_path):
 class Foreign:
     """A user's own decoder."""
 
-    def hidden(self, params, tokens, positions, attention_fn, state, *, only=None):
-        return tokens, state
-
-    def logits(self, params, x):
-        return x
-
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
     lm = tiny_models.tiny_model("llama")

@@ -30,6 +30,10 @@ from flexijax.results import Generation, Metrics
 METRICS: dict[str, Any] = {
     "prompt_tokens": 4812,
     "new_tokens": 3,
+    "cached_tokens": 0,
+    "queue_s": 0.0,
+    "longest_gap_s": 0.1,
+    "pauses": 0,
     "ttft_s": 6.214,
     "tpot_ms": 48.26,
     "prefill_s": 5.9,

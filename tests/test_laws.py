@@ -96,7 +96,7 @@ def assert_every_page_is_readable(engine, running, truth):
     length, table = int(cache.lengths[row]), cache.block_table[row]
     prompt = len(running.request.tokens)
     assert length == prompt + len(running.tokens) - 1
-    assert table[: len(running.blocks)].tolist() == running.blocks
+    assert table[: len(running.blocks)].tolist() == list(running.blocks)
     checked = 0
     for layer, at, group in layout.all_groups():
         for index, head in enumerate(group.heads):
