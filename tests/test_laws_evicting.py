@@ -151,10 +151,13 @@ def test_what_is_not_kept_is_not_read(small, lm):
 
     # Before the commit: the buffers, and what stands behind the prompt.
     length = len(prompt)
-    spoilt = dataclasses.replace(
-        made.kv,
-        k=tuple(k.at[:, :, length:].set(jnp.nan) for k in made.kv.k),
-        v=tuple(v.at[:, length:].set(jnp.nan) for v in made.kv.v),
+    spoilt = tuple(
+        dataclasses.replace(
+            of_layer,
+            k=of_layer.k.at[:, :, length:].set(jnp.nan),
+            v=of_layer.v.at[:, length:].set(jnp.nan),
+        )
+        for of_layer in made.kv
     )
     fed = Continuation(lm, program, made)
     empty = poisoned_cache(kv.init(program.layout, program.policy), whole=True)
