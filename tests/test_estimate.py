@@ -214,9 +214,11 @@ def test_requests_at_equal_memory():
     )
     flexi, full = found
     assert (flexi.policy, full.policy) == ("flexi", "full")
-    # Full attention: 128 KiB a token, and one request's more while it is read.
-    weights, request = counted.sizes.weights, 131072 * 32768
-    assert full.requests == (80 * 10**9 - weights - request - spare) // request
+    # Full attention: 128 KiB a token. A prompt while it is read: 4 KiB a token of one layer's keys
+    # and values, and 8 KiB of hidden states.
+    weights, request, reading = counted.sizes.weights, 131072 * 32768, 12288 * 32768
+    assert counted.sizes.prefill == reading
+    assert full.requests == (80 * 10**9 - weights - reading - spare) // request
     for one in found:
         assert one.used_bytes <= one.device_bytes
     more, _ = footprint(config, cache=cache, batch=flexi.requests + 1, **common)

@@ -245,7 +245,8 @@ def test_metrics_agree_with_the_sizes_of_the_cache(run, prompts, results):
         # 19 decode steps: two whole chunks are followed by a rerank, the third ends the request.
         assert m.reranks == 2
         assert m.promoted_bytes == m.promoted_pages * page_bytes
-        filled = (length + NEW - 1) // PAGE - length // PAGE
+        # What fills up after the last rerank of a request stays where it is: nobody comes for it.
+        filled = (length + 16) // PAGE - length // PAGE
         assert m.offloaded_bytes == 3 * filled * page_bytes
         assert [(layer, head) for layer, head, _ in m.head_overlap] == [(0, 0), (1, 0), (1, 1)]
         overlaps = [overlap for *_, overlap in m.head_overlap]
