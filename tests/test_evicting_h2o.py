@@ -55,6 +55,7 @@ def test_h2o_in_the_cache_keeps_what_the_simulation_keeps(chunk):
         row=scalar(0),
         blocks=table[0],
         length=scalar(PROMPT),
+        start=scalar(0),
         layer=scalar(0),
     )
     group, stats = evicting.empty(program, HEADS)

@@ -152,8 +152,9 @@ def end_chunk(
     moves = min(program.sizes.chunk_steps, places)
     lowness = jnp.maximum(-ranks, jnp.finfo(ranks.dtype).min)
     _, lowest = lax.top_k(jnp.where(taken, lowness, -jnp.inf), moves)
-    # A request that has ended is past caring, and one whose chunk goes on has room for its rest.
-    evicted = jnp.where(chunk.active[:, None], jnp.maximum(group.count - room, 0), 0)  # [B, K]
+    # Where a chunk goes on there is room for its rest.
+    ends = (chunk.held > chunk.before)[:, None]
+    evicted = jnp.where(ends, jnp.maximum(group.count - room, 0), 0)  # [B, K]
     goes = jnp.arange(moves, dtype=jnp.int32) < evicted[..., None]
     count = group.count - evicted
     # Places below the new count that lose their token take those above it that keep theirs.
