@@ -54,7 +54,7 @@ def assert_same(engine, running, model):
     cache, row = jax.device_get(engine.cache), running.row
     length, table = len(model.tokens), running.blocks
     assert cache.lengths[row] == length
-    assert cache.block_table[row, : len(table)].tolist() == table
+    assert cache.block_table[row, : len(table)].tolist() == list(table)
     kinds = []
     for layer, at, group in engine.program.layout.all_groups():
         held, host = cache.layers[layer].groups[at], cache.layers[layer].host[at]

@@ -126,7 +126,7 @@ def test_where_all_tokens_are_to_stay_some_that_are_there_go():
     queries = jnp.zeros((1, 1, HEADS, GROUP, HEAD_DIM))
     ended = Chunk(
         block_table=one[:, None],
-        before=count * one,
+        before=ROOM * one,
         held=count * one,
         lengths=count * one,
         active=one > 0,

@@ -93,6 +93,10 @@ def commit_layer(
     layer_cache: donated. prompt: of all heads of the layer. heads: of each group, int32[K_g], as
     arrays, so that layers with groups of equal sizes share a program; None for all of them.
     """
+    # A layout that is not of whole tails has less room than prompts are read in.
+    room = programs[0].sizes.max_tokens
+    if room < prompt.k.shape[2]:
+        prompt = dataclasses.replace(prompt, k=prompt.k[:, :, :room], v=prompt.v[:, :room])
     groups, hosts, counts = [], [], []
     for program, group, host, stats, mine in zip(
         programs, layer_cache.groups, layer_cache.host, layer_cache.stats, heads, strict=True
@@ -121,10 +125,9 @@ def load_prefix(
     ):
         pages = lax.div(length, program.sizes.page_size)
         of_group = kind(program.group).read_pages(program, group, host, blocks, pages)
-        if mine is None:
-            k, v = of_group
-        else:
-            k, v = k.at[mine].set(of_group[0]), v.at[mine].set(of_group[1])
+        room, rows = program.sizes.max_tokens, slice(None) if mine is None else mine
+        k = k.at[rows, :, :room].set(of_group[0])
+        v = v.at[rows, :room].set(of_group[1])
     return dataclasses.replace(kv, k=k, v=v)
 
 
