@@ -54,6 +54,7 @@ def test_chunks_of_rows_need_not_end_together(name, lm):
     second = engine.admit(requests[1], "")
     while first.active or second.active:
         engine.step()
+        assert engine.cache is not None
         for running in (first, second):
             assert not running.active or running.held == int(engine.cache.lengths[running.row])
     for running, request in zip((first, second), requests, strict=True):
