@@ -5,12 +5,11 @@ result as the last line.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from typing import Any
 
-from bench.timing import peak_bytes
+from bench.timing import answer_prompts, peak_bytes
 
 
 def measure(
@@ -31,6 +30,7 @@ def measure(
     """
     import flexijax
     from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
+    from flexijax.engine.measured import EngineTotals
 
     return_freed_memory()
     use_compilation_cache()
@@ -60,7 +60,7 @@ def measure(
     return {
         "totals": totals,
         "seconds": seconds,
-        "running": totals["row_s"] / (totals["decode_s"] + totals["prefill_s"]),
+        "running": EngineTotals(**totals).mean_running,
         "decode_tokens_per_s": totals["new_tokens"] / totals["decode_s"],
         "tokens_per_s": (totals["new_tokens"] + totals["prompt_tokens"]) / seconds,
         "new_tokens_per_s": totals["new_tokens"] / seconds,
@@ -75,12 +75,5 @@ def measure(
     }
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
-    with open(spec.pop("prompts_file"), encoding="utf-8") as file:
-        prompts = json.load(file)
-    print(json.dumps(measure(prompts=prompts, **spec)))
-
-
 if __name__ == "__main__":
-    main()
+    answer_prompts(measure)

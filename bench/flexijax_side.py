@@ -4,12 +4,10 @@
 result as the last line.
 """
 
-import json
-import sys
 import time
 from typing import Any
 
-from bench.timing import median, peak_bytes
+from bench.timing import answer_prompts, median, peak_bytes
 
 
 def measure(
@@ -67,12 +65,5 @@ def measure(
     }
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
-    with open(spec.pop("prompts_file"), encoding="utf-8") as file:
-        prompts = json.load(file)
-    print(json.dumps(measure(prompts=prompts, **spec)))
-
-
 if __name__ == "__main__":
-    main()
+    answer_prompts(measure)

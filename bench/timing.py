@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,6 +63,16 @@ def environment(*, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
     }
+
+
+def answer_prompts(measure: Callable[..., dict[str, Any]]) -> None:
+    """The other side of `in_fresh_process`: prints measure(prompts=..., **rest of the SPEC).
+
+    The SPEC names a file with the prompts, JSON lists of token ids, in "prompts_file".
+    """
+    spec = json.loads(sys.argv[1])
+    prompts = json.loads(Path(spec.pop("prompts_file")).read_text(encoding="utf-8"))
+    print(json.dumps(measure(prompts=prompts, **spec)))
 
 
 def in_fresh_process(

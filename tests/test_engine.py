@@ -254,8 +254,6 @@ def test_logits_that_are_no_numbers_fail_one_request(lm):
     poisoned = broken["embed"]["embedding"].at[13].set(np.nan)
     broken = {**broken, "embed": {"embedding": poisoned}}
     model = dataclasses.replace(lm, params=broken)
-    if model.decoder.config.tie_embeddings:
-        pytest.skip("the head is poisoned as well")
     engine = engine_of(model)
     bad = engine.submit([1, 2, 13, 4], max_new_tokens=4)
     with pytest.raises(FloatingPointError, match="not finite"):

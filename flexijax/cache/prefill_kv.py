@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.cache.arrays import zeros
+from flexijax.cache.memory import nbytes
 from flexijax.cache.observe import observe_all
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels import dispatch
@@ -98,8 +98,7 @@ def prefill_bytes(spec: PrefillSpec, *, width: int, layers: int = 1) -> int:
     width: bytes of what a token is between two layers. layers: of which keys and values are held.
     """
     kv = jax.eval_shape(lambda: empty_prefill_kv(spec))
-    of_layer = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kv))
-    return spec.tokens * width + layers * of_layer
+    return spec.tokens * width + layers * nbytes(kv)
 
 
 def nothing_observed(spec: PrefillSpec) -> tuple[PolicyState, ...]:

@@ -133,7 +133,7 @@ class EngineCore:
         took = 0.0
         if not (self._prefill_first and self._reading is not None):
             took = self._decode([self.entries[key] for key in plan.decode])
-        took_reading = self._read(took)
+        took_reading = self._read(took, plan.prefill_share)
         totals, rows = self.totals, sum(of.state.admitted for of in self.entries.values())
         totals.decode_s += took
         totals.prefill_s += took_reading
@@ -166,12 +166,13 @@ class EngineCore:
             self._take(entry)
         return took
 
-    def _read(self, decoded_s: float) -> float:
-        """Reads on for as long as the steps took: half of the time, or a while where none ran.
+    def _read(self, decoded_s: float, share: float) -> float:
+        """Reads on for its share of the time that began with the steps, or a while without any.
 
         Returns the seconds that it took.
         """
-        started, budget = self.clock(), decoded_s or _READING_S
+        started = self.clock()
+        budget = decoded_s * share / (1 - share) if decoded_s else _READING_S
         while (reading := self._reading) is not None:
             if self.runner.advance(reading):
                 self._reading = None
