@@ -63,10 +63,17 @@ def compiler_options() -> dict[str, Any]:
 _MULTIPROCESSORS = {80: 108, 90: 132}
 
 
+def compute_capability() -> int:
+    """Ten times the major and once the minor, of the GPU programs are compiled for; or an H100's."""
+    if _target.value[1] or not is_gpu():
+        return _target.value[1] or 90
+    return round(10 * float(getattr(jax.devices()[0], "compute_capability", 9.0)))
+
+
 def multiprocessors() -> int:
     """Of the GPU that programs are compiled for; an H100's where there is none."""
     if _target.value[1] or not is_gpu():
-        return _MULTIPROCESSORS.get(_target.value[1], _MULTIPROCESSORS[90])
+        return _MULTIPROCESSORS.get(compute_capability(), _MULTIPROCESSORS[90])
     return getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS[90])
 
 
