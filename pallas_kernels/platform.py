@@ -64,7 +64,7 @@ _MULTIPROCESSORS = {80: 108, 90: 132}
 
 
 def compute_capability() -> int:
-    """Ten times the major and once the minor, of the GPU programs are compiled for; or an H100's."""
+    """Of the GPU that programs are compiled for, ten times the major and once the minor number."""
     if _target.value[1] or not is_gpu():
         return _target.value[1] or 90
     return round(10 * float(getattr(jax.devices()[0], "compute_capability", 9.0)))
