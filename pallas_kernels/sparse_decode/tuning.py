@@ -44,7 +44,7 @@ class TuningConfig:
         splits = min(blocks, _MAX_SPLITS, max(1, programs // heads))
         steps = pl.cdiv(blocks, splits)
         warps = 2 if block * row_bytes <= 4096 else 4 if row_bytes <= 256 else 8
-        # The third stage reads page numbers ahead of their pages. An A100 needs 142 registers for it
-        # instead of 128, and a fourth of the programs would wait for a second wave.
+        # The third stage reads page numbers ahead of pages. An A100 takes 142 registers with it
+        # instead of 128, and a fourth of its programs would wait for a second wave.
         stages = 1 if steps == 1 else 3 if platform.compute_capability() >= 90 else 2
         return cls(block, steps, pl.cdiv(blocks, steps), warps, stages)
