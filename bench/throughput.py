@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         path.write_text(json.dumps(prompts))
         cells = [(policy, new) for new in args.new_tokens for policy in args.policies]
         for turn, (policy, new_tokens) in interleaved(cells, rounds=args.rounds):
+            # Whatever room a row has beyond this is memory that no request can use.
             usual = longest + new_tokens
+            most = args.max_context or usual
             spec: dict[str, Any] = {
                 "prompts_file": str(path),
                 "new_tokens": new_tokens,
@@ -89,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "budget_tokens": args.budget_tokens,
                 "device_bytes": args.device_bytes,
                 "max_requests": args.max_requests,
-                "max_context": args.max_context,
-                "usual_context": min(usual, args.max_context),
+                "max_context": most,
+                "usual_context": min(usual, most),
             }
             result = in_fresh_process(
                 "bench.engine_side", spec, threads=args.threads, lock=args.lock
@@ -145,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[6500, 7000])
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--max-requests", type=int, default=8)
-    parser.add_argument("--max-context", type=int, default=8192)
+    parser.add_argument("--max-context", type=int, help="of a request; default: what they need")
     parser.add_argument("--budget-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="medians are over these")
     parser.add_argument("--threads", type=int, default=2)

@@ -74,11 +74,12 @@ def assert_as_the_reference(arrays, stats, implementation):
     np.testing.assert_array_equal(found.slot_page, slot_page)
     np.testing.assert_array_equal(found.load, load)
     due = np.broadcast_to(arrays["due"], rco.shape) > 0
-    np.testing.assert_allclose(np.asarray(found.rco)[due], rco[due], atol=1e-6)
+    # RCO divides by 1 - chance, which float32 knows the less precisely the nearer chance is to 1.
+    np.testing.assert_allclose(np.asarray(found.rco)[due], rco[due], rtol=1e-5, atol=1e-5)
     for name, expected in counts.items():
         got = np.asarray(getattr(found.stats, name))
         assert got.dtype == stats[name].dtype
-        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         if got.dtype == np.int32:
             np.testing.assert_array_equal(got, expected)
     return load, due

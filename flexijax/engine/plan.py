@@ -86,15 +86,19 @@ def make_layout(
     max_new_tokens: int,
     batch: int,
     blocks: int | None = None,
+    in_buckets: bool = True,
 ) -> CacheLayout:
-    """The layout for `batch` requests of up to max_tokens each, rounded up to buckets.
+    """The layout for `batch` requests of up to max_tokens each.
 
-    blocks: of the pools; None: as many as all requests can come to need.
+    blocks: of the pools; None: as many as all requests can come to need. in_buckets: with room for
+    a few more tokens, so that other requests find the same programs compiled.
     """
-    pages = bucket(-(-max_tokens // cache.page_size))
+    pages, new_pages = (-(-tokens // cache.page_size) for tokens in (max_tokens, max_new_tokens))
+    if in_buckets:
+        pages, new_pages = bucket(pages), bucket(new_pages)
     tail = max(1, platform.prefill_sizes()[1] // cache.page_size)
     pages = -(-pages // tail) * tail  # prompts are read in whole tails
-    new_tokens = bucket(-(-max_new_tokens // cache.page_size)) * cache.page_size
+    new_tokens = new_pages * cache.page_size
     # A chunk runs all its steps, and nothing is reranked for a request that has ended.
     chunk_steps = min(cache.chunk_steps, new_tokens)
     run = RunSpec(

@@ -43,6 +43,7 @@ def make_engine_program(
         dtype=cache.dtype or jnp.dtype(lm.dtype).name,
         max_tokens=max_context,
         max_new_tokens=max_context,
+        in_buckets=False,
     )
 
     def program(layout: CacheLayout) -> Program:
