@@ -22,6 +22,7 @@ def measure(
     max_requests: int,
     max_context: int,
     usual_context: int,
+    prefill_first: bool,
 ) -> dict[str, Any]:
     """All prompts submitted at once, to their end; compiling is outside of the clock.
 
@@ -41,6 +42,7 @@ def measure(
         max_context=max_context,
         usual_context=usual_context,
         device_bytes=device_bytes,
+        prefill_first=prefill_first,
     )
     sampling = flexijax.Sampling(ignore_eos=True)
     # Compiles everything: a prompt of this length is read in chunks of both sizes.

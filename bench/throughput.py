@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "max_requests": args.max_requests,
                 "max_context": most,
                 "usual_context": min(usual, most),
+                "prefill_first": args.prefill_first,
             }
             result = in_fresh_process(
                 "bench.engine_side", spec, threads=args.threads, lock=args.lock
@@ -148,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--max-requests", type=int, default=8)
     parser.add_argument("--max-context", type=int, help="of a request; default: what they need")
+    parser.add_argument(
+        "--prefill-first", action="store_true", help="nothing decodes while a prompt is read"
+    )
     parser.add_argument("--budget-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="medians are over these")
     parser.add_argument("--threads", type=int, default=2)

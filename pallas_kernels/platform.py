@@ -154,6 +154,14 @@ def placed(tree: Any, memory_kind: str = "device") -> Any:
     )
 
 
+def put(tree: Any) -> Any:
+    """The leaves on the device, placed as a program's results are, and as `placed` says.
+
+    A program that is called with what is placed otherwise is compiled once more.
+    """
+    return jax.device_put(tree, sharding())
+
+
 def float32_precision() -> lax.PrecisionLike:
     """For float32 matrix products in kernels: on a GPU three TF32 products on tensor cores.
 

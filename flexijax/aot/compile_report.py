@@ -19,13 +19,7 @@ from flexijax.aot.launches import Launches
 from flexijax.aot.targets import Target
 from flexijax.cache.memory import nbytes
 from flexijax.config import CacheConfig
-from flexijax.engine.inventory import (
-    ProgramCall,
-    decode_calls,
-    prefix_calls,
-    prompt_calls,
-    refit_calls,
-)
+from flexijax.engine.inventory import ProgramCall, all_calls
 from flexijax.engine.program import Program
 from flexijax.models.config import ModelConfig
 from flexijax.pallas_kernels import platform
@@ -139,12 +133,7 @@ def compile_program(
 ) -> dict[str, ProgramReport]:
     """Every program of a run, compiled for `target`; params: shapes of the model's weights."""
     with platform.compiling_for("gpu"):
-        calls = [
-            *prompt_calls(program, params),
-            *prefix_calls(program),
-            *decode_calls(program, params),
-            *refit_calls(program),
-        ]
+        calls = list(all_calls(program, params))
     smallest = min(nbytes(leaf) for leaf in _keys_and_values(calls))
     found: dict[str, list[ProgramReport]] = {}
     for call in calls:

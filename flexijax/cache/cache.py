@@ -87,7 +87,7 @@ def init(layout: CacheLayout, policy: Policy) -> Cache:
 
 def init_layer(layout: CacheLayout, policy: Policy, layer: int) -> LayerCache:
     """One layer of `init`."""
-    made = _on_device(layout, policy, layer)
+    made = platform.put(_on_device(layout, policy, layer))
     return dataclasses.replace(made, host=_host(layout, layer, empty_host))
 
 

@@ -8,9 +8,11 @@ import time
 from flexijax.config import CacheConfig
 from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, State, apply
 from flexijax.engine.entry import Entry
+from flexijax.engine.execute import compile_all
 from flexijax.engine.measured import EngineTotals, metrics, no_metrics
 from flexijax.engine.model_runner import ModelRunner, Prompting
 from flexijax.engine.program import Program, Progress
+from flexijax.engine.sampling import Sampling
 from flexijax.engine.scheduler import schedule
 from flexijax.engine.shared_prefixes import SharedPrefixes
 from flexijax.engine.stream import EngineError
@@ -64,6 +66,11 @@ class EngineCore:
         self._reading: Prompting | None = None
         self._prefill_first = prefill_first
         self.totals = EngineTotals()
+
+    def compile(self, sampling: Sampling) -> int:
+        """Compiles all that requests with such `sampling` can come to run; how many programs."""
+        self.runner.serve(sampling)
+        return compile_all(self.runner.runner, self.runner.program, self.lm.params)
 
     def add(self, entry: Entry) -> None:
         """A request that waits from now on; its key is new."""

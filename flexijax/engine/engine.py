@@ -49,6 +49,7 @@ class Engine:
         device_bytes: int | str | None = None,
         host_bytes: int | str | None = None,
         prefix_caching: bool = True,
+        prefill_first: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Counts what fits; arrays are made when the first request comes.
@@ -59,7 +60,10 @@ class Engine:
         weighed against blocks; None: max_context. device_bytes, host_bytes: for everything that the
         engine holds beside the model's weights, a number or a text such as "1GiB"; None: what
         `max_requests` requests of `max_context` tokens take. prefix_caching: whether prompts that
-        begin alike share what they begin with. progress: called with (stage, done, total).
+        begin alike share what they begin with. prefill_first: whether everybody waits while a
+        prompt is read, which makes the most tokens a second of prompts that are all there and the
+        longest gaps; else reading takes at most half of the time while anything decodes. progress:
+        called with (stage, done, total).
         Raises ValueError naming the argument, with the arithmetic where not even one request fits.
         """
         cache = CacheConfig() if cache is None else cache
@@ -93,7 +97,12 @@ class Engine:
         )
         answering = Answering(cache, profile, origin)
         self._core = EngineCore(
-            lm, program, answering, progress=progress, prefix_caching=prefix_caching
+            lm,
+            program,
+            answering,
+            progress=progress,
+            prefix_caching=prefix_caching,
+            prefill_first=prefill_first,
         )
         self._numbers = itertools.count()
         # Whoever drives the engine holds the first; the second guards what others change meanwhile.
@@ -101,6 +110,15 @@ class Engine:
         self._submitted: list[Entry] = []
         self._cancelled: set[int] = set()
         self.max_context = max_context
+
+    def compile(self, sampling: Sampling | None = None) -> int:
+        """Compiles everything now, so that no request waits for it; how many programs that took.
+
+        sampling: the most that requests will ask for; None: greedy tokens. Without this call, each
+        program is compiled when the first request needs it.
+        """
+        with self._driving:
+            return self._core.compile(Sampling() if sampling is None else sampling)
 
     def submit(
         self,

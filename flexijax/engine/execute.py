@@ -24,7 +24,7 @@ from flexijax.engine.decode import (
     end_chunk_layer,
     teacher_forced_steps,
 )
-from flexijax.engine.inventory import decode_calls
+from flexijax.engine.inventory import all_calls, decode_calls
 from flexijax.engine.prefill import commit_layer, head_arrays, load_prefix
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import Params
@@ -49,7 +49,8 @@ class Place(NamedTuple):
         """blocks: one block id a page, at least ceil(length / page) of them."""
         table = np.zeros(program.layout.sizes.pages, np.int32)
         table[: len(blocks)] = list(blocks)
-        return cls(as_index(row), jnp.asarray(table), as_index(length), as_index(start))
+        blocks = platform.put(table)
+        return cls(as_index(row), blocks, as_index(length), as_index(start))
 
 
 def run_load_prefix(
@@ -95,6 +96,14 @@ def compile_decode(runner: Runner, program: Program, params: Params, batch: Batc
         runner.compile(call.stage, call.function, call.static, call.args, donate=call.donate)
 
 
+def compile_all(runner: Runner, program: Program, params: Params) -> int:
+    """Compiles every program that requests can come to run; how many there were to compile."""
+    before = runner.programs
+    for call in all_calls(program, params):
+        runner.compile(call.stage, call.function, call.static, call.args, donate=call.donate)
+    return runner.programs - before
+
+
 def run_decode(
     runner: Runner,
     program: Program,
@@ -107,7 +116,7 @@ def run_decode(
 
     due: bool[B], rows whose chunk ends with these steps.
     """
-    flags = jax.device_put(due, platform.sharding())
+    flags = platform.put(due)
     args = (params, _groups(cache), _standing(cache), flags, batch)
     groups, end, batch, sampled, queries = runner.run(
         "decode", decode_steps, program, args, donate=(1,)
@@ -128,7 +137,7 @@ def run_teacher_forced(
 ) -> tuple[Cache, jax.Array]:
     """`teacher_forced_steps` and what follows them: the cache, and logits float32[R, B, V]."""
     # It comes back as it is, and what is placed otherwise than a result is compiled for once more.
-    active = jax.device_put(active, platform.sharding())
+    active = platform.put(active)
     args = (params, _groups(cache), _standing(cache), tokens, active)
     groups, end, logits, queries = runner.run(
         "teacher-forced decode", teacher_forced_steps, program, args, donate=(1,)
@@ -180,7 +189,7 @@ def _end_chunk(
 @functools.lru_cache(maxsize=65536)
 def as_index(number: int) -> jax.Array:
     """int32[], placed as a program's results are: what differs in that is compiled twice."""
-    return jax.device_put(np.int32(number), platform.sharding())
+    return platform.put(np.int32(number))
 
 
 def _groups(cache: Cache) -> Groups:

@@ -55,6 +55,14 @@ class ProgramCall:
         return jitted(self.function, self.static, self.donate)
 
 
+def all_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
+    """Everything that requests of `program` can come to run."""
+    yield from prompt_calls(program, params)
+    yield from prefix_calls(program)
+    yield from decode_calls(program, params)
+    yield from refit_calls(program)
+
+
 def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
     """What the longest prompt takes: its chunks in each layer, commits, the first token.
 

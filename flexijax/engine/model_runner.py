@@ -9,7 +9,6 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexijax.cache.blocks import BlockAllocator
@@ -27,7 +26,7 @@ from flexijax.engine.execute import (
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.prefiller import Prefiller, PrefillResult, Reading
 from flexijax.engine.program import Program, Progress, Runner
-from flexijax.engine.sampling import METHODS, SamplingRows, method_of
+from flexijax.engine.sampling import METHODS, Sampling, SamplingRows, method_of
 from flexijax.engine.sequence import Request, Sequence
 from flexijax.engine.stats import SequenceStats, sequence_stats
 from flexijax.models.language_model import LanguageModel
@@ -111,7 +110,7 @@ class ModelRunner:
         blocks: one block id for each of the prompt's pages, and more, if any; they hold its first
         `start` tokens already, whole chunks.
         """
-        self._serve(request)
+        self.serve(request.sampling)
         compiled, started = self.runner.seconds, time.perf_counter()
         if self.cache is None:
             if request.max_new_tokens > 1:
@@ -173,8 +172,9 @@ class ModelRunner:
     def _start(self, prompting: Prompting) -> None:
         """Samples the first token and enters the request into the batch of the next steps."""
         request, sequence, batch = prompting.request, prompting.sequence, self._batch
-        mine, row = SamplingRows.of([request.sampling]), sequence.row
-        args = (self.lm.params, prompting.x, mine, jnp.asarray([request.seed], jnp.uint32))
+        seeds, row = np.array([request.seed], np.uint32), sequence.row
+        mine, seeds = platform.put((SamplingRows.of([request.sampling]), seeds))
+        args = (self.lm.params, prompting.x, mine, seeds)
         first = FirstToken(self.program.decoder, self.program.sampling)
         sampled = self.runner.run("first token", first_token, first, args)
         token, logprob = (value[0].item() for value in jax.device_get(sampled))
@@ -192,9 +192,9 @@ class ModelRunner:
         for name in ("temperature", "top_k", "top_p", "min_p"):
             getattr(batch.sampling, name)[row] = getattr(mine, name)[0]
 
-    def _serve(self, request: Request) -> None:
-        """Makes the decode program one that can sample as the request asks, from now on."""
-        needed = max(method_of(request.sampling), self.program.sampling, key=METHODS.index)
+    def serve(self, sampling: Sampling) -> None:
+        """Makes the decode program one that can sample so, from now on."""
+        needed = max(method_of(sampling), self.program.sampling, key=METHODS.index)
         if needed != self.program.sampling:
             self.program = dataclasses.replace(self.program, sampling=needed)
 
@@ -207,7 +207,7 @@ class ModelRunner:
         for row, mine in blocks.items():
             self.running[row].blocks = tuple(mine)
             table[row, : len(mine)] = mine
-        table = jax.device_put(table, platform.sharding())
+        table = platform.put(table)
         self.cache = dataclasses.replace(self.cache, block_table=table)
 
     def step(self, rows: Collection[int] | None = None) -> list[Sequence]:
@@ -254,7 +254,7 @@ class ModelRunner:
         )
 
     def _device_batch(self) -> Any:
-        return jax.tree.map(jnp.asarray, self._batch)
+        return platform.put(self._batch)
 
     def _take(self, sequence: Sequence, sampled: SampledTokens, took: float) -> bool:
         emitted = sampled.emitted[:, sequence.row]

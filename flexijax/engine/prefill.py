@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flexijax.cache.arrays import Prompt
@@ -13,6 +14,7 @@ from flexijax.cache.cache import LayerCache, kind
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.prefill_kv import PrefillAttention, PrefillKV, PrefillSpec, PrefillState
 from flexijax.models.decoder import DecoderLike, Params
+from flexijax.pallas_kernels import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def head_arrays(layout: CacheLayout, layer: int) -> tuple[jax.Array | None, ...]
     """The heads of each group of a layer, as `commit_layer` takes them."""
     every = tuple(range(layout.sizes.shape.num_kv_heads))
     return tuple(
-        None if group.heads == every else jnp.asarray(group.heads, jnp.int32)
+        None if group.heads == every else platform.put(np.array(group.heads, np.int32))
         for group in layout.groups[layer]
     )
 

@@ -50,7 +50,7 @@ class Reading:
         self.kv = prefiller.take_kv()
         self.x: jax.Array | None = None
         # Placed as a program's results are: what differs in that is compiled twice.
-        args = (prefiller.params, jax.device_put(padded, platform.sharding()))
+        args = (prefiller.params, platform.put(padded))
         self._stream = prefiller.runner.run("prefill", embed_prompt, prefiller.decoder, args)
 
     @property
