@@ -49,8 +49,7 @@ class Place(NamedTuple):
         """blocks: one block id a page, at least ceil(length / page) of them."""
         table = np.zeros(program.layout.sizes.pages, np.int32)
         table[: len(blocks)] = list(blocks)
-        blocks = platform.put(table)
-        return cls(as_index(row), blocks, as_index(length), as_index(start))
+        return cls(as_index(row), platform.put(table), as_index(length), as_index(start))
 
 
 def run_load_prefix(
