@@ -45,8 +45,10 @@ def prompts_of(
     assert lm.tokenizer is not None
     found: list[list[list[int]]] = []
     for one in (one for path in files for one in read_documents(path)):
+        if len(found) == documents:
+            break
         tokens = lm.tokenizer.encode(one.text)[:longest]
-        if len(tokens) >= shortest and len(found) < documents:
+        if len(tokens) >= shortest:
             asked = (lm.tokenizer.encode(f"\n\nQuestion: {text}\nAnswer:") for text in QUESTIONS)
             found.append([tokens + list(question) for question in asked])
     if len(found) < documents:

@@ -8,7 +8,8 @@ import time
 from flexijax.config import CacheConfig
 from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, State, apply
 from flexijax.engine.entry import Entry
-from flexijax.engine.execute import compile_all
+from flexijax.engine.execute import compile_calls
+from flexijax.engine.inventory import all_calls
 from flexijax.engine.measured import EngineTotals, metrics, no_metrics
 from flexijax.engine.model_runner import ModelRunner, Prompting
 from flexijax.engine.program import Program, Progress
@@ -70,7 +71,8 @@ class EngineCore:
     def compile(self, sampling: Sampling) -> int:
         """Compiles all that requests with such `sampling` can come to run; how many programs."""
         self.runner.serve(sampling)
-        return compile_all(self.runner.runner, self.runner.program, self.lm.params)
+        calls = all_calls(self.runner.program, self.lm.params)
+        return compile_calls(self.runner.runner, calls)
 
     def add(self, entry: Entry) -> None:
         """A request that waits from now on; its key is new."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from flexijax.engine.decode import (
     end_chunk_layer,
     teacher_forced_steps,
 )
-from flexijax.engine.inventory import all_calls, decode_calls
+from flexijax.engine.inventory import ProgramCall
 from flexijax.engine.prefill import commit_layer, head_arrays, load_prefix
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import Params
@@ -85,20 +85,10 @@ def run_admit(cache: Cache, place: Place) -> Cache:
     return reset_row(cache, place.row, place.blocks, place.length)
 
 
-def compile_decode(runner: Runner, program: Program, params: Params, batch: BatchState) -> None:
-    """Compiles what `run_decode` runs, before there is a cache.
-
-    Compiling the decode steps of SmolLM2 takes 330 MB and a rerank 100, as much as the cache of 8
-    thousand tokens, and half of it is free again when the cache comes.
-    """
-    for call in decode_calls(program, params, batch):
-        runner.compile(call.stage, call.function, call.static, call.args, donate=call.donate)
-
-
-def compile_all(runner: Runner, program: Program, params: Params) -> int:
-    """Compiles every program that requests can come to run; how many there were to compile."""
+def compile_calls(runner: Runner, calls: Iterable[ProgramCall]) -> int:
+    """Compiles what will be run; how many programs there were to compile."""
     before = runner.programs
-    for call in all_calls(program, params):
+    for call in calls:
         runner.compile(call.stage, call.function, call.static, call.args, donate=call.donate)
     return runner.programs - before
 

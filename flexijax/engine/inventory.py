@@ -17,7 +17,7 @@ from flexijax.cache.arrays import Prompt, chunk_end
 from flexijax.cache.cache import abstract, keeps_all_by_block, kind
 from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
 from flexijax.cache.refit import refit_layer
-from flexijax.engine.batch import BatchState, empty_batch
+from flexijax.engine.batch import empty_batch
 from flexijax.engine.decode import Queries, Standing, decode_steps, end_chunk_layer
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.jit_cache import jitted
@@ -114,17 +114,10 @@ def prefix_calls(program: Program) -> Iterator[ProgramCall]:
     yield from _distinct(calls)
 
 
-def decode_calls(
-    program: Program, params: Params, batch: BatchState | None = None
-) -> Iterator[ProgramCall]:
-    """What decode steps take: the steps, and the end of a chunk for each kind of layer.
-
-    batch: shapes or arrays; None makes shapes.
-    """
-    if batch is None:
-        count = program.layout.sizes.batch
-        batch = platform.placed(jax.eval_shape(lambda: empty_batch(count)))
-    assert batch is not None
+def decode_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
+    """What decode steps take: the steps, and the end of a chunk for each kind of layer."""
+    count = program.layout.sizes.batch
+    batch = platform.placed(jax.eval_shape(lambda: empty_batch(count)))
     cache = abstract(program.layout, program.policy)
     groups = tuple(layer.groups for layer in cache.layers)
     standing = Standing(cache.block_table, cache.lengths, cache.settled)

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +15,7 @@ from flexijax.cache.cache import Cache, init
 from flexijax.engine.batch import SampledTokens, empty_batch
 from flexijax.engine.execute import (
     Place,
-    compile_decode,
+    compile_calls,
     run_admit,
     run_commit,
     run_decode,
@@ -24,6 +23,7 @@ from flexijax.engine.execute import (
     run_refit,
 )
 from flexijax.engine.first_token import FirstToken, first_token
+from flexijax.engine.inventory import decode_calls
 from flexijax.engine.prefiller import Prefiller, PrefillResult, Reading
 from flexijax.engine.program import Program, Progress, Runner
 from flexijax.engine.sampling import METHODS, Sampling, SamplingRows, method_of
@@ -61,7 +61,8 @@ class ModelRunner:
         self.lm, self.program = lm, program
         self.runner = Runner(progress)
         sizes = program.layout.sizes
-        # Made when the first request comes, since compiling takes memory that it then can have.
+        # Made when the first request comes, since compiling takes memory that it then can have: for
+        # SmolLM2 as much as the cache of 8 thousand tokens, and half of that is free again.
         self.cache: Cache | None = None
         self._prefiller = Prefiller(program.decoder, lm.params, program.prefill_spec(), self.runner)
         self._allocator = BlockAllocator(sizes.blocks)
@@ -114,7 +115,7 @@ class ModelRunner:
         compiled, started = self.runner.seconds, time.perf_counter()
         if self.cache is None:
             if request.max_new_tokens > 1:
-                compile_decode(self.runner, self.program, self.lm.params, self._device_batch())
+                compile_calls(self.runner, decode_calls(self.program, self.lm.params))
             self.cache = init(self.program.layout, self.program.policy)
         place = Place.of(self.program, row, blocks, len(request.tokens), start)
         sequence = Sequence(request=request, row=row, blocks=tuple(blocks))
@@ -228,7 +229,7 @@ class ModelRunner:
             sequence.chunk_steps += self.program.steps
             due[sequence.row] = sequence.chunk_steps == self.program.chunk_steps
         self.cache, batch, sampled = run_decode(
-            self.runner, self.program, self.lm.params, self.cache, self._device_batch(), due
+            self.runner, self.program, self.lm.params, self.cache, platform.put(self._batch), due
         )
         batch, sampled = jax.device_get((batch, sampled))
         self._batch = jax.tree.map(np.array, batch)
@@ -252,9 +253,6 @@ class ModelRunner:
             prompt=len(sequence.request.tokens),
             before=before,
         )
-
-    def _device_batch(self) -> Any:
-        return platform.put(self._batch)
 
     def _take(self, sequence: Sequence, sampled: SampledTokens, took: float) -> bool:
         emitted = sampled.emitted[:, sequence.row]
