@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.stores import PageStore, Store
+from flexijax.pallas_kernels.stores import BankedStore, PageStore, Store
 
 
 def check_paged_decode(
@@ -74,18 +74,20 @@ def check_decode_attention(
                 "held": (store.held, f"{rows}"),
             }
         else:
-            axes = {
-                "k": (store.k, f"{rows} {heads} {width} S page"),
-                "v": (store.v, f"{rows} {heads} S page {width}"),
-                "held": (store.held, f"{rows} {heads}" if store.held.ndim == 2 else f"{rows}"),
-            }
+            banks = [(store.k, store.v)]
+            if isinstance(store, BankedStore):
+                banks = list(zip(store.k, store.v, strict=True))
+            axes = {"held": (store.held, f"{rows} {heads}" if store.held.ndim == 2 else f"{rows}")}
+            for bank, (of_k, of_v) in enumerate(banks):
+                axes[f"k{bank}"] = (of_k, f"{rows // len(banks)} {heads} {width} S page")
+                axes[f"v{bank}"] = (of_v, f"{rows // len(banks)} {heads} S page {width}")
             if store.slot_page is not None:
                 axes["slot_page"] = (store.slot_page, f"{rows} {heads} S")
         axis_sizes(**axes)
-        for name in axes.keys() - {"k", "v"}:
-            check_dtype(name, axes[name][0], jnp.int32)
-        for array in (store.k, store.v):
-            if array.dtype != k.dtype or array.dtype != v.dtype:
+        for name, (array, _) in axes.items():
+            if name[0] not in "kv":
+                check_dtype(name, array, jnp.int32)
+            elif array.dtype != k.dtype or array.dtype != v.dtype:
                 raise ValueError(
                     f"k and v must have the stores' dtype {array.dtype}, got {k.dtype}"
                 )

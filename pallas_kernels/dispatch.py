@@ -19,7 +19,7 @@ from flexijax.pallas_kernels.dispatch_scores import sketch_query as sketch_query
 from flexijax.pallas_kernels.dispatch_scores import sketch_scores as sketch_scores
 from flexijax.pallas_kernels.implementations import choose, choose_without_triton, module_of
 from flexijax.pallas_kernels.partials import merge as merge
-from flexijax.pallas_kernels.stores import Store
+from flexijax.pallas_kernels.stores import BankedStore, Store
 
 
 def paged_decode(
@@ -106,6 +106,8 @@ def decode_attention(
     checks.check_decode_attention(q, k, v, stores, arrivals, scale)
     named = choose(implementation)
     if named == "pallas":
+        if any(isinstance(store, BankedStore) for store in stores):
+            raise ValueError("rows in several banks are for implementation='xla'")
         module = module_of("decode_attention", named)
         return module.decode_attention(q, k, v, stores, arrivals, scale=scale)
     kernels = module_of("sparse_decode", named)

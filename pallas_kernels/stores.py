@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flexijax.pallas_kernels.filled import find_slots
@@ -70,36 +71,49 @@ class SlotStore:
 
     def append(self, k: jax.Array, v: jax.Array) -> SlotStore:
         """With the new token of each row that takes part: k, v [B, K, H]."""
-        batch, heads, slots = self.v.shape[:3]
-        held = jnp.broadcast_to(self._of_heads(), (batch, heads))
-        page, offset = _place(held, self.page_size)
-        slot = page
-        if self.slot_page is not None:
-            slot = find_slots(self.slot_page, page[:, :1])[:, :, 0]
-        slot = jnp.where((held >= 0) & (slot >= 0), slot, slots)  # out of bounds: dropped
-        row, head = jnp.arange(batch)[:, None], jnp.arange(heads)[None, :]
-        return dataclasses.replace(
-            self,
-            k=self.k.at[row, head, :, slot, offset].set(k, mode="drop"),
-            v=self.v.at[row, head, slot, offset].set(v, mode="drop"),
-        )
+        slot, offset = _slots(self.slot_page, self.held, self.v.shape[:3], self.page_size)
+        k, v = _with_tokens(self.k, self.v, slot, offset, k, v)
+        return dataclasses.replace(self, k=k, v=v)
 
     def counts(self) -> jax.Array:
         """Token counts int32[B, K, S], the new token counted; 0 for an empty slot."""
-        shape = self.v.shape[:3]
-        page = self.slot_page
-        if page is None:
-            page = jnp.arange(shape[2], dtype=jnp.int32)[None, None]
-        counts = jnp.clip(
-            self._of_heads()[..., None] + 1 - page * self.page_size, 0, self.page_size
-        )
-        return jnp.broadcast_to(jnp.where(page < 0, 0, counts), shape)
-
-    def _of_heads(self) -> jax.Array:
-        return self.held[:, None] if self.held.ndim == 1 else self.held
+        return _counts(self.slot_page, self.held, self.v.shape[:3], self.page_size)
 
 
-Store: TypeAlias = PageStore | SlotStore
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BankedStore:
+    """As a `SlotStore` whose keys and values lie apart, of b rows in each array."""
+
+    k: tuple[jax.Array, ...]  # [b, K, H, S, page]
+    v: tuple[jax.Array, ...]  # [b, K, S, page, H]
+    slot_page: jax.Array | None  # of all rows
+    held: jax.Array
+    heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of the model
+
+    @property
+    def page_size(self) -> int:
+        """Tokens."""
+        return self.k[0].shape[4]
+
+    def append(self, k: jax.Array, v: jax.Array) -> BankedStore:
+        """With the new token of each row that takes part: k, v [B, K, H]."""
+        slot, offset = _slots(self.slot_page, self.held, self._shape, self.page_size)
+        banks = (jnp.split(x, len(self.k)) for x in (slot, offset, k, v))
+        made = list(map(_with_tokens, self.k, self.v, *banks))
+        return dataclasses.replace(self, k=tuple(k for k, _ in made), v=tuple(v for _, v in made))
+
+    def counts(self) -> jax.Array:
+        """Token counts int32[B, K, S], the new token counted; 0 for an empty slot."""
+        return _counts(self.slot_page, self.held, self._shape, self.page_size)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        rows, *others = self.v[0].shape[:3]
+        return (rows * len(self.v), *others)
+
+
+Store: TypeAlias = PageStore | SlotStore | BankedStore
 
 
 def of_heads(x: jax.Array, wanted: tuple[int, ...]) -> jax.Array:
@@ -113,3 +127,54 @@ def _place(held: jax.Array, page_size: int) -> tuple[jax.Array, jax.Array]:
     """Page and offset of the next token. No // and %: 18 instructions more in every layer."""
     held = jnp.maximum(held, 0)
     return lax.div(held, page_size), lax.rem(held, page_size)
+
+
+def _of_heads(held: jax.Array) -> jax.Array:
+    return held[:, None] if held.ndim == 1 else held
+
+
+def _slots(
+    slot_page: jax.Array | None, held: jax.Array, shape: tuple[int, ...], page_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Slot and offset int32[B, K] of the new token; shape: B, K, S. Out of bounds to be dropped."""
+    held = jnp.broadcast_to(_of_heads(held), shape[:2])
+    page, offset = _place(held, page_size)
+    slot = page
+    if slot_page is not None:
+        slot = find_slots(slot_page, page[:, :1])[:, :, 0]
+    return jnp.where((held >= 0) & (slot >= 0), slot, shape[2]), offset
+
+
+def _with_tokens(
+    k_slots: jax.Array,
+    v_slots: jax.Array,
+    slot: jax.Array,
+    offset: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The slots with tokens k, v [B, K, H] at slots and offsets int32[B, K]."""
+    row, head = (index.ravel() for index in np.indices(slot.shape))
+    slot, offset = slot.ravel(), offset.ravel()
+    k, v = (x.reshape(len(slot), -1) for x in (k, v))
+    if len(slot) == 1:
+        # XLA makes something else of a scatter of one update, and for that copies the slots, thrice
+        # on a CPU. So there are two, of which one is dropped.
+        row, head = row.repeat(2), head.repeat(2)
+        slot, offset = jnp.append(slot, v_slots.shape[2]), jnp.append(offset, 0)
+        k, v = (jnp.concatenate([x, x]) for x in (k, v))
+    return (
+        k_slots.at[row, head, :, slot, offset].set(k, mode="drop"),
+        v_slots.at[row, head, slot, offset].set(v, mode="drop"),
+    )
+
+
+def _counts(
+    slot_page: jax.Array | None, held: jax.Array, shape: tuple[int, ...], page_size: int
+) -> jax.Array:
+    """int32[B, K, S]; shape: the same."""
+    page = slot_page
+    if page is None:
+        page = jnp.arange(shape[2], dtype=jnp.int32)[None, None]
+    counts = jnp.clip(_of_heads(held)[..., None] + 1 - page * page_size, 0, page_size)
+    return jnp.broadcast_to(jnp.where(page < 0, 0, counts), shape)

@@ -109,11 +109,11 @@ def test_unequal_tiers_are_counted(monkeypatch):
     compared_pages = small_model.compared_pages
 
     def spoilt(layout, cache):
-        layer = cache.layers[0]
+        layer = cache.layer(0, 0)
         at = next(at for at, host in enumerate(layer.host) if host is not None)
         host, group = layer.host[at], layer.groups[at]
         page = int(np.asarray(group.slot_page)[0, 0].clip(0).min())
-        block = int(cache.block_table[0, page])
+        block = int(cache.banks[0].standing.block_table[0, page])
         k = np.array(host.k)
         k[block, 0, 0, 0] += 1
         object.__setattr__(host, "k", jax.device_put(k, platform.sharding("pinned_host")))

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from flexijax.cache.cache import all_rows
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
 from flexijax.policies.streaming_llm import StreamingLLM
@@ -55,8 +56,9 @@ def test_chunks_of_rows_need_not_end_together(name, lm):
     while first.active or second.active:
         engine.step()
         assert engine.cache is not None
+        lengths = all_rows(engine.cache).lengths
         for running in (first, second):
-            assert not running.active or running.held == int(engine.cache.lengths[running.row])
+            assert not running.active or running.held == int(lengths[running.row])
     for running, request in zip((first, second), requests, strict=True):
         tokens, stats = alone(lm, cache, request)
         assert running.tokens == tokens

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from flexijax.cache.cache import all_rows
 from flexijax.cache.layout import CacheLayout, CacheSizes
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.program import Program
@@ -51,7 +52,7 @@ SCHEDULES = {
 
 def assert_same(engine, running, model):
     """Laws 2 and 3 for one request: both tiers, summaries, slots and statistics."""
-    cache, row = jax.device_get(engine.cache), running.row
+    cache, row = jax.device_get(all_rows(engine.cache)), running.row
     length, table = len(model.tokens), running.blocks
     assert cache.lengths[row] == length
     assert cache.block_table[row, : len(table)].tolist() == list(table)
@@ -119,7 +120,7 @@ def assert_same_selected(model, layer, head, i, held, host, row, table):
 
 def assert_all_on_host(engine, running, model):
     """That the full pages of a request that has ended reached the host, the last chunk's too."""
-    cache = jax.device_get(engine.cache)
+    cache = jax.device_get(all_rows(engine.cache))
     row, pages = running.row, len(model.tokens) // PAGE
     assert cache.lengths[row] == len(model.tokens)
     for layer, at, group in engine.program.layout.all_groups():

@@ -14,7 +14,7 @@ from flexijax.aot.footprint import (
     step_bytes,
 )
 from flexijax.aot.targets import target
-from flexijax.cache.cache import abstract
+from flexijax.cache.cache import abstract, all_rows
 from flexijax.cache.memory import nbytes
 from flexijax.cli import compile_report as cli_compile_report
 from flexijax.cli import main as cli
@@ -68,7 +68,7 @@ def test_bytes_of_a_step_by_hand():
 )
 def test_the_cache_lies_where_it_should(score, least, most):
     found = program(Flexi(score))
-    cache, sizes = abstract(found.layout, found.policy), found.layout.sizes
+    cache, sizes = all_rows(abstract(found.layout, found.policy)), found.layout.sizes
     host = [layer.host for layer in cache.layers]
     groups = [layer.groups for layer in cache.layers]
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(host)} == {"pinned_host"}

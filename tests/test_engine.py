@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import flexijax
+from flexijax.cache.cache import all_rows
 from flexijax.cache.memory import nbytes
 from flexijax.engine.jit_cache import num_compiled
 from tests.planted import words_tokenizer
@@ -141,13 +142,13 @@ def _bytes(lm, cache, *, blocks):
 def _device_bytes(engine):
     """Of all arrays in device memory that the engine holds."""
     runner = engine._core.runner
-    held = nbytes(runner.cache) - nbytes([layer.host for layer in runner.cache.layers])
+    held = nbytes(runner.cache) - nbytes([layer.host for layer in runner.cache.pools])
     width = engine._core.lm.params["embed"]["embedding"].shape[1] * 4
     return held + nbytes(runner._prefiller._kv) + runner._prefiller.spec.tokens * width
 
 
 def _block_bytes(engine):
-    cache, blocks = engine._core.runner.cache, engine.num_blocks
+    cache, blocks = all_rows(engine._core.runner.cache), engine.num_blocks
     pooled = [
         leaf
         for leaf in jax.tree.leaves([layer.groups for layer in cache.layers])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexijax.cache.cache import all_rows
 from flexijax.config import CacheConfig
 from flexijax.engine.continuation import Continuation, read
 from flexijax.engine.plan import make_program
@@ -156,7 +157,7 @@ def test_kept_tokens_are_those_of_the_simulation(name, length, lm):
                 head.chunk(text[:now])
             if name == "snapkv":  # all that is generated stays
                 room = BUDGET + NEW
-        cache = jax.device_get(fed.cache)
+        cache = jax.device_get(all_rows(fed.cache))
         for (layer, head), simulation in heads.items():
             group, stats = cache.layers[layer].groups[0], cache.layers[layer].stats[0]
             count = int(group.count[0, head])

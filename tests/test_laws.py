@@ -13,8 +13,11 @@ import pytest
 
 import flexijax
 from flexijax.cache import offloaded
+from flexijax.cache.cache import all_rows
 from flexijax.engine import decode
 from flexijax.engine.continuation import Continuation, read
+from flexijax.engine.execute import _after_steps
+from flexijax.engine.inventory import step_arrays
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
 from flexijax.policies.minmax import MinMax
@@ -92,7 +95,7 @@ def copies_of(group, layer_cache, at, row, index, page, block):
 
 def assert_every_page_is_readable(engine, running, truth):
     """truth: per layer queries, keys and values [T, K, H] of the request's text."""
-    layout, cache, row = engine.program.layout, jax.device_get(engine.cache), running.row
+    layout, cache, row = engine.program.layout, jax.device_get(all_rows(engine.cache)), running.row
     length, table = int(cache.lengths[row]), cache.block_table[row]
     prompt = len(running.request.tokens)
     assert length == prompt + len(running.tokens) - 1
@@ -143,7 +146,7 @@ def test_pages_stay_readable_and_only_promoted_ones_move(cache, lm, dense_keys):
         engine.admit(request_of(length, max_new_tokens=40, index=index), "")
     requests = list(engine.running.values())
     promoted = [0, 0]
-    before = jax.device_get(engine.cache)
+    before = jax.device_get(all_rows(engine.cache))
     while True:
         engine.step()
         if not all(running.active for running in requests):
@@ -189,29 +192,24 @@ def test_the_mover_is_given_promoted_pages_alone(cache, lm, monkeypatch):
     end_chunk = jax.jit(end_chunk, static_argnums=0)
     held, batch = engine.cache, jax.tree.map(jnp.asarray, engine._batch)
     assert held is not None
-    layers, lengths, total = list(held.layers), held.lengths, 0
+    cache, total = held, 0
 
     def promoted(layer):
         return sum(int(s.promoted.sum()) for s in layer.stats if s is not None)
 
     for _ in range(3):
-        groups, end, batch, _, queries = steps(
-            program,
-            lm.params,
-            tuple(layer.groups for layer in layers),
-            decode.Standing(held.block_table, lengths, lengths),
-            batch.active,
-            batch,
+        arrays = step_arrays(cache, [0])
+        written, [standing], batch, _, [end] = steps(
+            program, lm.params, *arrays, batch.active, batch
         )
-        for at, layer in enumerate(layers):
-            stepped = dataclasses.replace(layer, groups=groups[at])
-            layers[at], given = end_chunk(
-                program.groups[at], stepped, end, queries[at], jnp.int32(at)
-            )
+        cache = _after_steps(cache, [0], written, (standing,))
+        for at, queries in enumerate(end.queries):
+            layer = cache.layer(at, 0)
+            made, given = end_chunk(program.groups[at], layer, end.end, queries, jnp.int32(at))
             named = sum(int((load >= 0).sum()) for load in given)
-            assert len(given) == 1 and named == promoted(layers[at]) - promoted(layer)
+            assert len(given) == 1 and named == promoted(made) - promoted(layer)
+            cache = cache.with_layer(at, 0, made)
             total += named
-        lengths = end.held
     assert total > 0, "nothing moved, so nothing was tested"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import flexijax
 from flexijax.cache import cache as kv
-from flexijax.cache.cache import Cache
+from flexijax.cache.cache import Cache, all_rows
 from flexijax.cache.evicting import EvictingGroup
 from flexijax.cache.layout import slots_of
 from flexijax.cache.memory import nbytes, request_bytes
@@ -94,17 +94,17 @@ def test_device_bytes_are_the_closed_form(small, lm, tokens):
     slots = min(layout.sizes.pages, -(-(room_of(cache) + STEPS) // PAGE))
     assert {slots_of(group, layout.sizes) for *_, group in layout.all_groups()} == {slots}
     held = kv.init(layout, program.policy)
-    groups = evicting_groups(held.layers)
+    groups = evicting_groups(all_rows(held).layers)
     assert len(groups) == shape.num_layers
     expected = shape.num_kv_heads * 2 * shape.head_dim * 4 * PAGE * slots
     assert [nbytes((group.k, group.v)) for group in groups] == [expected] * shape.num_layers
-    assert nbytes([layer.host for layer in held.layers]) == 0
+    assert nbytes([layer.host for layer in held.pools]) == 0
 
     reported = request_bytes(layout, tokens)
     pages = min(slots, -(-tokens // PAGE))
     assert reported.device == expected // slots * pages * shape.num_layers
     full = make_program(lm, dataclasses.replace(cache, policy="full"), max_tokens=tokens)
-    dense = nbytes([layer.groups for layer in kv.init(full.layout, full.policy).layers])
+    dense = nbytes([layer.groups for layer in all_rows(kv.init(full.layout, full.policy)).layers])
     if tokens == 8 * cache.budget_tokens:
         assert nbytes(groups) < dense / 4, "with positions and what the policy remembers"
     else:
@@ -134,12 +134,12 @@ def poisoned(group: EvictingGroup, counts) -> EvictingGroup:
 
 def poisoned_cache(cache: Cache, *, whole: bool) -> Cache:
     """whole: the buffers are poisoned from their first place on."""
-    layers = []
-    for layer in cache.layers:
+    for at in range(len(cache.pools)):
+        layer = cache.layer(at, 0)
         counts = [np.asarray(group.count) * (not whole) for group in layer.groups]
         groups = tuple(map(poisoned, layer.groups, counts))
-        layers.append(dataclasses.replace(layer, groups=groups))
-    return dataclasses.replace(cache, layers=tuple(layers))
+        cache = cache.with_layer(at, 0, dataclasses.replace(layer, groups=groups))
+    return cache
 
 
 def test_what_is_not_kept_is_not_read(small, lm):
@@ -169,7 +169,9 @@ def test_what_is_not_kept_is_not_read(small, lm):
         leaf.delete()
     for start in range(0, len(text), STEPS):
         fed.cache = poisoned_cache(fed.cache, whole=False)
-        spoilt_places = [np.isnan(group.k[0]).sum() for group in evicting_groups(fed.cache.layers)]
+        spoilt_places = [
+            np.isnan(group.k[0]).sum() for group in evicting_groups(all_rows(fed.cache).layers)
+        ]
         assert min(spoilt_places) > 0, "no place was poisoned"
         logits = fed.feed(text[start : start + STEPS])
         assert np.isfinite(logits).all()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import flexijax
+from flexijax.cache.cache import all_rows
 from flexijax.engine.continuation import Continuation, read
 from flexijax.engine.plan import make_program
 from flexijax.policies.base import HOST, HeadGroup, Policy, Tier
@@ -71,7 +72,7 @@ def test_each_head_has_its_own_room(lm):
     fed = Continuation(lm, program, read(lm, [program], prompt))
     assert np.isfinite(fed.feed(text)).all()
     length = len(prompt) + len(text)
-    cache = jax.device_get(fed.cache)
+    cache = jax.device_get(all_rows(fed.cache))
     for layer in cache.layers:
         less, selected, offloaded, more, dense = layer.groups
         for group, room in ((less, 9), (more, 18)):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import flexijax
+from flexijax.cache.cache import all_rows
 from flexijax.cache.memory import nbytes
 from flexijax.engine import model_runner
 from flexijax.engine.jit_cache import jitted
@@ -168,9 +169,9 @@ def test_what_runs_updates_in_place_too(name, lm):
     engine.admit(request_of(50, max_new_tokens=20, index=1), "")
     old = engine.cache
     assert old is not None
-    before = places(old.layers)
+    before = places(all_rows(old).layers)
     engine.step()
     assert len(before) >= 4 and engine.cache is not None
-    assert places(engine.cache.layers) == before
-    held = jax.tree.leaves([layer.groups for layer in old.layers])
+    assert places(all_rows(engine.cache).layers) == before
+    held = jax.tree.leaves([layer.groups for layer in all_rows(old).layers])
     assert all(leaf.is_deleted() for leaf in held)

@@ -11,6 +11,7 @@ import pytest
 import flexijax
 from examples import own_policy
 from examples.own_policy import KeyNorm
+from flexijax.cache.cache import all_rows
 from flexijax.engine.continuation import Continuation, read
 from flexijax.engine.plan import make_program
 from flexijax.models.dense import dense_attend
@@ -79,7 +80,7 @@ def test_what_stays_is_what_the_norms_say(lm):
     norms = norms_of_second_layer(lm)
 
     def observed(head) -> list[int]:
-        group = jax.device_get(fed.cache.layers[1].groups[0])
+        group = jax.device_get(all_rows(fed.cache).layers[1].groups[0])
         return sorted(group.position[0, head, : group.count[0, head]].tolist())
 
     expected = [kept_by_norm(of_head, list(range(PROMPT))) for of_head in norms]

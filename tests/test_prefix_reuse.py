@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import flexijax
+from flexijax.cache.cache import all_rows
 from flexijax.policies.flexi import Flexi
 from flexijax.policies.minmax import MinMax
 from flexijax.policies.quest import Quest
@@ -90,7 +91,7 @@ def test_what_is_shared_is_not_written_again(lm, cache):
 
 def _of_blocks(engine, blocks):
     """The rows of those blocks in every array that has a row for each block."""
-    layers = engine._core.runner.cache.layers
+    layers = all_rows(engine._core.runner.cache).layers
     held = [
         leaf
         for leaf in jax.tree.leaves([(layer.groups, layer.host) for layer in layers])

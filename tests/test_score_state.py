@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import flexijax
+from flexijax.cache.cache import all_rows
 from flexijax.cache.offloaded import OffloadedGroup
 from flexijax.cache.refit import RefitRule, is_due, refit_rule
 from flexijax.engine.model_runner import ModelRunner
@@ -43,7 +44,7 @@ def assert_own_code(engine, running, bits, *, fitted=None):
     fitted: the tokens whose code it is, None for the prompt's.
     """
     cache, row, shape = (
-        jax.device_get(engine.cache),
+        jax.device_get(all_rows(engine.cache)),
         running.row,
         engine.program.layout.sizes.shape,
     )
@@ -102,14 +103,14 @@ def test_every_request_has_its_own_code(bits):
     assert not first.active
     assert_own_code(engine, second, bits)
     assert engine.cache is not None
-    kept = jax.tree.map(np.array, engine.cache.layers[0].groups[0].score_state)
+    kept = jax.tree.map(np.array, all_rows(engine.cache).layers[0].groups[0].score_state)
     engine.release(first)
     third = engine.admit(request(3, 40, 30), "")
     assert third.row == first.row
     engine.step()
     for running in (second, third):
         assert_own_code(engine, running, bits)
-    after = engine.cache.layers[0].groups[0].score_state
+    after = all_rows(engine.cache).layers[0].groups[0].score_state
     np.testing.assert_array_equal(after.mean[second.row], kept.mean[second.row])
     assert np.abs(after.mean[third.row] - kept.mean[third.row]).max() > 0
     assert jnp.isfinite(after.mean).all()
@@ -121,7 +122,7 @@ def test_a_short_prompt_is_fitted_anew_before_pages_are_chosen():
     short, long = engine.admit(request(1, 1, 60), ""), engine.admit(request(2, 40, 60), "")
     for length, fitted in ((9, 1), (17, 1), (25, 24), (33, 24), (41, 24), (49, 24)):
         engine.step()
-        assert engine.cache is not None and engine.cache.lengths[short.row] == length
+        assert engine.cache is not None and all_rows(engine.cache).lengths[short.row] == length
         if fitted > 1:
             assert_own_code(engine, short, 2, fitted=fitted)
         assert_own_code(engine, long, 2)
@@ -183,7 +184,7 @@ def test_a_code_is_of_the_first_tokens(fit_tokens, length):
 
 def kept_of(engine, sequence, pages):
     """All that the scores keep of the request's first pages, and its states, as bytes."""
-    cache = jax.device_get(engine.cache)
+    cache = jax.device_get(all_rows(engine.cache))
     blocks = np.array(sequence.blocks)[:pages]
     return [
         np.asarray(leaf).tobytes()
@@ -227,7 +228,7 @@ def test_a_prompt_of_all_fitted_tokens_is_never_fitted_anew():
     kept, before = kept_of(engine, long, 7), kept_of(engine, short, 5)
     for _ in range(6):
         engine.step()
-    assert engine.cache is not None and engine.cache.lengths[long.row] == 76
+    assert engine.cache is not None and all_rows(engine.cache).lengths[long.row] == 76
     assert kept_of(engine, long, 7) == kept
     assert_own_code(engine, long, 2, fitted=24)
     assert kept_of(engine, short, 5) != before

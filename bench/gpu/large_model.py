@@ -23,7 +23,7 @@ from bench.gpu.timed import StageTimes
 from bench.timing import median
 from flexijax.aot.footprint import Footprint, footprint
 from flexijax.aot.targets import Target, targets
-from flexijax.cache.cache import init
+from flexijax.cache.cache import all_rows, init
 from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
 from flexijax.config import CacheConfig
 from flexijax.engine.model_runner import ModelRunner
@@ -128,7 +128,7 @@ def prompt(part: Part, sizes: Sizes) -> None:
     part.speed("prefill, all layers", ms=1e3 * (embedded + sum(chunks)), context=length)
     part.speed("commit", ms=1e3 * commit, context=length)
     layers = runner.seconds_of["commit"]
-    part.speed("commit, its programs", ms=1e3 * sum(layers[-len(made.layers) :]))
+    part.speed("commit, its programs", ms=1e3 * sum(layers[-len(made.pools) :]))
 
 
 def _model(sizes: Sizes) -> tuple[LanguageModel, CacheConfig]:
@@ -217,7 +217,7 @@ def _some_layers(program: Program) -> tuple[int, ...]:
 def _check(part: Part, engine: ModelRunner, what: str, layers: tuple[int, ...]) -> None:
     """Of a batch after a chunk: its lengths, tokens that are in the vocabulary, equal tiers."""
     assert engine.cache is not None
-    lengths = np.asarray(engine.cache.lengths).tolist()
+    lengths = np.asarray(all_rows(engine.cache).lengths).tolist()
     held = [sequence.held for sequence in engine.running.values()]
     part.check(f"{what}: lengths", lengths == held, lengths[:2])
     tokens = [token for sequence in engine.running.values() for token in sequence.tokens]
@@ -276,7 +276,7 @@ def _host_is_prompt(
     sizes, found = program.layout.sizes, []
     full = read.length // sizes.page_size
     for layer, at, group in program.layout.all_groups():
-        host = cache.layers[layer].host[at]
+        host = cache.pools[layer].host[at]
         if host is None or layer not in _some_layers(program):
             continue
         k = np.asarray(read.kv[layer].k)[list(group.heads)]

@@ -110,7 +110,7 @@ def _host_pages(engine: ModelRunner) -> list[np.ndarray]:
         for sequence in engine.running.values()
         for block in sequence.blocks[: len(sequence.request.tokens) // page_size]
     ]
-    for layer in engine.cache.layers:
+    for layer in engine.cache.pools:
         for host in layer.host:
             if host is not None:
                 found += [np.asarray(pool)[blocks].view(np.uint16) for pool in (host.k, host.v)]

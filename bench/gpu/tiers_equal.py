@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from bench.gpu.data import same_bits
-from flexijax.cache.cache import Cache
+from flexijax.cache.cache import Cache, all_rows
 from flexijax.cache.layout import CacheLayout
 
 
@@ -21,11 +21,12 @@ def compared_pages(
     """
     page_size, compared, unequal = layout.sizes.page_size, 0, 0
     wanted = set(range(len(layout.groups)) if layers is None else layers)
-    lengths, table = jax.device_get((cache.lengths, cache.block_table))
+    rows = all_rows(cache)
+    lengths, table = jax.device_get((rows.lengths, rows.block_table))
     for layer, at, group in layout.all_groups():
         if group.kind != "offloaded" or layer not in wanted:
             continue
-        group, host = cache.layers[layer].groups[at], cache.layers[layer].host[at]
+        group, host = rows.layers[layer].groups[at], rows.layers[layer].host[at]
         assert host is not None
         slot_page, slots_k, slots_v, host_k, host_v = jax.device_get(
             (group.slot_page, group.k, group.v, host.k, host.v)

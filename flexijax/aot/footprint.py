@@ -193,16 +193,16 @@ def abstract_params(config: ModelConfig) -> Any:
 
 def _sizes(config: ModelConfig, program: Program) -> Sizes:
     layout = program.layout
-    cache = abstract(layout, program.policy)
+    cache, banks = abstract(layout, program.policy), layout.sizes.banks
     pages = slots = summaries = 0
     for layer, at, group in layout.all_groups():
-        arrays = cache.layers[layer].groups[at]
+        arrays = cache.layer(layer, 0).groups[at]
         held = nbytes((arrays.k, arrays.v))
         pages += held if group.kind == "selected" else 0
-        slots += held if group.kind != "selected" else 0
+        slots += banks * held if group.kind != "selected" else 0
         if group.score is not None:
-            summaries += nbytes((arrays.summaries, arrays.score_state))
-    host = nbytes([layer.host for layer in cache.layers])
+            summaries += nbytes(arrays.summaries) + banks * nbytes(arrays.score_state)
+    host = nbytes([layer.host for layer in cache.pools])
     spec = program.prefill_spec()
     kv = jax.eval_shape(lambda: empty_prefill_kv(spec))
     return Sizes(

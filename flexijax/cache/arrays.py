@@ -128,3 +128,8 @@ def empty_state(
 def set_row(leaf: jax.Array, row: jax.Array, value: jax.Array) -> jax.Array:
     """leaf [B, ...] with value [...] at `row`, in place when the leaf is donated."""
     return lax.dynamic_update_slice_in_dim(leaf, value[None].astype(leaf.dtype), row, axis=0)
+
+
+def replaced(items: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
+    """The items with another value at `index`."""
+    return (*items[:index], value, *items[index + 1 :])

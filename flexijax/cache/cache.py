@@ -1,4 +1,4 @@
-"""Both tiers of a batch of requests: head groups of every layer, each array updated in place."""
+"""Both tiers of a batch of requests: pools of blocks and banks of rows, updated in place."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from flexijax.cache import dense, evicting, offloaded, selected
-from flexijax.cache.arrays import zeros
+from flexijax.cache.arrays import replaced, zeros
+from flexijax.cache.banks import by_block, by_row, side_by_side, together
 from flexijax.cache.evicting import EvictionStats
 from flexijax.cache.layout import CacheLayout, CacheSizes, GroupProgram, without_heads
 from flexijax.cache.offloaded import RerankStats
@@ -37,16 +38,52 @@ class LayerCache:
     stats: tuple[RerankStats | EvictionStats | None, ...]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Both tiers of a batch of requests."""
+class Standing(NamedTuple):
+    """Where some rows stand."""
 
-    layers: tuple[LayerCache, ...]
     block_table: jax.Array  # int32[B, P], block of each page; 0 beyond the request's own
     lengths: jax.Array  # int32[B], tokens held; 0 for a free row
     settled: jax.Array  # int32[B], tokens held at the last end of a chunk, or the prompt's
     chunks: jax.Array  # int32[B], chunks of decode steps since the request was admitted
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """Some rows, and of each layer what lies by row: arrays of its groups, and statistics."""
+
+    layers: tuple[LayerCache, ...]
+    standing: Standing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Both tiers of a batch of requests.
+
+    pools: of each layer what lies by block, for all rows: arrays of its groups, and the host tier.
+    Row r is row r % b of bank r // b, with b = `CacheSizes.bank_rows`.
+    """
+
+    pools: tuple[LayerCache, ...]
+    banks: tuple[Bank, ...]
+
+    def layer(self, layer: int, bank: int) -> LayerCache:
+        """One layer as the rows of a bank have it."""
+        blocks, rows = self.pools[layer], self.banks[bank].layers[layer]
+        groups = map(together, blocks.groups, rows.groups)
+        return LayerCache(tuple(groups), blocks.host, rows.stats)
+
+    def with_layer(self, layer: int, bank: int, made: LayerCache) -> Cache:
+        """With what `layer` gave, changed."""
+        mine = self.banks[bank]
+        mine = dataclasses.replace(mine, layers=replaced(mine.layers, layer, _rows_of(made)))
+        return Cache(replaced(self.pools, layer, _pools_of(made)), replaced(self.banks, bank, mine))
+
+    def with_standing(self, bank: int, standing: Standing) -> Cache:
+        """With the rows of a bank standing elsewhere."""
+        mine = dataclasses.replace(self.banks[bank], standing=standing)
+        return dataclasses.replace(self, banks=replaced(self.banks, bank, mine))
 
 
 def kind(group: HeadGroup) -> ModuleType:
@@ -80,23 +117,23 @@ def group_programs(
 
 def init(layout: CacheLayout, policy: Policy) -> Cache:
     """An empty cache, each leaf allocated on its own so that all can be donated."""
-    return init_tables(
-        layout, tuple(init_layer(layout, policy, layer) for layer in range(len(layout.groups)))
-    )
+    rows = layout.of_rows(layout.sizes.bank_rows)
+    pools, banks = [], [[] for _ in range(layout.sizes.banks)]
+    for layer in range(len(layout.groups)):
+        # Of the first bank the pools are kept; those of a layer of one block are soon gone.
+        made = platform.put(_on_device(rows, policy, layer))
+        pools.append(_pools_of(dataclasses.replace(made, host=_host(layout, layer, empty_host))))
+        banks[0].append(_rows_of(made))
+        few = dataclasses.replace(rows, sizes=dataclasses.replace(rows.sizes, blocks=1))
+        for bank in banks[1:]:
+            bank.append(_rows_of(platform.put(_on_device(few, policy, layer))))
+    return Cache(tuple(pools), tuple(Bank(tuple(layers), nowhere(rows.sizes)) for layers in banks))
 
 
-def init_layer(layout: CacheLayout, policy: Policy, layer: int) -> LayerCache:
-    """One layer of `init`."""
-    made = platform.put(_on_device(layout, policy, layer))
-    return dataclasses.replace(made, host=_host(layout, layer, empty_host))
-
-
-def init_tables(layout: CacheLayout, layers: tuple[LayerCache, ...]) -> Cache:
-    """A cache of the given layers in which no row is in use."""
-    sizes = layout.sizes
+def nowhere(sizes: CacheSizes) -> Standing:
+    """Rows of which none is in use."""
     rows = (sizes.batch,)
-    return Cache(
-        layers=layers,
+    return Standing(
         block_table=zeros((sizes.batch, sizes.pages), "int32"),
         lengths=zeros(rows, "int32"),
         settled=zeros(rows, "int32"),
@@ -104,14 +141,13 @@ def init_tables(layout: CacheLayout, layers: tuple[LayerCache, ...]) -> Cache:
     )
 
 
-def reset_row(cache: Cache, row: jax.Array, blocks: jax.Array, length: jax.Array) -> Cache:
-    """A cache whose row `row` holds `length` tokens in `blocks`, int32[P]."""
-    return dataclasses.replace(
-        cache,
-        block_table=cache.block_table.at[row].set(blocks),
-        lengths=cache.lengths.at[row].set(length),
-        settled=cache.settled.at[row].set(length),
-        chunks=cache.chunks.at[row].set(0),
+def reset_row(standing: Standing, row: jax.Array, blocks: jax.Array, length: jax.Array) -> Standing:
+    """Row `row` holds `length` tokens in `blocks`, int32[P]."""
+    return Standing(
+        block_table=standing.block_table.at[row].set(blocks),
+        lengths=standing.lengths.at[row].set(length),
+        settled=standing.settled.at[row].set(length),
+        chunks=standing.chunks.at[row].set(0),
     )
 
 
@@ -119,18 +155,27 @@ def reset_row(cache: Cache, row: jax.Array, blocks: jax.Array, length: jax.Array
 def abstract(layout: CacheLayout, policy: Policy) -> Cache:
     """What `init` makes, as `jax.ShapeDtypeStruct`s that lie in the memory of their tier."""
     # Kept, since it takes 50 ms and every call of `generate` asks for it several times.
+    rows = layout.of_rows(layout.sizes.bank_rows)
     known: dict[Any, LayerCache] = {}
+    layers = []
     for layer, groups in enumerate(layout.groups):
         alike = tuple((without_heads(group), len(group.heads)) for group in groups)
         if alike not in known:
-            made = jax.eval_shape(functools.partial(_on_device, layout, policy, layer))
+            made = jax.eval_shape(functools.partial(_on_device, rows, policy, layer))
             host = platform.placed(_host(layout, layer, abstract_host), "pinned_host")
             known[alike] = dataclasses.replace(platform.placed(made), host=host)
-        known[layer] = known[alike]
-    layers = tuple(known[layer] for layer in range(len(layout.groups)))
-    return dataclasses.replace(
-        platform.placed(jax.eval_shape(functools.partial(init_tables, layout, ()))), layers=layers
-    )
+        layers.append(known[alike])
+    standing = platform.placed(jax.eval_shape(functools.partial(nowhere, rows.sizes)))
+    bank = Bank(tuple(map(_rows_of, layers)), standing)
+    return Cache(tuple(map(_pools_of, layers)), (bank,) * layout.sizes.banks)
+
+
+def _pools_of(layer: LayerCache) -> LayerCache:
+    return LayerCache(tuple(map(by_block, layer.groups)), layer.host, ())
+
+
+def _rows_of(layer: LayerCache) -> LayerCache:
+    return LayerCache(tuple(map(by_row, layer.groups)), (), layer.stats)
 
 
 def _on_device(layout: CacheLayout, policy: Policy, layer: int) -> LayerCache:
@@ -152,3 +197,23 @@ def _host(
         make(layout.sizes, len(group.heads)) if group.ladder[-1].memory == HOST else None
         for group in layout.groups[layer]
     )
+
+
+class AllRows(NamedTuple):
+    """A cache as if all rows were one bank; of the rows see `Standing`."""
+
+    layers: tuple[LayerCache, ...]
+    block_table: jax.Array
+    lengths: jax.Array
+    settled: jax.Array
+    chunks: jax.Array
+
+
+def all_rows(cache: Cache) -> AllRows:
+    """All rows' arrays together, copied where there are several banks: to look at."""
+    layers = []
+    for layer, pools in enumerate(cache.pools):
+        rows = side_by_side([bank.layers[layer] for bank in cache.banks])
+        groups = tuple(map(together, pools.groups, rows.groups))
+        layers.append(LayerCache(groups, pools.host, rows.stats))
+    return AllRows(tuple(layers), *side_by_side([bank.standing for bank in cache.banks]))

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.cache.arrays import Step
+from flexijax.cache.arrays import Step, replaced
+from flexijax.cache.banks import apart, by_block, by_row, side_by_side, together
 from flexijax.cache.cache import kind
 from flexijax.cache.layout import CacheLayout, GroupProgram, without_heads
-from flexijax.cache.prefill_kv import replaced
 from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.queries import HeadQueries
-from flexijax.policies.base import Policy
+from flexijax.pallas_kernels.stores import BankedStore, SlotStore, Store
+from flexijax.policies.base import HeadGroup, Policy
 
 
 @jax.tree_util.register_dataclass
@@ -23,7 +24,8 @@ from flexijax.policies.base import Policy
 class DecodeState:
     """What goes through the decoder in a decode step."""
 
-    layers: tuple[tuple[Any, ...], ...]  # head groups of each layer
+    # Of each layer its head groups, of each of them the banks that take part.
+    layers: tuple[tuple[tuple[Any, ...], ...], ...]
     step: Step
     queries: tuple[jax.Array, ...]  # of each layer done so far, see `DecodeAttention`
     arrivals: jax.Array | None  # int32[B, K] of zeros, see `dispatch.decode_attention`
@@ -50,10 +52,10 @@ class DecodeAttention:
         shape, dtype = sizes.shape, jnp.dtype(sizes.dtype)
         heads = q.shape[2]
         rows, k, v = q[:, 0], k[:, 0].astype(dtype), v[:, 0].astype(dtype)
-        whole, kept = rows, rows.astype(dtype)
+        read, kept = rows, rows.astype(dtype)
         if rows.dtype == dtype:
             # Rotated once, for all that reads any of it; a slice alone would be rotated again.
-            whole = kept = lax.optimization_barrier(jnp.concatenate([rows, k, v], axis=1))
+            read = kept = lax.optimization_barrier(jnp.concatenate([rows, k, v], axis=1))
             rows, k, v = jnp.split(kept, [heads, heads + shape.num_kv_heads], axis=1)
         grouped = rows.reshape(len(rows), shape.num_kv_heads, shape.group_size, shape.head_dim)
         groups, stores = self.layout.groups[layer], []
@@ -61,8 +63,7 @@ class DecodeAttention:
             program = GroupProgram(
                 sizes, without_heads(group), self.policy, self.implementation, None
             )
-            mine = HeadQueries(whole, group.heads, shape.group_size)
-            stores.append(kind(group).store(program, arrays, group.heads, mine, state.step))
+            stores.append(_store(program, arrays, group.heads, read, state.step))
         out, stores, arrivals = dispatch.decode_attention(
             grouped,
             k,
@@ -73,7 +74,7 @@ class DecodeAttention:
             implementation=self.implementation,
         )
         arrays = tuple(
-            kind(group).after_step(arrays, store, state.step)
+            _after_step(group, arrays, store, state.step)
             for group, arrays, store in zip(groups, state.layers[layer], stores, strict=True)
         )
         return out.reshape(q.shape), dataclasses.replace(
@@ -82,3 +83,36 @@ class DecodeAttention:
             queries=(*state.queries, kept),
             arrivals=arrivals,
         )
+
+
+def _store(
+    program: GroupProgram, banks: tuple[Any, ...], heads: tuple[int, ...], q: jax.Array, step: Step
+) -> Store:
+    """Where a group's heads lie in its banks. q: [B, M, H] of the rows of all banks."""
+    of_kind, group_size = kind(program.group), program.sizes.shape.group_size
+    if len(banks) == 1 or "k" in banks[0].BY_BLOCK:
+        rows = side_by_side([by_row(bank) for bank in banks])
+        mine = HeadQueries(q, heads, group_size)
+        return of_kind.store(program, together(by_block(banks[0]), rows), heads, mine, step)
+    parts = zip(banks, apart((q, step), len(banks)), strict=True)
+    stores = [
+        of_kind.store(program, bank, heads, HeadQueries(rows, heads, group_size), at)
+        for bank, (rows, at) in parts
+    ]
+    where = [(store.slot_page, store.held) for store in stores]
+    k, v = tuple(store.k for store in stores), tuple(store.v for store in stores)
+    return BankedStore(k, v, *side_by_side(where), heads)
+
+
+def _after_step(
+    group: HeadGroup, banks: tuple[Any, ...], store: Store, step: Step
+) -> tuple[Any, ...]:
+    """The banks of a group with the token in them."""
+    of_kind = kind(group)
+    if not isinstance(store, BankedStore):
+        return tuple(of_kind.after_step(bank, store, step) for bank in banks)
+    where = apart((store.slot_page, store.held, step), len(banks))
+    return tuple(
+        of_kind.after_step(bank, SlotStore(k, v, slot_page, held, store.heads), at)
+        for bank, k, v, (slot_page, held, at) in zip(banks, store.k, store.v, where, strict=True)
+    )

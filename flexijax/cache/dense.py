@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,10 @@ from flexijax.policies.base import PolicyState
 @dataclasses.dataclass(frozen=True)
 class DenseGroup:
     """Keys stand with the channel before the token: scoring them is one plain matrix product."""
+
+    BY_BLOCK: ClassVar[tuple[str, ...]] = ()
+    READ: ClassVar[tuple[str, ...]] = ()
+    WRITTEN: ClassVar[tuple[str, ...]] = ("k", "v")
 
     k: jax.Array  # [B, K, H, P, page]
     v: jax.Array  # [B, K, P, page, H]

@@ -8,7 +8,7 @@ high among the last, so that at most R tokens of a head move.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ from flexijax.policies.base import PolicyState, Tokens
 @dataclasses.dataclass(frozen=True)
 class EvictingGroup:
     """T = S * page places a head; what stands at and beyond `count` is not read."""
+
+    BY_BLOCK: ClassVar[tuple[str, ...]] = ()
+    READ: ClassVar[tuple[str, ...]] = ()
+    WRITTEN: ClassVar[tuple[str, ...]] = ("k", "v", "position", "count")
 
     k: jax.Array  # [B, K, H, S, page]
     v: jax.Array  # [B, K, S, page, H]

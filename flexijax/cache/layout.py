@@ -18,7 +18,8 @@ class CacheSizes:
 
     shape: of the model. batch: requests at once (B). blocks: rows of each pool. pages: the most
     pages of one request (P). page_size: tokens. dtype: of keys and values. chunk_steps: decode
-    steps of one program, after which heads are reranked and tokens evicted (R).
+    steps of one program, after which heads are reranked and tokens evicted (R). bank: rows whose
+    arrays are one, a divisor of B; None: all of them.
     """
 
     shape: AttentionShape
@@ -28,6 +29,17 @@ class CacheSizes:
     page_size: int
     dtype: str
     chunk_steps: int
+    bank: int | None = None
+
+    @property
+    def bank_rows(self) -> int:
+        """Rows of a bank."""
+        return self.bank or self.batch
+
+    @property
+    def banks(self) -> int:
+        """How many there are."""
+        return self.batch // self.bank_rows
 
     @property
     def page(self) -> PageShape:
@@ -51,6 +63,10 @@ class CacheLayout:
 
     sizes: CacheSizes
     groups: tuple[tuple[HeadGroup, ...], ...]
+
+    def of_rows(self, rows: int) -> CacheLayout:
+        """The same of so many rows: what a program over some of the banks is compiled for."""
+        return dataclasses.replace(self, sizes=dataclasses.replace(self.sizes, batch=rows))
 
     def all_groups(self) -> Iterator[tuple[int, int, HeadGroup]]:
         """(layer, place in its layer, group) of every group."""

@@ -7,7 +7,7 @@ of the newly chosen ones those that are not resident come into freed slots.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,10 @@ class RerankSchedule:
 @dataclasses.dataclass(frozen=True)
 class OffloadedGroup:
     """Keys stand with the channel before the token: scoring them is one plain matrix product."""
+
+    BY_BLOCK: ClassVar[tuple[str, ...]] = ("summaries",)
+    READ: ClassVar[tuple[str, ...]] = ("slot_page",)
+    WRITTEN: ClassVar[tuple[str, ...]] = ("k", "v")
 
     k: jax.Array  # [B, K, H, S, page]
     v: jax.Array  # [B, K, S, page, H]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,8 +172,3 @@ class PrefillAttention:
         return out.reshape(q.shape), dataclasses.replace(
             state, kv=PrefillKV(keys, values, window, observed)
         )
-
-
-def replaced(items: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
-    """The items with another value at `index`."""
-    return (*items[:index], value, *items[index + 1 :])

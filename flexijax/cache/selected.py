@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ from flexijax.policies.page_score import FilledPages, PageTable
 @dataclasses.dataclass(frozen=True)
 class SelectedGroup:
     """Pages lie by block, read through the block table."""
+
+    BY_BLOCK: ClassVar[tuple[str, ...]] = ("k", "v", "summaries")
+    READ: ClassVar[tuple[str, ...]] = ("summaries", "score_state")
+    WRITTEN: ClassVar[tuple[str, ...]] = ("k", "v")
 
     k: jax.Array  # [blocks, K, page, H]
     v: jax.Array  # [blocks, K, page, H]

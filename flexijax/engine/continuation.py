@@ -121,10 +121,10 @@ class Continuation:
             remaining=jnp.full(batch, count + 1, jnp.int32),
         )
         generated = [self.next_token]
-        due = np.arange(batch) == 0
+        due, banks = np.arange(batch) == 0, range(self.program.layout.sizes.banks)
         for _ in range(0, count, steps):
             self.cache, state, sampled = run_decode(
-                self._runner, self.program, self._lm.params, self.cache, state, due
+                self._runner, self.program, self._lm.params, self.cache, banks, state, due
             )
             generated += np.asarray(sampled.tokens)[:, 0].tolist()
             # What a program returns is of the cache's mesh, and would compile the program again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.cache.arrays import Chunk, ChunkEnd, Step, chunk_end
-from flexijax.cache.cache import LayerCache, kind
+from flexijax.cache.banks import apart, by_block, by_row, only, side_by_side, together
+from flexijax.cache.cache import LayerCache, Standing, kind
 from flexijax.cache.decode_attention import DecodeAttention, DecodeState
 from flexijax.cache.layout import GroupProgram
 from flexijax.engine.batch import BatchState, SampledTokens
@@ -23,6 +25,13 @@ from flexijax.pallas_kernels.filled import in_full_pages
 Queries: TypeAlias = tuple[tuple[jax.Array | None, ...], ...]
 
 
+class BankEnd(NamedTuple):
+    """What follows on some steps of a bank, where a chunk of its rows ends with them."""
+
+    end: ChunkEnd
+    queries: Queries
+
+
 # Of each layer [..., B, M, H], see `DecodeAttention`; None where no group asks for queries.
 _Kept: TypeAlias = tuple[jax.Array | None, ...]
 
@@ -30,36 +39,37 @@ _Kept: TypeAlias = tuple[jax.Array | None, ...]
 Groups: TypeAlias = tuple[tuple[Any, ...], ...]
 
 
-class Standing(NamedTuple):
-    """Where the rows of a batch stand: see `Cache`."""
+class Held(NamedTuple):
+    """Head groups of a cache: what lies by block, and what lies by row of some of its banks."""
 
-    block_table: jax.Array  # int32[B, P]
-    lengths: jax.Array  # int32[B]
-    settled: jax.Array  # int32[B]
+    pools: Groups
+    banks: tuple[Groups, ...]
 
 
 def decode_steps(
     program: Program,
     params: Params,
-    groups: Groups,
-    standing: Standing,
+    seen: Held,
+    held: Held,
+    standing: tuple[Standing, ...],
     due: jax.Array,
     batch: BatchState,
-) -> tuple[Groups, ChunkEnd, BatchState, SampledTokens, Queries]:
-    """T = `program.steps` decode steps of all requests; groups are donated.
+) -> tuple[Held, tuple[Standing, ...], BatchState, SampledTokens, tuple[BankEnd, ...]]:
+    """T = `program.steps` decode steps of all requests of some banks.
 
-    due: bool[B], rows whose chunk ends with these steps. Nothing goes to Python or to the host in
-    between. Returns groups and batch after the steps, what was sampled, and what `end_chunk_layer`
-    asks for.
+    program: of as many rows. seen, held: arrays that steps only read, and those that they write,
+    which are donated. standing: of each bank. due: bool[B], rows whose chunk ends with these steps.
+    Nothing goes to Python or to the host in between. Returns what was written, where each bank and
+    the batch stand after the steps, what was sampled, and what `end_chunk_layer` asks for.
     """
-    block_table, lengths, settled = standing
-    steps = program.steps
-    summarized = _whole_pages(program, settled, batch.active)
+    rows = side_by_side(standing)
+    steps, lengths = program.steps, rows.lengths
+    summarized = _whole_pages(program, rows.settled, batch.active)
 
     def step(carry, _):
-        groups, lengths, batch, _, index, sampled = carry
-        at = Step(block_table, jnp.where(batch.active, lengths, -1), summarized)
-        groups, logits, (last, every) = _step(program, params, groups, lengths, at, batch.tokens)
+        held, lengths, batch, _, index, sampled = carry
+        at = Step(rows.block_table, jnp.where(batch.active, lengths, -1), summarized)
+        held, logits, (last, every) = _step(program, params, seen, held, lengths, at, batch.tokens)
         if program.suppress_ids:
             logits = logits.at[:, jnp.array(program.suppress_ids)].set(-jnp.inf)
         keys = step_keys(batch.seeds, batch.generated)
@@ -81,45 +91,62 @@ def decode_steps(
             jnp.where(now, logprob, sampled.logprobs),
             jnp.where(now, active, sampled.emitted),
         )
-        return (groups, lengths + count, batch, last, index + 1, sampled), every
+        return (held, lengths + count, batch, last, index + 1, sampled), every
 
     shape = (steps, *lengths.shape)
     sampled = SampledTokens(
         jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
     )
-    carry = (groups, lengths, batch, _no_queries(program), jnp.int32(0), sampled)
-    (groups, held, batch, last, _, sampled), every = lax.scan(step, carry, None, length=steps)
-    end = chunk_end(program.layout.sizes, block_table, settled, held, due, batch.active)
-    return groups, end, batch, sampled, _queries(program, last, every)
+    carry = (held, lengths, batch, _no_queries(program), jnp.int32(0), sampled)
+    (held, lengths, batch, last, _, sampled), every = lax.scan(step, carry, None, length=steps)
+    after = rows._replace(lengths=lengths)
+    standing, ends = _bank_ends(program, after, due, batch.active, _queries(program, last, every))
+    return held, standing, batch, sampled, ends
 
 
 def teacher_forced_steps(
     program: Program,
     params: Params,
-    groups: Groups,
-    standing: Standing,
+    seen: Held,
+    held: Held,
+    standing: tuple[Standing, ...],
     tokens: jax.Array,
     active: jax.Array,
-) -> tuple[Groups, ChunkEnd, jax.Array, Queries]:
+) -> tuple[Held, tuple[Standing, ...], jax.Array, tuple[BankEnd, ...]]:
     """As `decode_steps` on given tokens, for comparing policies on one and the same text.
 
-    tokens: int32[R, B], a whole chunk fed in order; active: bool[B]; groups: donated. Returns
-    groups, where the batch stands, the logits float32[R, B, V] of what would come after each token,
-    and queries.
+    tokens: int32[R, B], a whole chunk fed in order; active: bool[B]. Returns what was written,
+    where the banks stand, the logits float32[R, B, V] of what would come after each token,
+    and what `end_chunk_layer` asks for.
     """
-    block_table, lengths, settled = standing
-    summarized = _whole_pages(program, settled, active)
+    rows = side_by_side(standing)
+    summarized = _whole_pages(program, rows.settled, active)
 
     def step(carry, token):
-        groups, lengths, _ = carry
-        at = Step(block_table, jnp.where(active, lengths, -1), summarized)
-        groups, logits, (last, every) = _step(program, params, groups, lengths, at, token)
-        return (groups, lengths + active.astype(jnp.int32), last), (logits, every)
+        held, lengths, _ = carry
+        at = Step(rows.block_table, jnp.where(active, lengths, -1), summarized)
+        held, logits, (last, every) = _step(program, params, seen, held, lengths, at, token)
+        return (held, lengths + active.astype(jnp.int32), last), (logits, every)
 
-    carry = (groups, lengths, _no_queries(program))
-    (groups, held, last), (logits, every) = lax.scan(step, carry, tokens)
-    end = chunk_end(program.layout.sizes, block_table, settled, held, active, active)
-    return groups, end, logits, _queries(program, last, every)
+    carry = (held, rows.lengths, _no_queries(program))
+    (held, lengths, last), (logits, every) = lax.scan(step, carry, tokens)
+    after = rows._replace(lengths=lengths)
+    standing, ends = _bank_ends(program, after, active, active, _queries(program, last, every))
+    return held, standing, logits, ends
+
+
+def _bank_ends(
+    program: Program, rows: Standing, due: jax.Array, active: jax.Array, queries: Queries
+) -> tuple[tuple[Standing, ...], tuple[BankEnd, ...]]:
+    """Where each bank stands after some steps, and what the ends of its chunks ask for."""
+    sizes = program.layout.sizes
+    end = chunk_end(sizes, rows.block_table, rows.settled, rows.lengths, due, active)
+    rows = rows._replace(
+        settled=jnp.where(due, rows.lengths, rows.settled),
+        chunks=rows.chunks + end.active.astype(jnp.int32),
+    )
+    ends = zip(apart(end, sizes.banks), apart(queries, sizes.banks, axis=1), strict=True)
+    return tuple(apart(rows, sizes.banks)), tuple(BankEnd(*of) for of in ends)
 
 
 def end_chunk_layer(
@@ -157,16 +184,17 @@ def _whole_pages(program: Program, settled: jax.Array, active: jax.Array) -> jax
 def _step(
     program: Program,
     params: Params,
-    groups: Groups,
+    seen: Held,
+    held: Held,
     lengths: jax.Array,
     step: Step,
     tokens: jax.Array,
-) -> tuple[Groups, jax.Array, tuple[_Kept, _Kept]]:
-    """One token a request: (groups, logits float32[B, V], what is kept of the last, of every)."""
+) -> tuple[Held, jax.Array, tuple[_Kept, _Kept]]:
+    """One token a request: (held, logits float32[B, V], what is kept of the last, of every)."""
     attention_fn = DecodeAttention(program.layout, program.policy, program.implementation)
     # One for all layers: each leaves it as it was.
     arrivals = jnp.zeros((len(tokens), program.layout.sizes.shape.num_kv_heads), jnp.int32)
-    state = DecodeState(groups, step, (), arrivals)
+    state = DecodeState(_layers(seen, held), step, (), arrivals)
     x, state = program.decoder.hidden(
         params, tokens[:, None], lengths[:, None], attention_fn, state
     )
@@ -174,7 +202,38 @@ def _step(
     for kept, count in zip(state.queries, _num_queries(program), strict=True):
         last.append(kept if count == 1 else None)
         every.append(kept if count > 1 else None)
-    return state.layers, program.decoder.logits(params, x[:, 0]), (tuple(last), tuple(every))
+    made = _held(state.layers)
+    return made, program.decoder.logits(params, x[:, 0]), (tuple(last), tuple(every))
+
+
+def _layers(seen: Held, held: Held) -> tuple[tuple[tuple[Any, ...], ...], ...]:
+    """Of each layer its head groups, of each of them its banks."""
+    layers = []
+    for at, groups in enumerate(held.pools):
+        mine = [
+            (seen.pools[at], groups, seen_bank[at], bank[at])
+            for seen_bank, bank in zip(seen.banks, held.banks, strict=True)
+        ]
+        layers.append(
+            tuple(
+                tuple(together(*(part[group] for part in parts)) for parts in mine)
+                for group in range(len(groups))
+            )
+        )
+    return tuple(layers)
+
+
+def _held(layers: tuple[tuple[tuple[Any, ...], ...], ...]) -> Held:
+    """What has been written of them."""
+
+    def written(bank: int, lies: Callable[[Any], Any]) -> Groups:
+        return tuple(
+            tuple(lies(only(banks[bank], banks[bank].WRITTEN)) for banks in groups)
+            for groups in layers
+        )
+
+    banks = range(len(layers[0][0]))
+    return Held(written(0, by_block), tuple(written(bank, by_row) for bank in banks))
 
 
 def _num_queries(program: Program) -> list[int]:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from flexijax.cache.arrays import ChunkEnd, Prompt
-from flexijax.cache.cache import Cache, reset_row
-from flexijax.cache.prefill_kv import PrefillKV, PrefillSpec, replaced
+from flexijax.cache.arrays import Prompt
+from flexijax.cache.banks import together
+from flexijax.cache.cache import Bank, Cache, LayerCache, Standing, reset_row
+from flexijax.cache.prefill_kv import PrefillKV, PrefillSpec
 from flexijax.cache.refit import is_due, refit_layer
 from flexijax.engine.batch import BatchState, SampledTokens
 from flexijax.engine.decode import (
+    BankEnd,
     Groups,
-    Queries,
-    Standing,
+    Held,
     decode_steps,
     end_chunk_layer,
     teacher_forced_steps,
 )
-from flexijax.engine.inventory import ProgramCall
+from flexijax.engine.inventory import ProgramCall, step_arrays
 from flexijax.engine.prefill import commit_layer, head_arrays, load_prefix
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import Params
@@ -32,11 +32,12 @@ from flexijax.pallas_kernels import platform
 
 
 class Place(NamedTuple):
-    """Where a prompt goes: row int32[], blocks int32[P], and its length in tokens int32[].
+    """Where a prompt goes: row int32[] of a bank, blocks int32[P], its length in tokens int32[].
 
     start: int32[], tokens whose pages the blocks hold already.
     """
 
+    bank: int
     row: jax.Array
     blocks: jax.Array
     length: jax.Array
@@ -47,9 +48,11 @@ class Place(NamedTuple):
         cls, program: Program, row: int, blocks: Collection[int], length: int, start: int = 0
     ) -> Place:
         """blocks: one block id a page, at least ceil(length / page) of them."""
-        table = np.zeros(program.layout.sizes.pages, np.int32)
+        sizes = program.layout.sizes
+        table = np.zeros(sizes.pages, np.int32)
         table[: len(blocks)] = list(blocks)
-        return cls(as_index(row), platform.put(table), as_index(length), as_index(start))
+        bank, row = divmod(row, sizes.bank_rows)
+        return cls(bank, as_index(row), platform.put(table), as_index(length), as_index(start))
 
 
 def run_load_prefix(
@@ -57,7 +60,7 @@ def run_load_prefix(
 ) -> PrefillKV:
     """The tokens of a prompt that are in the cache already, of one layer; kv is donated."""
     heads = head_arrays(program.layout, layer)
-    args = (cache.layers[layer], heads, place.blocks, place.start, kv)
+    args = (cache.pools[layer], heads, place.blocks, place.start, kv)
     groups = program.groups[layer]
     return runner.run("prefix", load_prefix, groups, args, donate=(4,))
 
@@ -74,15 +77,18 @@ def run_commit(
     """A layer of a prompt into its row of the cache, which is donated; see `run_admit`."""
     at = spec.observers.index(program.policy) if program.policy in spec.observers else None
     observed = () if at is None else kv.observed[at]
-    prompt = Prompt(kv.k, kv.v, kv.queries, observed, *place, as_index(layer))
-    args = (cache.layers[layer], prompt, head_arrays(program.layout, layer))
+    at = (place.row, place.blocks, place.length, place.start, as_index(layer))
+    prompt = Prompt(kv.k, kv.v, kv.queries, observed, *at)
+    args = (cache.layer(layer, place.bank), prompt, head_arrays(program.layout, layer))
     made = runner.run("commit", commit_layer, program.groups[layer], args, donate=(0,))
-    return dataclasses.replace(cache, layers=replaced(cache.layers, layer, made))
+    return cache.with_layer(layer, place.bank, made)
 
 
 def run_admit(cache: Cache, place: Place) -> Cache:
     """The cache, donated, with the row in use: when all layers of its prompt are there."""
-    return reset_row(cache, place.row, place.blocks, place.length)
+    standing = cache.banks[place.bank].standing
+    made = reset_row(standing, place.row, place.blocks, place.length)
+    return cache.with_standing(place.bank, made)
 
 
 def compile_calls(runner: Runner, calls: Iterable[ProgramCall]) -> int:
@@ -98,21 +104,23 @@ def run_decode(
     program: Program,
     params: Params,
     cache: Cache,
+    banks: Sequence[int],
     batch: BatchState,
     due: np.ndarray,
 ) -> tuple[Cache, BatchState, SampledTokens]:
-    """T = `program.steps` decode steps of all requests, and the ends of chunks; cache is donated.
+    """T = `program.steps` decode steps of the requests of some banks, and the ends of chunks.
 
-    due: bool[B], rows whose chunk ends with these steps.
+    program: of as many rows as the banks have, which batch and due are of. cache: donated. due:
+    bool[B], rows whose chunk ends with these steps.
     """
-    flags = platform.put(due)
-    args = (params, _groups(cache), _standing(cache), flags, batch)
-    groups, end, batch, sampled, queries = runner.run(
-        "decode", decode_steps, program, args, donate=(1,)
+    args = (params, *step_arrays(cache, banks), platform.put(due), batch)
+    held, standing, batch, sampled, ends = runner.run(
+        "decode", decode_steps, program, args, donate=(2,)
     )
-    made = _after_steps(cache, groups, end, flags)
-    if due.any():
-        made = _end_chunk(runner, program, made, end, queries)
+    made = _after_steps(cache, banks, held, standing)
+    for bank, end, mine in zip(banks, ends, np.split(due, len(banks)), strict=True):
+        if mine.any():
+            made = _end_chunk(runner, program, made, bank, end)
     return made, batch, sampled
 
 
@@ -126,13 +134,15 @@ def run_teacher_forced(
 ) -> tuple[Cache, jax.Array]:
     """`teacher_forced_steps` and what follows them: the cache, and logits float32[R, B, V]."""
     # It comes back as it is, and what is placed otherwise than a result is compiled for once more.
-    active = platform.put(active)
-    args = (params, _groups(cache), _standing(cache), tokens, active)
-    groups, end, logits, queries = runner.run(
-        "teacher-forced decode", teacher_forced_steps, program, args, donate=(1,)
+    active, banks = platform.put(active), range(len(cache.banks))
+    args = (params, *step_arrays(cache, banks), tokens, active)
+    held, standing, logits, ends = runner.run(
+        "teacher-forced decode", teacher_forced_steps, program, args, donate=(2,)
     )
-    made = _after_steps(cache, groups, end, active)
-    return _end_chunk(runner, program, made, end, queries), logits
+    made = _after_steps(cache, banks, held, standing)
+    for bank, end in zip(banks, ends, strict=True):
+        made = _end_chunk(runner, program, made, bank, end)
+    return made, logits
 
 
 def run_refit(
@@ -144,46 +154,44 @@ def run_refit(
     """
     if not is_due(program.refit_rule, program.chunk_steps, prompt=prompt, before=before):
         return cache
-    at = (as_index(row), cache.block_table, cache.lengths)
-    layers = tuple(
-        runner.run("refit", refit_layer, groups, (layer, *at), donate=(0,))
-        for groups, layer in zip(program.groups, cache.layers, strict=True)
-    )
-    return dataclasses.replace(cache, layers=layers)
+    bank, row = divmod(row, program.layout.sizes.bank_rows)
+    standing = cache.banks[bank].standing
+    at = (as_index(row), standing.block_table, standing.lengths)
+    for layer, groups in enumerate(program.groups):
+        args = (cache.layer(layer, bank), *at)
+        made = runner.run("refit", refit_layer, groups, args, donate=(0,))
+        cache = cache.with_layer(layer, bank, made)
+    return cache
 
 
-def _after_steps(cache: Cache, groups: Groups, end: ChunkEnd, due: jax.Array) -> Cache:
-    """`cache` from before some steps with what they left: groups, and where rows stand."""
-    layers = tuple(
-        dataclasses.replace(layer, groups=mine)
-        for layer, mine in zip(cache.layers, groups, strict=True)
-    )
-    settled = jnp.where(due, end.held, cache.settled)
-    return Cache(layers, cache.block_table, end.held, settled, cache.chunks)
-
-
-def _end_chunk(
-    runner: Runner, program: Program, cache: Cache, end: ChunkEnd, queries: Queries
+def _after_steps(
+    cache: Cache, banks: Sequence[int], held: Held, standing: tuple[Standing, ...]
 ) -> Cache:
-    """The cache, donated, after what the ends of its rows' chunks bring."""
-    layers = list(cache.layers)
+    """`cache` from before some steps of some banks with what they left."""
+    made = list(cache.banks)
+    for bank, groups, stands in zip(banks, held.banks, standing, strict=True):
+        made[bank] = Bank(_with_groups(made[bank].layers, groups), stands)
+    return Cache(_with_groups(cache.pools, held.pools), tuple(made))
+
+
+def _with_groups(layers: tuple[LayerCache, ...], groups: Groups) -> tuple[LayerCache, ...]:
+    return tuple(
+        dataclasses.replace(layer, groups=tuple(map(together, layer.groups, mine)))
+        for layer, mine in zip(layers, groups, strict=True)
+    )
+
+
+def _end_chunk(runner: Runner, program: Program, cache: Cache, bank: int, of: BankEnd) -> Cache:
+    """The cache, donated, after what the ends of a bank's chunks bring."""
     for layer in program.chunk_ends:
-        args = (layers[layer], end, queries[layer], as_index(layer))
+        args = (cache.layer(layer, bank), of.end, of.queries[layer], as_index(layer))
         name = "end of a chunk"
-        layers[layer] = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
-    chunks = cache.chunks + end.active.astype(jnp.int32)
-    return dataclasses.replace(cache, layers=tuple(layers), chunks=chunks)
+        made = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
+        cache = cache.with_layer(layer, bank, made)
+    return cache
 
 
 @functools.lru_cache(maxsize=65536)
 def as_index(number: int) -> jax.Array:
     """int32[], placed as a program's results are: what differs in that is compiled twice."""
     return platform.put(np.int32(number))
-
-
-def _groups(cache: Cache) -> Groups:
-    return tuple(layer.groups for layer in cache.layers)
-
-
-def _standing(cache: Cache) -> Standing:
-    return Standing(cache.block_table, cache.lengths, cache.settled)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flexijax.cache.arrays import Prompt, chunk_end
-from flexijax.cache.cache import abstract, keeps_all_by_block, kind
+from flexijax.cache.banks import only
+from flexijax.cache.cache import Cache, LayerCache, Standing, abstract, keeps_all_by_block, kind
 from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
 from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import empty_batch
-from flexijax.engine.decode import Queries, Standing, decode_steps, end_chunk_layer
+from flexijax.engine.decode import Groups, Held, Queries, decode_steps, end_chunk_layer
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.jit_cache import jitted
 from flexijax.engine.prefill import (
@@ -91,7 +92,7 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
         place = (scalar, blocks, scalar, scalar)
         prompt = Prompt(kv.k, kv.v, kv.queries, observed, *place, scalar)
         heads = platform.placed(head_arrays(program.layout, layer))
-        args = (cache.layers[layer], prompt, heads)
+        args = (cache.layer(layer, 0), prompt, heads)
         commits.append(ProgramCall("commit", commit_layer, groups, args, donate=(0,)))
     yield from _distinct(commits)
     sampling = platform.placed(jax.eval_shape(lambda: SamplingRows.of([Sampling()])))
@@ -109,24 +110,29 @@ def prefix_calls(program: Program) -> Iterator[ProgramCall]:
     blocks, calls = _like(jnp.int32, program.layout.sizes.pages), []
     for layer, groups in enumerate(program.groups):
         heads = platform.placed(head_arrays(program.layout, layer))
-        args = (cache.layers[layer], heads, blocks, scalar, kv)
+        args = (cache.pools[layer], heads, blocks, scalar, kv)
         calls.append(ProgramCall("prefix", load_prefix, groups, args, donate=(4,)))
     yield from _distinct(calls)
 
 
-def decode_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
-    """What decode steps take: the steps, and the end of a chunk for each kind of layer."""
-    count = program.layout.sizes.batch
-    batch = platform.placed(jax.eval_shape(lambda: empty_batch(count)))
-    cache = abstract(program.layout, program.policy)
-    groups = tuple(layer.groups for layer in cache.layers)
-    standing = Standing(cache.block_table, cache.lengths, cache.settled)
-    flags = _like(jnp.bool_, *cache.lengths.shape)
-    args = (params, groups, standing, flags, batch)
-    yield ProgramCall("decode", decode_steps, program, args, donate=(1,))
-    lengths, queries = cache.lengths, _abstract_queries(program)
-    at = (cache.block_table, lengths, lengths, flags, flags)
-    end = jax.eval_shape(functools.partial(chunk_end, program.layout.sizes), *at)
+def decode_calls(
+    program: Program, params: Params, rows: int | None = None
+) -> Iterator[ProgramCall]:
+    """What decode steps take: the steps, and the end of a chunk for each kind of layer.
+
+    rows: steps of so many only; None: of each of `Program.row_counts`.
+    """
+    cache, sizes = abstract(program.layout, program.policy), program.layout.sizes
+    [bank, *_] = cache.banks
+    for count in program.row_counts if rows is None else (rows,):
+        batch = platform.placed(jax.eval_shape(functools.partial(empty_batch, count)))
+        banks = count // sizes.bank_rows
+        args = (params, *step_arrays(cache, range(banks)), _like(jnp.bool_, count), batch)
+        yield ProgramCall("decode", decode_steps, program.of_rows(count), args, donate=(2,))
+    lengths, queries = bank.standing.lengths, _abstract_queries(program)
+    flags = _like(jnp.bool_, sizes.bank_rows)
+    at = (bank.standing.block_table, lengths, lengths, flags, flags)
+    end = jax.eval_shape(functools.partial(chunk_end, sizes), *at)
     end = platform.placed(end)
     yield from _distinct(
         [
@@ -134,7 +140,7 @@ def decode_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
                 "end of a chunk",
                 end_chunk_layer,
                 program.groups[layer],
-                (cache.layers[layer], end, queries[layer], _like(jnp.int32)),
+                (cache.layer(layer, 0), end, queries[layer], _like(jnp.int32)),
                 donate=(0,),
             )
             for layer in program.chunk_ends
@@ -142,29 +148,46 @@ def decode_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
     )
 
 
+def step_arrays(cache: Cache, banks: Sequence[int]) -> tuple[Held, Held, tuple[Standing, ...]]:
+    """Of some banks what decode steps only read, what they write, and where the rows stand."""
+    mine = [cache.banks[bank] for bank in banks]
+
+    def held(names: str) -> Held:
+        def of(layers: tuple[LayerCache, ...]) -> Groups:
+            return tuple(
+                tuple(only(group, getattr(group, names)) for group in layer.groups)
+                for layer in layers
+            )
+
+        return Held(of(cache.pools), tuple(of(bank.layers) for bank in mine))
+
+    return held("READ"), held("WRITTEN"), tuple(bank.standing for bank in mine)
+
+
 def refit_calls(program: Program) -> Iterator[ProgramCall]:
     """What fitting a request's score states anew takes, where it can come to that."""
     if program.refit_rule is None:
         return
     cache = abstract(program.layout, program.policy)
-    row = (_like(jnp.int32), cache.block_table, cache.lengths)
+    standing = cache.banks[0].standing
+    row = (_like(jnp.int32), standing.block_table, standing.lengths)
     yield from _distinct(
         [
-            ProgramCall("refit", refit_layer, groups, (cache.layers[layer], *row), donate=(0,))
+            ProgramCall("refit", refit_layer, groups, (cache.layer(layer, 0), *row), donate=(0,))
             for layer, groups in enumerate(program.groups)
         ]
     )
 
 
 def _abstract_queries(program: Program) -> Queries:
-    """What `decode_steps` hands to the ends of a chunk, as shapes."""
+    """What `decode_steps` hands to the ends of a bank's chunk, as shapes."""
     sizes, found = program.layout.sizes, []
     shape = sizes.shape
     for layer, groups in enumerate(program.groups):
         queries = []
         for group, named in zip(groups, program.layout.groups[layer], strict=True):
             window = kind(group.group).num_queries(group)
-            size = (window, sizes.batch, len(named.heads), shape.group_size, shape.head_dim)
+            size = (window, sizes.bank_rows, len(named.heads), shape.group_size, shape.head_dim)
             queries.append(_like(jnp.dtype(sizes.dtype), *size) if window else None)
         found.append(tuple(queries))
     return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Collection
@@ -204,12 +205,14 @@ class ModelRunner:
         if not blocks:
             return
         assert self.cache is not None
-        table = np.array(self.cache.block_table)
         for row, mine in blocks.items():
             self.running[row].blocks = tuple(mine)
-            table[row, : len(mine)] = mine
-        table = platform.put(table)
-        self.cache = dataclasses.replace(self.cache, block_table=table)
+            bank, at = divmod(row, self.program.layout.sizes.bank_rows)
+            standing = self.cache.banks[bank].standing
+            table = np.array(standing.block_table)
+            table[at, : len(mine)] = mine
+            standing = standing._replace(block_table=platform.put(table))
+            self.cache = self.cache.with_standing(bank, standing)
 
     def step(self, rows: Collection[int] | None = None) -> list[Sequence]:
         """`program.steps` decode steps; the requests that generated tokens in them.
@@ -222,19 +225,30 @@ class ModelRunner:
         took_part = [
             of for of in self.running.values() if of.active and (rows is None or of.row in rows)
         ]
-        due = np.zeros(self.program.layout.sizes.batch, bool)
         self._batch.active[:] = False
+        due = np.zeros_like(self._batch.active)
         for sequence in took_part:
             self._batch.active[sequence.row] = True
             sequence.chunk_steps += self.program.steps
             due[sequence.row] = sequence.chunk_steps == self.program.chunk_steps
+        banks = self._banks({of.row for of in took_part})
+        size = self.program.layout.sizes.bank_rows
+        rows = np.concatenate([np.arange(bank * size, (bank + 1) * size) for bank in banks])
         self.cache, batch, sampled = run_decode(
-            self.runner, self.program, self.lm.params, self.cache, platform.put(self._batch), due
+            self.runner,
+            self.program.of_rows(len(rows)),
+            self.lm.params,
+            self.cache,
+            banks,
+            platform.put(jax.tree.map(lambda leaf: leaf[rows], self._batch)),
+            due[rows],
         )
         batch, sampled = jax.device_get((batch, sampled))
-        self._batch = jax.tree.map(np.array, batch)
+        for leaf, made in zip(*map(jax.tree.leaves, (self._batch, batch)), strict=True):
+            leaf[rows] = made
         took = time.perf_counter() - started - (self.runner.seconds - compiled)
-        generated = [of for of in took_part if self._take(of, sampled, took)]
+        place = {row: at for at, row in enumerate(rows.tolist())}
+        generated = [of for of in took_part if self._take(of, sampled, place[of.row], took)]
         for sequence in generated:
             if due[sequence.row]:
                 sequence.chunk_steps = 0
@@ -254,10 +268,20 @@ class ModelRunner:
             before=before,
         )
 
-    def _take(self, sequence: Sequence, sampled: SampledTokens, took: float) -> bool:
-        emitted = sampled.emitted[:, sequence.row]
-        sequence.tokens += sampled.tokens[emitted, sequence.row].tolist()
-        logprobs = sampled.logprobs[emitted, sequence.row].tolist()
+    def _banks(self, rows: set[int]) -> list[int]:
+        """The banks of these rows, and as many more as the smallest program that will do takes."""
+        sizes = self.program.layout.sizes
+        needed = sorted({row // sizes.bank_rows for row in rows})
+        others = (bank for bank in range(sizes.banks) if bank not in needed)
+        counts = (rows // sizes.bank_rows for rows in self.program.row_counts)
+        count = next(count for count in counts if count >= len(needed))
+        return sorted([*needed, *itertools.islice(others, count - len(needed))])
+
+    def _take(self, sequence: Sequence, sampled: SampledTokens, at: int, took: float) -> bool:
+        """What was sampled at place `at` of the rows that ran."""
+        emitted = sampled.emitted[:, at]
+        sequence.tokens += sampled.tokens[emitted, at].tolist()
+        logprobs = sampled.logprobs[emitted, at].tolist()
         sequence.logprobs += logprobs
         sequence.error = _not_finite(sequence.request, logprobs)
         sequence.active = bool(self._batch.active[sequence.row]) and sequence.error is None

@@ -87,11 +87,13 @@ def make_layout(
     batch: int,
     blocks: int | None = None,
     in_buckets: bool = True,
+    bank: int | None = None,
 ) -> CacheLayout:
     """The layout for `batch` requests of up to max_tokens each.
 
     blocks: of the pools; None: as many as all requests can come to need. in_buckets: with room for
-    a few more tokens, so that other requests find the same programs compiled.
+    a few more tokens, so that other requests find the same programs compiled. bank: see
+    `CacheSizes`.
     """
     pages, new_pages = (-(-tokens // cache.page_size) for tokens in (max_tokens, max_new_tokens))
     if in_buckets:
@@ -123,6 +125,7 @@ def make_layout(
         page_size=cache.page_size,
         dtype=dtype,
         chunk_steps=chunk_steps,
+        bank=bank,
     )
     return CacheLayout(sizes, tuple(groups))
 

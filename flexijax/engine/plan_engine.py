@@ -44,6 +44,7 @@ def make_engine_program(
         max_tokens=max_context,
         max_new_tokens=max_context,
         in_buckets=False,
+        bank=platform.bank_rows(cache.implementation, max_requests),
     )
 
     def program(layout: CacheLayout) -> Program:

@@ -55,6 +55,22 @@ class Program:
             return self.chunk_steps
         return largest_divisor(self.chunk_steps, self.boundary_steps)
 
+    def of_rows(self, rows: int) -> Program:
+        """What decode steps of so many of its rows are compiled for."""
+        return dataclasses.replace(self, layout=self.layout.of_rows(rows))
+
+    @functools.cached_property
+    def row_counts(self) -> tuple[int, ...]:
+        """Of how many rows there are decode programs, ascending; the last is of all.
+
+        Two, four and so on where rows are apart: a step's cost follows those that run. Not one,
+        whose products add up in another order than those of two to eight: what a request gets would
+        depend on how many run beside it.
+        """
+        sizes = self.layout.sizes
+        few = (count for count in (2, 4) if not count % sizes.bank_rows)
+        return (*(count for count in few if count < sizes.batch), sizes.batch)
+
     @functools.cached_property
     def code_tokens(self) -> int:
         """Tokens at a prompt's beginning on which what is kept of its pages may depend."""
@@ -73,10 +89,11 @@ class Program:
 
     @functools.cached_property
     def groups(self) -> tuple[tuple[GroupProgram, ...], ...]:
-        """Per layer, what the programs over its head groups are compiled for."""
+        """Per layer, what the programs over its head groups of one bank are compiled for."""
+        rows = self.layout.of_rows(self.layout.sizes.bank_rows)
         return tuple(
             group_programs(
-                self.layout,
+                rows,
                 self.policy,
                 layer,
                 implementation=self.implementation,

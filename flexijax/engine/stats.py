@@ -39,7 +39,10 @@ class SequenceStats(NamedTuple):
 
 def sequence_stats(layout: CacheLayout, cache: Cache, *, row: int) -> SequenceStats:
     """Of the request in that row of the batch."""
-    chunks, layers = jax.device_get((cache.chunks, [layer.stats for layer in cache.layers]))
+    bank, row = divmod(row, layout.sizes.bank_rows)
+    mine = cache.banks[bank]
+    counted = (mine.standing.chunks, [layer.stats for layer in mine.layers])
+    chunks, layers = jax.device_get(counted)
     promoted = offloaded = evicted = 0
     heads = []
     for layer, at, group in layout.all_groups():

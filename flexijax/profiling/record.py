@@ -69,7 +69,7 @@ def record(
     for done in range(_CHUNK_STEPS, steps + 1, _CHUNK_STEPS):
         generated += run.greedy(_CHUNK_STEPS)
         found: list[Choices] = jax.device_get(
-            [layer.groups[0].state.head[0] for layer in run.cache.layers]
+            [layer.groups[0].state.head[0] for layer in run.cache.banks[0].layers]
         )
         # [1, K, R, ...] of each layer -> [R, L, K, ...]
         pages.append(np.stack([of.pages[0].swapaxes(0, 1) for of in found], axis=1))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.pallas_kernels.sparse_decode import xla
-from flexijax.pallas_kernels.stores import PageStore, Store, of_heads
+from flexijax.pallas_kernels.stores import PageStore, SlotStore, Store, of_heads
 
 
 def decode_attention(
@@ -29,9 +29,11 @@ def decode_attention(
         if isinstance(store, PageStore):
             ids, counts = store.listed()
             out, _ = kernels.paged_decode(of_store, store.k, store.v, ids, counts, scale=scale)
-        else:
+        elif isinstance(store, SlotStore):
             counts = store.counts()
             out, _ = kernels.slot_decode(of_store, store.k, store.v, counts, scale=scale)
+        else:
+            out, _ = xla.banked_slot_decode(of_store, store.k, store.v, store.counts(), scale=scale)
         outs.append(out)
         heads += store.heads
         kept.append(store)

@@ -36,9 +36,8 @@ def paged_decode(
         return gathered.reshape(batch, heads, chosen * page, width)
 
     counts = jnp.where(block_ids >= 0, token_counts, 0)
-    k = pages(k_pages)
-    scores = _product("BKGH,BKSH->BKGS", q, k)
-    return _attend(q, scores, pages(v_pages), counts, page, scale)
+    scores = _product("BKGH,BKSH->BKGS", q, pages(k_pages))
+    return _attend(q, scores, (pages(v_pages),), counts, page, scale)
 
 
 def slot_decode(
@@ -50,42 +49,63 @@ def slot_decode(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """See `dispatch.slot_decode`."""
-    batch, heads, slots, page, width = v_slots.shape
-    k = k_slots.reshape(batch, heads, width, slots * page)
-    v = v_slots.reshape(batch, heads, slots * page, width)
-    scores = _product("BKGH,BKHS->BKGS", q, k)
-    return _attend(q, scores, v, token_counts, page, scale)
+    return banked_slot_decode(q, (k_slots,), (v_slots,), token_counts, scale=scale)
+
+
+def banked_slot_decode(
+    q: jax.Array,
+    k_banks: tuple[jax.Array, ...],
+    v_banks: tuple[jax.Array, ...],
+    token_counts: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """As `slot_decode` over slots that lie apart, those of equally many rows in each bank."""
+    rows, heads, slots, page, width = v_banks[0].shape
+    k = (bank.reshape(rows, heads, width, slots * page) for bank in k_banks)
+    v = tuple(bank.reshape(rows, heads, slots * page, width) for bank in v_banks)
+    queries = jnp.split(q, len(v))
+    scores = [_product("BKGH,BKHS->BKGS", *of) for of in zip(queries, k, strict=True)]
+    return _attend(q, jnp.concatenate(scores), v, token_counts, page, scale)
 
 
 def _attend(
-    q: jax.Array, scores: jax.Array, v: jax.Array, counts: jax.Array, page: int, scale: float
+    q: jax.Array,
+    scores: jax.Array,
+    v: tuple[jax.Array, ...],
+    counts: jax.Array,
+    page: int,
+    scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax over the counted tokens of scores float32[B, K, G, S], then the product with v."""
+    """Softmax over the counted tokens of scores float32[B, K, G, S], then the product with v.
+
+    v: [b, K, S, H] of each bank of rows.
+    """
     valid = (jnp.arange(page) < counts[..., None]).reshape(*counts.shape[:2], 1, -1)  # [B, K, 1, S]
     logits = jnp.where(valid, scores * scale, -jnp.inf)
     highest = jnp.max(logits, axis=-1, keepdims=True)
     finite = jnp.where(jnp.isneginf(highest), 0.0, highest)  # a head that reads nothing
     weights = jnp.exp(logits - finite)
     total = weights.sum(axis=-1)
+    weights, axes = weights.astype(v[0].dtype), "BKGS,BKSH->BKGH"
+    of_banks = zip(jnp.split(weights, len(v)), v, strict=True)
+    out = jnp.concatenate([_product(axes, *of) for of in of_banks])
 
-    def product(values: jax.Array) -> jax.Array:
-        return _product("BKGS,BKSH->BKGH", weights.astype(v.dtype), values)
+    def cleared() -> jax.Array:
+        read = jnp.where(valid[:, :, 0, :, None], jnp.concatenate(v), 0)
+        return jnp.einsum(axes, weights, read, preferred_element_type=jnp.float32)
 
-    out = product(v)
     # What stands behind the counted tokens weighs 0, but 0 * NaN is NaN. Clearing it always would
     # cost one more pass over v, so that is done only when something leaked.
-    mask = valid[:, :, 0, :, None]
-    out = lax.cond(
-        jnp.isnan(out).any(), lambda: product(jnp.where(mask, v, jnp.zeros_like(v))), lambda: out
-    )
+    out = lax.cond(jnp.isnan(out).any(), cleared, lambda: out)
     out = jnp.where(total[..., None] > 0, out / jnp.maximum(total, 1e-30)[..., None], 0.0)
     return out.astype(q.dtype), jnp.log(total) + finite[..., 0]
 
 
 def _product(axes: str, queries: jax.Array, of: jax.Array) -> jax.Array:
     """An einsum "BKG..,BK..->BKG.." in float32."""
-    batch, _, group, _ = queries.shape
-    if platform.is_gpu() or batch == 1 or group > _FEW_QUERIES:
+    group = queries.shape[2]
+    if platform.is_gpu() or group > _FEW_QUERIES:
         return jnp.einsum(axes, queries, of, preferred_element_type=jnp.float32)
     one = axes.replace("G", "")
     made = (
