@@ -31,7 +31,6 @@ def measure(
     """
     import flexijax
     from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
-    from flexijax.engine.measured import EngineTotals
 
     return_freed_memory()
     use_compilation_cache()
@@ -45,24 +44,20 @@ def measure(
         prefill_first=prefill_first,
     )
     sampling = flexijax.Sampling(ignore_eos=True)
-    # Compiles everything: a prompt of this length is read in chunks of both sizes.
-    engine.submit(prompts[0][:600], max_new_tokens=20, sampling=sampling).result()
-    before = dataclasses.asdict(engine.totals)
+    engine.compile(sampling)
     started, compiled = time.perf_counter(), engine.compile_s
     streams = [
         engine.submit(prompt, max_new_tokens=new_tokens, sampling=sampling) for prompt in prompts
     ]
     while engine.step():
-        totals = engine.totals
-        print(f"{totals.ended - 1} of {len(prompts)} ended", file=sys.stderr, flush=True)
+        print(f"{engine.totals.ended} of {len(prompts)} ended", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - started - (engine.compile_s - compiled)
-    after = dataclasses.asdict(engine.totals)
-    totals = {name: after[name] - before[name] for name in after}
+    totals = dataclasses.asdict(engine.totals)
     made = [stream.result() for stream in streams]
     return {
         "totals": totals,
         "seconds": seconds,
-        "running": EngineTotals(**totals).mean_running,
+        "running": engine.totals.mean_running,
         "decode_tokens_per_s": totals["new_tokens"] / totals["decode_s"],
         "tokens_per_s": (totals["new_tokens"] + totals["prompt_tokens"]) / seconds,
         "new_tokens_per_s": totals["new_tokens"] / seconds,

@@ -166,6 +166,7 @@ def make_engine(adaptive):
         page_size=PAGE,
         dtype="float32",
         chunk_steps=STEPS,
+        bank=None if adaptive is None else 1,  # so that both are looked at
     )
     layout = CacheLayout(sizes, tuple(policy.groups(layer, run) for layer in range(LAYERS)))
     lm = LanguageModel(

@@ -11,7 +11,7 @@ import pytest
 from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.decode_attention import pallas, reference
 from flexijax.pallas_kernels.sparse_decode.tuning import TuningConfig
-from flexijax.pallas_kernels.stores import PageStore, SlotStore
+from flexijax.pallas_kernels.stores import BankedStore, PageStore, SlotStore
 from tests.kernel_cases import TOLERANCE, assert_rows_close, numpy_dtype
 
 
@@ -109,6 +109,42 @@ def check(case, out, stores, _):
         for got, want in ((store.k, k), (store.v, v)):
             # As float32, since NumPy finds no NaN in bfloat16.
             np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(np.float32))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_in_arrays_of_their_own_are_as_rows_of_one(case):
+    """Of a row each, the last of them after all others."""
+    q, k, v, stores = on_device(inputs(case))
+
+    def banked(store):
+        if isinstance(store, PageStore):
+            return store
+        apart = (tuple(x[row : row + 1] for row in range(len(x))) for x in (store.k, store.v))
+        return BankedStore(*apart, store.slot_page, store.held, store.heads)
+
+    def joined(store):
+        if isinstance(store, PageStore):
+            return store
+        k, v = map(jnp.concatenate, (store.k, store.v))
+        return SlotStore(k, v, store.slot_page, store.held, store.heads)
+
+    out, made, arrivals = dispatch.decode_attention(
+        q, k, v, tuple(map(banked, stores)), scale=case.width**-0.5, implementation="xla"
+    )
+    check(case, out, tuple(map(joined, made)), arrivals)
+
+
+def test_rows_in_several_banks_are_not_for_kernels_of_a_gpu():
+    case = CASES[2]
+    q, k, v, [store] = on_device(inputs(case))
+    banks = BankedStore(
+        (store.k[:2], store.k[2:]), (store.v[:2], store.v[2:]), None, store.held, (0, 1)
+    )
+    with pytest.raises(ValueError, match="implementation='xla'"):
+        dispatch.decode_attention(q, k, v, (banks,), scale=1.0, implementation="pallas")
+    uneven = dataclasses.replace(banks, k=(store.k[:1], store.k[1:]))
+    with pytest.raises(ValueError, match="k0"):
+        dispatch.decode_attention(q, k, v, (uneven,), scale=1.0, implementation="xla")
 
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])

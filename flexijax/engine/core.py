@@ -11,8 +11,9 @@ from flexijax.engine.entry import Entry
 from flexijax.engine.execute import compile_calls
 from flexijax.engine.inventory import all_calls
 from flexijax.engine.measured import EngineTotals, metrics, no_metrics
-from flexijax.engine.model_runner import ModelRunner, Prompting
+from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.program import Program, Progress
+from flexijax.engine.prompting import Prompting
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.scheduler import schedule
 from flexijax.engine.shared_prefixes import SharedPrefixes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Collection
 
@@ -25,28 +24,14 @@ from flexijax.engine.execute import (
 )
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.inventory import decode_calls
-from flexijax.engine.prefiller import Prefiller, PrefillResult, Reading
+from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner
+from flexijax.engine.prompting import Prompting
 from flexijax.engine.sampling import METHODS, Sampling, SamplingRows, method_of
-from flexijax.engine.sequence import Request, Sequence
+from flexijax.engine.sequence import Request, Sequence, not_finite
 from flexijax.engine.stats import SequenceStats, sequence_stats
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
-
-
-@dataclasses.dataclass
-class Prompting:
-    """A request whose prompt is being read into its row.
-
-    reading: None where it had been read before. seconds: spent on it so far, without compiling.
-    """
-
-    request: Request
-    place: Place
-    sequence: Sequence
-    reading: Reading | None
-    x: jax.Array | None = None
-    seconds: float = 0.0
 
 
 class ModelRunner:
@@ -116,7 +101,8 @@ class ModelRunner:
         compiled, started = self.runner.seconds, time.perf_counter()
         if self.cache is None:
             if request.max_new_tokens > 1:
-                compile_calls(self.runner, decode_calls(self.program, self.lm.params))
+                few = self.program.row_counts[0]
+                compile_calls(self.runner, decode_calls(self.program, self.lm.params, few))
             self.cache = init(self.program.layout, self.program.policy)
         place = Place.of(self.program, row, blocks, len(request.tokens), start)
         sequence = Sequence(request=request, row=row, blocks=tuple(blocks))
@@ -181,7 +167,7 @@ class ModelRunner:
         sampled = self.runner.run("first token", first_token, first, args)
         token, logprob = (value[0].item() for value in jax.device_get(sampled))
         sequence.tokens, sequence.logprobs = [token], [logprob]
-        sequence.error = _not_finite(request, [logprob])
+        sequence.error = not_finite(request, [logprob])
         ends = request.max_new_tokens == 1 or token in request.stop_ids
         sequence.active = not ends and sequence.error is None
         batch.tokens[row] = token
@@ -283,7 +269,7 @@ class ModelRunner:
         sequence.tokens += sampled.tokens[emitted, at].tolist()
         logprobs = sampled.logprobs[emitted, at].tolist()
         sequence.logprobs += logprobs
-        sequence.error = _not_finite(sequence.request, logprobs)
+        sequence.error = not_finite(sequence.request, logprobs)
         sequence.active = bool(self._batch.active[sequence.row]) and sequence.error is None
         # A request that ends inside of the steps took its share of them.
         sequence.decode_s += took * float(emitted.sum()) / emitted.size
@@ -310,13 +296,3 @@ class ModelRunner:
         """What the programs have counted of a request."""
         assert self.cache is not None
         return sequence_stats(self.program.layout, self.cache, row=sequence.row)
-
-
-def _not_finite(request: Request, logprobs: list[float]) -> FloatingPointError | None:
-    """What is wrong with tokens that were sampled from logits that are no numbers."""
-    if all(map(math.isfinite, logprobs)):
-        return None
-    return FloatingPointError(
-        f"prompts[{request.index}]: the model's logits are not finite, so its tokens mean "
-        "nothing; load it with dtype='float32', or check its weights"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from flexijax.engine.sampling import Sampling
 
@@ -42,3 +43,13 @@ class Sequence:
     def held(self) -> int:
         """Tokens in the cache; the one sampled last is not."""
         return len(self.request.tokens) + len(self.tokens) - 1
+
+
+def not_finite(request: Request, logprobs: list[float]) -> FloatingPointError | None:
+    """What is wrong with tokens that were sampled from logits that are no numbers."""
+    if all(map(math.isfinite, logprobs)):
+        return None
+    return FloatingPointError(
+        f"prompts[{request.index}]: the model's logits are not finite, so its tokens mean "
+        "nothing; load it with dtype='float32', or check its weights"
+    )
