@@ -84,7 +84,9 @@ def test_requests_that_come_and_go_have_the_tokens_that_they_have_alone(lm, cach
         assert made.metrics.promoted_pages == wanted.metrics.promoted_pages
         assert made.metrics.evicted_tokens == wanted.metrics.evicted_tokens
         assert made.metrics.ttft_s >= made.metrics.queue_s >= 0
-    assert num_compiled() == compiled, "the sizes are those of the engine, whoever comes"
+    # Steps of more rows are a program of their own; else the sizes are those of the engine.
+    more = len(engine._core.runner.program.row_counts) - 1
+    assert num_compiled() <= compiled + more
     run_out(engine)
 
 

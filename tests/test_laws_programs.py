@@ -107,8 +107,11 @@ def test_every_donated_array_is_updated_in_place(program):
 
 
 def pools(ran):
-    """The shapes of donated arrays that grow with the text: keys, values and summaries."""
-    leaves = [leaf for leaf in jax.tree.leaves(ran.donated) if leaf.ndim >= 4]
+    """The shapes of arrays that grow with the text: keys, values and summaries."""
+    arrays = ran.donated
+    if ran.function.__name__ == "decode_steps":
+        arrays = (arrays, ran.arguments[1])  # those that steps only read
+    leaves = [leaf for leaf in jax.tree.leaves(arrays) if leaf.ndim >= 4]
     if ran.function.__name__ in PREFILL:
         # The window of last queries moves on with every chunk; it does not grow.
         *x, kv = ran.donated
