@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.stores import BankedStore, PageStore, Store
+from flexijax.pallas_kernels.stores import AnyStore, BankedStore, PageStore
 
 
 def check_paged_decode(
@@ -47,7 +47,7 @@ def check_decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    stores: tuple[Store, ...],
+    stores: tuple[AnyStore, ...],
     arrivals: jax.Array | None,
     scale: float,
 ) -> None:
@@ -74,9 +74,10 @@ def check_decode_attention(
                 "held": (store.held, f"{rows}"),
             }
         else:
-            banks = [(store.k, store.v)]
             if isinstance(store, BankedStore):
                 banks = list(zip(store.k, store.v, strict=True))
+            else:
+                banks = [(store.k, store.v)]
             axes = {"held": (store.held, f"{rows} {heads}" if store.held.ndim == 2 else f"{rows}")}
             for bank, (of_k, of_v) in enumerate(banks):
                 axes[f"k{bank}"] = (of_k, f"{rows // len(banks)} {heads} {width} S page")

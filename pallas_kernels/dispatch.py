@@ -19,7 +19,7 @@ from flexijax.pallas_kernels.dispatch_scores import sketch_query as sketch_query
 from flexijax.pallas_kernels.dispatch_scores import sketch_scores as sketch_scores
 from flexijax.pallas_kernels.implementations import choose, choose_without_triton, module_of
 from flexijax.pallas_kernels.partials import merge as merge
-from flexijax.pallas_kernels.stores import BankedStore, Store
+from flexijax.pallas_kernels.stores import AnyStore, BankedStore
 
 
 def paged_decode(
@@ -80,12 +80,12 @@ def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    stores: tuple[Store, ...],
+    stores: tuple[AnyStore, ...],
     arrivals: jax.Array | None = None,
     *,
     scale: float,
     implementation: str | None = None,
-) -> tuple[jax.Array, tuple[Store, ...], jax.Array | None]:
+) -> tuple[jax.Array, tuple[AnyStore, ...], jax.Array | None]:
     """One layer's attention of a decode step, over the heads of all its stores.
 
     Each head's new key and value are written to their place, and its queries attend to what its
@@ -106,10 +106,11 @@ def decode_attention(
     checks.check_decode_attention(q, k, v, stores, arrivals, scale)
     named = choose(implementation)
     if named == "pallas":
-        if any(isinstance(store, BankedStore) for store in stores):
+        whole = tuple(store for store in stores if not isinstance(store, BankedStore))
+        if len(whole) < len(stores):
             raise ValueError("rows in several banks are for implementation='xla'")
         module = module_of("decode_attention", named)
-        return module.decode_attention(q, k, v, stores, arrivals, scale=scale)
+        return module.decode_attention(q, k, v, whole, arrivals, scale=scale)
     kernels = module_of("sparse_decode", named)
     module = module_of("decode_attention", "xla")
     out, kept = module.decode_attention(q, k, v, stores, scale=scale, kernels=kernels)

@@ -113,7 +113,9 @@ class BankedStore:
         return (rows * len(self.v), *others)
 
 
-Store: TypeAlias = PageStore | SlotStore | BankedStore
+# What any implementation takes, and what XLA's does.
+Store: TypeAlias = PageStore | SlotStore
+AnyStore: TypeAlias = Store | BankedStore
 
 
 def of_heads(x: jax.Array, wanted: tuple[int, ...]) -> jax.Array:

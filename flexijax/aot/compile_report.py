@@ -171,8 +171,11 @@ def _keys_and_values(calls: Iterable[ProgramCall]) -> list[Any]:
         group.k
         for call in calls
         if call.stage == "decode"
-        for groups in call.args[1]
+        for donated in call.donate
+        for part in (call.args[donated].pools, *call.args[donated].banks)
+        for groups in part
         for group in groups
+        if group.k is not None
     ]
 
 

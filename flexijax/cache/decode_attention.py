@@ -15,7 +15,7 @@ from flexijax.cache.cache import kind
 from flexijax.cache.layout import CacheLayout, GroupProgram, without_heads
 from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.queries import HeadQueries
-from flexijax.pallas_kernels.stores import BankedStore, SlotStore, Store
+from flexijax.pallas_kernels.stores import AnyStore, BankedStore, SlotStore
 from flexijax.policies.base import HeadGroup, Policy
 
 
@@ -87,7 +87,7 @@ class DecodeAttention:
 
 def _store(
     program: GroupProgram, banks: tuple[Any, ...], heads: tuple[int, ...], q: jax.Array, step: Step
-) -> Store:
+) -> AnyStore:
     """Where a group's heads lie in its banks. q: [B, M, H] of the rows of all banks."""
     of_kind, group_size = kind(program.group), program.sizes.shape.group_size
     if len(banks) == 1 or "k" in banks[0].BY_BLOCK:
@@ -105,7 +105,7 @@ def _store(
 
 
 def _after_step(
-    group: HeadGroup, banks: tuple[Any, ...], store: Store, step: Step
+    group: HeadGroup, banks: tuple[Any, ...], store: AnyStore, step: Step
 ) -> tuple[Any, ...]:
     """The banks of a group with the token in them."""
     of_kind = kind(group)

@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.pallas_kernels.sparse_decode import xla
-from flexijax.pallas_kernels.stores import PageStore, SlotStore, Store, of_heads
+from flexijax.pallas_kernels.stores import AnyStore, PageStore, SlotStore, of_heads
 
 
 def decode_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    stores: tuple[Store, ...],
+    stores: tuple[AnyStore, ...],
     *,
     scale: float,
     kernels: ModuleType = xla,
-) -> tuple[jax.Array, tuple[Store, ...]]:
+) -> tuple[jax.Array, tuple[AnyStore, ...]]:
     """out and stores of `dispatch.decode_attention`; kernels: `sparse_decode`'s implementation."""
     outs, heads, kept = [], [], []
     for store in stores:
