@@ -12,31 +12,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Group = TypeVar("Group")
 
-
-def only(group: Group, names: Sequence[str]) -> Group:
+def only(group: Any, names: Sequence[str]) -> Any:
     """The group's arrays of these names; None for the others."""
     others = [field.name for field in dataclasses.fields(group) if field.name not in names]
     return dataclasses.replace(group, **dict.fromkeys(others))
 
 
-def by_block(group: Group) -> Group:
+def by_block(group: Any) -> Any:
     """The group's arrays that lie by block, which all rows share; None for the others."""
     return only(group, group.BY_BLOCK)
 
 
-def by_row(group: Group) -> Group:
+def by_row(group: Any) -> Any:
     """The group's arrays that lie by row; None for the others."""
     return dataclasses.replace(group, **dict.fromkeys(group.BY_BLOCK))
 
 
-def together(*parts: Group) -> Group:
+def together(*parts: Any) -> Any:
     """The group of which these are parts; of an array that several have, the last."""
     there = (vars(part).items() for part in parts)
     named = {name: value for part in there for name, value in part if value is not None}

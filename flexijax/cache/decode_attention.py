@@ -99,9 +99,9 @@ def _store(
         of_kind.store(program, bank, heads, HeadQueries(rows, heads, group_size), at)
         for bank, (rows, at) in parts
     ]
-    where = [(store.slot_page, store.held) for store in stores]
+    slot_page, held = side_by_side([(store.slot_page, store.held) for store in stores])
     k, v = tuple(store.k for store in stores), tuple(store.v for store in stores)
-    return BankedStore(k, v, *side_by_side(where), heads)
+    return BankedStore(k, v, slot_page, held, heads)
 
 
 def _after_step(
