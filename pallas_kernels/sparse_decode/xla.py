@@ -93,7 +93,7 @@ def _attend(
 
     def cleared() -> jax.Array:
         read = jnp.where(valid[:, :, 0, :, None], jnp.concatenate(v), 0)
-        return jnp.einsum(axes, weights, read, preferred_element_type=jnp.float32)
+        return _product(axes, weights, read)
 
     # What stands behind the counted tokens weighs 0, but 0 * NaN is NaN. Clearing it always would
     # cost one more pass over v, so that is done only when something leaked.
