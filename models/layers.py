@@ -66,8 +66,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-# Up to this many rows the product is written as a batch of products on a CPU.
-_FEW_ROWS = 8
+# Products of a few rows are written as so many on a CPU, each with a part of the kernel.
 _PARTS = 8
 
 
@@ -80,7 +79,7 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     and sum 1.1 to 1.5 times. At one row, and from 9 on, all are the same.
     """
     rows = x.shape[0] * x.shape[1]
-    few = 1 < rows <= _FEW_ROWS and len(kernel) % _PARTS == 0
+    few = 1 < rows <= platform.MAX_ALIKE_ROWS and len(kernel) % _PARTS == 0
     if few and x.dtype == kernel.dtype == jnp.float32:
         return jax.lax.platform_dependent(x, kernel, cpu=_in_parts, default=_whole)
     return _whole(x, kernel)

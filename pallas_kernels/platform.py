@@ -116,8 +116,7 @@ def default_transfer() -> str:
     return "zero_copy" if is_gpu() else "staged"
 
 
-# Rows up to which a product's sums have the same bits on a CPU, from two on: see
-# `models.layers.project`.
+# Rows, from two on, up to which `models.layers.project` adds up in one order (float32, on a CPU).
 MAX_ALIKE_ROWS = 8
 
 

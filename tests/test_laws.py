@@ -16,7 +16,7 @@ from flexijax.cache import offloaded
 from flexijax.cache.cache import all_rows
 from flexijax.engine import decode
 from flexijax.engine.continuation import Continuation, read
-from flexijax.engine.execute import _after_steps
+from flexijax.engine.execute import after_steps
 from flexijax.engine.inventory import step_arrays
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
@@ -202,7 +202,7 @@ def test_the_mover_is_given_promoted_pages_alone(cache, lm, monkeypatch):
         written, [standing], batch, _, [end] = steps(
             program, lm.params, *arrays, batch.active, batch
         )
-        cache = _after_steps(cache, [0], written, (standing,))
+        cache = after_steps(cache, [0], written, (standing,))
         for at, queries in enumerate(end.queries):
             layer = cache.layer(at, 0)
             made, given = end_chunk(program.groups[at], layer, end.end, queries, jnp.int32(at))

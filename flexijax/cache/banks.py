@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 def only(group: Any, names: Sequence[str]) -> Any:
     """The group's arrays of these names; None for the others."""
-    others = [field.name for field in dataclasses.fields(group) if field.name not in names]
-    return dataclasses.replace(group, **dict.fromkeys(others))
+    fields = (field.name for field in dataclasses.fields(group))
+    return type(group)(*(getattr(group, name) if name in names else None for name in fields))
 
 
 def by_block(group: Any) -> Any:

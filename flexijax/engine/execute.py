@@ -117,7 +117,7 @@ def run_decode(
     held, standing, batch, sampled, ends = runner.run(
         "decode", decode_steps, program, args, donate=(2,)
     )
-    made = _after_steps(cache, banks, held, standing)
+    made = after_steps(cache, banks, held, standing)
     for bank, end, mine in zip(banks, ends, np.split(due, len(banks)), strict=True):
         if mine.any():
             made = _end_chunk(runner, program, made, bank, end)
@@ -139,7 +139,7 @@ def run_teacher_forced(
     held, standing, logits, ends = runner.run(
         "teacher-forced decode", teacher_forced_steps, program, args, donate=(2,)
     )
-    made = _after_steps(cache, banks, held, standing)
+    made = after_steps(cache, banks, held, standing)
     for bank, end in zip(banks, ends, strict=True):
         made = _end_chunk(runner, program, made, bank, end)
     return made, logits
@@ -164,7 +164,7 @@ def run_refit(
     return cache
 
 
-def _after_steps(
+def after_steps(
     cache: Cache, banks: Sequence[int], held: Held, standing: tuple[Standing, ...]
 ) -> Cache:
     """`cache` from before some steps of some banks with what they left."""

@@ -68,8 +68,8 @@ class Program:
         depend on how many run beside it.
         """
         sizes = self.layout.sizes
-        few = (count for count in (2, 4) if not count % sizes.bank_rows)
-        return (*(count for count in few if count < sizes.batch), sizes.batch)
+        few = (of for of in (2, 4) if of < sizes.batch and of % sizes.bank_rows == 0)
+        return (*few, sizes.batch)
 
     @functools.cached_property
     def code_tokens(self) -> int:
