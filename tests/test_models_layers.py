@@ -23,6 +23,19 @@ def test_a_projection_is_the_product_at_any_count_of_rows(rows, channels):
     assert error.max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("channels", [576, 100])
+def test_a_row_of_a_projection_has_the_same_bits_beside_one_other_and_seven(channels, dtype):
+    """Or what a request says would depend on who shares its batch."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((8, 1, 576)), dtype)
+    kernel = jnp.asarray(rng.standard_normal((channels, 576)), dtype)
+    of_eight = np.asarray(jax.jit(layers.project)(x, kernel))
+    for rows in range(2, 8):
+        made = np.asarray(jax.jit(layers.project)(x[:rows], kernel))
+        np.testing.assert_array_equal(made, of_eight[:rows])
+
+
 def test_a_projection_accumulates_in_float32():
     # 4096 ones: in bfloat16 the sum would stop growing at 256.
     x, kernel = jnp.ones((2, 1, 4096), jnp.bfloat16), jnp.ones((192, 4096), jnp.bfloat16)
