@@ -296,4 +296,6 @@ def test_what_cannot_be_submitted(lm):
             engine.submit(prompt_of(50), **arguments)
     with pytest.raises(ValueError, match="is empty"):
         engine.submit([], max_new_tokens=4)
+    with pytest.raises(ValueError, match="n=0 must be at least 1"):
+        engine.submit_choices([1, 2], n=0, max_new_tokens=4)
     assert not engine.step()

@@ -76,6 +76,21 @@ def test_hits_and_misses_give_the_same_to_the_bit(lm, cache):
     assert [one.logprobs for one in again] == [one.logprobs for one in wanted]
 
 
+def test_choices_of_a_prompt_read_its_whole_chunks_once(lm, cache):
+    """And say what that many requests of `generate` say, each its own."""
+    hot = flexijax.Sampling(logprobs=True, temperature=1.0, seed=3)
+    asked = {"max_new_tokens": 20, "sampling": hot}
+    engine = engine_of(lm, cache)
+    first = engine.submit(PROMPTS[0], **asked)
+    made = [stream.result() for stream in engine.submit_choices(PROMPTS[0], n=3, **asked)]
+    assert len({one.token_ids for one in made}) == 3
+    assert [one.metrics.cached_tokens for one in made] == [96, 96, 96]
+    assert first.result().metrics.cached_tokens == 0
+    assert first.result().token_ids == made[0].token_ids
+    wanted = flexijax.generate(lm, [PROMPTS[0]] * 3, cache=cache, max_batch=3, **asked)
+    assert [one.token_ids for one in made] == [one.token_ids for one in wanted]
+
+
 def test_what_is_shared_is_not_written_again(lm, cache):
     """Nor counted twice: the shared blocks' bytes in both tiers stay what the first one wrote."""
     engine = engine_of(lm, cache)

@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 from flexijax.config import CacheConfig
 from flexijax.engine.core import Answering, EngineCore
@@ -137,29 +137,58 @@ class Engine:
         Raises ValueError naming the argument, for what `generate` refuses too, and with the
         arithmetic for what could never fit.
         """
+        [stream] = self.submit_choices(
+            prompt,
+            n=1,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            timeout_s=timeout_s,
+            cache_salt=cache_salt,
+        )
+        return stream
+
+    def submit_choices(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        n: int,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        timeout_s: float | None = None,
+        cache_salt: str = "",
+    ) -> list[Stream]:
+        """`n` answers to one prompt, each a request with samples of its own.
+
+        They are those of `generate([prompt] * n, sampling=sampling)`, the first that of `submit`.
+        Where prompts share what they begin with, the whole chunks of this one are read once; where
+        they do not, it is read for each. Other arguments and errors as of `submit`.
+        """
+        n = check_int("n", n, minimum=1)
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
-        prompts: Any = [prompt]
-        [request] = make_requests(self._core.lm, prompts, max_new_tokens, sampling)
-        total = len(request.tokens) + request.max_new_tokens
+        core, prompts = self._core, cast(list[str], [prompt])
+        [one] = make_requests(core.lm, prompts, max_new_tokens, sampling)
+        total = len(one.tokens) + one.max_new_tokens
         if total > self.max_context:
             raise ValueError(
-                f"the prompt has {len(request.tokens)} tokens, and max_new_tokens="
-                f"{request.max_new_tokens} more would pass max_context={self.max_context} of this "
+                f"the prompt has {len(one.tokens)} tokens, and max_new_tokens="
+                f"{one.max_new_tokens} more would pass max_context={self.max_context} of this "
                 "engine"
             )
-        key, core = next(self._numbers), self._core
-        stream = Stream(self._wait, functools.partial(self._cancel, key))
-        entry = new_entry(
-            core.lm, core.limits, request, stream, key=key, label="a prompt", now=core.clock()
-        )
-        entry.salt = cache_salt
-        if timeout_s is not None:
-            deadline = time.monotonic() + timeout_s
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        entries = []
+        for request in make_requests(core.lm, [one.tokens] * n, max_new_tokens, sampling):
+            key = next(self._numbers)
+            stream = Stream(self._wait, functools.partial(self._cancel, key))
+            entry = new_entry(
+                core.lm, core.limits, request, stream, key=key, label="a prompt", now=core.clock()
+            )
+            entry.salt = cache_salt
             entry.state = dataclasses.replace(entry.state, deadline=deadline)
+            entries.append(entry)
         with self._changing:
-            self._submitted.append(entry)
-        return stream
+            self._submitted.extend(entries)
+        return [entry.stream for entry in entries]
 
     def step(self) -> bool:
         """From one boundary to the next; whether anything is left to do."""

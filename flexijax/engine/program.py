@@ -136,7 +136,8 @@ def prefill_spec(programs: tuple[Program, ...]) -> PrefillSpec:
     sizes = programs[0].layout.sizes
     policies = [program.policy for program in programs]
     chunk, tail, steps = platform.prefill_sizes()
-    tokens = -(-sizes.max_tokens // tail) * tail
+    # Whole chunks, which attention on a CPU divides into blocks of keys.
+    tokens = -(-sizes.max_tokens // chunk) * chunk
     step = -(-tokens // (steps * chunk)) * chunk
     return PrefillSpec(
         shape=sizes.shape,
