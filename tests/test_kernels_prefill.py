@@ -36,11 +36,15 @@ def test_causal_with_an_offset(start):
 
 @pytest.mark.parametrize(
     ("tokens", "start", "size"),
-    [(1, 0, 16), (8, 7, 24), (32, 32, 64), (64, 192, 256), (65, 3, 100), (512, 512, 2048)],
+    [
+        *((1, 0, 16), (8, 7, 24), (32, 32, 64), (64, 192, 256), (65, 3, 100), (512, 512, 2048)),
+        (64, 1344, 2048),  # a wide block, steps before the diagonal, and one on it
+        (520, 520, 2080),  # two tiles, blocks that are no powers of two
+    ],
     ids=str,
 )
 def test_xla_with_its_log_sum_exp(tokens, start, size):
-    """Blocks before the chunk, on the diagonal and beyond it, which is garbage."""
+    """Blocks and steps before the chunk, on the diagonal and beyond it, which is garbage."""
     arguments = inputs(tokens=tokens, start=start, size=size, beyond=100.0, heads=1 + (size < 99))
     run = functools.partial(dispatch.prefill_attention, scale=SCALE, implementation="xla")
     out, lse = jax.jit(functools.partial(run, return_lse=True))(*arguments)

@@ -21,7 +21,7 @@ from flexijax.policies.base import Policy, PolicyState
 class PrefillSpec:
     """What reading a prompt is compiled for; a static argument of jitted functions.
 
-    tokens: room for the longest prompt (S), whole chunks. chunk, tail: tokens read at once, and of
+    tokens: room for the longest prompt (S), whole tails. chunk, tail: tokens read at once, and of
     what is left at a prompt's end, see `pieces`. key_lengths: how many of the S keys a chunk may
     attend to, ascending, S the last; more of them make less work and more programs. window: how
     many of its last queries are kept for policies to look at, at least one. observers: the policies
