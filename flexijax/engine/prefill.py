@@ -95,7 +95,7 @@ def commit_layer(
     layer_cache: donated. prompt: of all heads of the layer. heads: of each group, int32[K_g], as
     arrays, so that layers with groups of equal sizes share a program; None for all of them.
     """
-    # A layout that is not of whole chunks may have less room than prompts are read in.
+    # A layout that is not of whole tails has less room than prompts are read in.
     room = programs[0].sizes.max_tokens
     if room < prompt.k.shape[2]:
         prompt = dataclasses.replace(prompt, k=prompt.k[:, :, :room], v=prompt.v[:, :room])

@@ -136,9 +136,7 @@ def prefill_spec(programs: tuple[Program, ...]) -> PrefillSpec:
     sizes = programs[0].layout.sizes
     policies = [program.policy for program in programs]
     chunk, tail, steps = platform.prefill_sizes()
-    # Where attention goes by blocks of keys, those divide a chunk; else it looks at all of them.
-    unit = chunk if steps == 1 else tail
-    tokens = -(-sizes.max_tokens // unit) * unit
+    tokens = -(-sizes.max_tokens // tail) * tail
     step = -(-tokens // (steps * chunk)) * chunk
     return PrefillSpec(
         shape=sizes.shape,
