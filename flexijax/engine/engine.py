@@ -166,8 +166,9 @@ class Engine:
         n = check_int("n", n, minimum=1)
         if timeout_s is not None and not timeout_s > 0:
             raise ValueError(f"timeout_s={timeout_s!r} must be a positive number of seconds")
-        core, prompts = self._core, cast(list[str], [prompt])
-        [one] = make_requests(core.lm, prompts, max_new_tokens, sampling)
+        core, prompts = self._core, cast(list[str], [prompt] * n)
+        requests = make_requests(core.lm, prompts, max_new_tokens, sampling)
+        one = requests[0]
         total = len(one.tokens) + one.max_new_tokens
         if total > self.max_context:
             raise ValueError(
@@ -177,7 +178,7 @@ class Engine:
             )
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         entries = []
-        for request in make_requests(core.lm, [one.tokens] * n, max_new_tokens, sampling):
+        for request in requests:
             key = next(self._numbers)
             stream = Stream(self._wait, functools.partial(self._cancel, key))
             entry = new_entry(

@@ -39,9 +39,8 @@ def prefill_attention(
     """out [T, K, G, H], lse float32[T, K, G] or None; see `dispatch.prefill_attention`."""
     tokens, heads, group, width = q.shape
     tile, step = largest_divisor(tokens, TILE), largest_divisor(k.shape[2], STEP)
-    block = min(BLOCK_OF_FEW if tile <= FEW else BLOCK, k.shape[2])
-    steps = max(1, block // step)
-    far = start // (steps * step)  # blocks
+    block = min(BLOCK_OF_FEW if tile <= FEW else BLOCK, k.shape[2]) // step * step
+    far = start // block  # blocks
     tiles = tokens // tile
     rows = q.reshape(tiles, tile, heads, group, width).transpose(2, 0, 3, 1, 4)
     rows = rows.reshape(heads, tiles, group * tile, width) * jnp.asarray(scale, q.dtype)
@@ -84,7 +83,7 @@ def prefill_attention(
                 return attend(i, carry, queries[t], step, bias[t, i - inner])
 
             carry = jax.tree.map(lambda x: x[t], before)
-            carry = lax.fori_loop(far * steps, inner, unmasked, carry)
+            carry = lax.fori_loop(far * (block // step), inner, unmasked, carry)
             carry = lax.fori_loop(inner, (first[t] + tile + step - 1) // step, masked, carry)
             highest, total, out = carry
             rows, lse = results
@@ -96,7 +95,7 @@ def prefill_attention(
         carry = (lowest, jnp.zeros_like(lowest), jnp.zeros(flat.shape))
 
         def block_of(i: jax.Array, carry: _Carry) -> _Carry:
-            return attend(i, carry, flat, steps * step, None)
+            return attend(i, carry, flat, block, None)
 
         carry = lax.fori_loop(0, far, block_of, carry)
         before = jax.tree.map(lambda x: x.reshape(tiles, group * tile, *x.shape[1:]), carry)
