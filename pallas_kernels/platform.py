@@ -143,16 +143,17 @@ def product_parts(*, rows: int, inner: int) -> int:
     return next((n for n in (8, 4, 2) if few and inner % n == 0 and inner // n >= 512), 1)
 
 
-# Tokens of a prompt read at once, and at its end, and how many lengths of keys they attend to. On a
-# CPU attention stops at the diagonal by itself; a GPU's looks at all keys that it is given. There
-# chunks of 256 take 1.1 times as long as of 384, 512 or 1,024, but leave the least to read of a
-# prompt that begins like another, of which whole chunks are shared: a hit takes 0.06 to 0.08
-# of a miss with 256, and 0.12 of it with 384.
-_PREFILL_SIZES = {"cpu": (256, 64, 1), "gpu": (1024, 128, 4)}
+# Tokens of a prompt read at once, and at its end, how many tails take no longer than a chunk, and
+# how many lengths of keys are attended to. On a CPU attention stops at the diagonal by itself; a
+# GPU's looks at all keys that it is given. There chunks of 256 take 1.1 times as long as of 512 or
+# 1,024, but leave the least to read of a prompt that begins like another, of which whole chunks are
+# shared: a hit takes 0.06 to 0.08 of a miss with 256, and 0.12 of it with 384. A tail of 64 takes
+# 0.4 of a chunk's time; on a GPU it reads the weights, which is a seventh.
+_PREFILL_SIZES = {"cpu": (256, 64, 2, 1), "gpu": (1024, 128, 7, 4)}
 
 
-def prefill_sizes() -> tuple[int, int, int]:
-    """(chunk, tail, key lengths): see `flexijax.cache.prefill_kv.PrefillSpec`."""
+def prefill_sizes() -> tuple[int, int, int, int]:
+    """(chunk, tail, tails, key lengths): see `flexijax.cache.prefill_kv.PrefillSpec`."""
     return _PREFILL_SIZES[device_kind()]
 
 

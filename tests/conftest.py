@@ -51,7 +51,7 @@ def few_executables():
 def short_chunks():
     """Prompts of a few dozen tokens are read in several chunks, as long ones are in use."""
     with pytest.MonkeyPatch.context() as patch:
-        sizes = {"cpu": (32, 8, 1), "gpu": (32, 8, 4)}
+        sizes = {"cpu": (32, 8, 2, 1), "gpu": (32, 8, 3, 4)}
         patch.setattr("flexijax.pallas_kernels.platform._PREFILL_SIZES", sizes)
         yield
 

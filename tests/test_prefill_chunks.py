@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from flexijax.cache.prefill_kv import pieces
+from flexijax.cache.prefill_kv import last_pieces, pieces
 from flexijax.config import CacheConfig
 from flexijax.engine.plan import bucket, make_program
 from flexijax.engine.prefiller import Prefiller
@@ -33,6 +33,9 @@ def spec_of(lm, *, max_tokens: int):
         (65, [(0, 64), (64, 64)]),
         (256, [(0, 256)]),
         (600, [(0, 256), (256, 256), (512, 64), (576, 64)]),
+        (384, [(0, 256), (256, 64), (320, 64)]),
+        (385, [(0, 256), (256, 256)]),
+        (129, [(0, 256)]),
     ],
 )
 def test_chunks_then_tails(lm, length, wanted):
@@ -66,9 +69,24 @@ def test_keys_behind_a_piece_are_not_looked_at_where_that_costs(lm):
         assert end <= piece.keys < end + 8192
 
 
+def test_every_piece_of_any_prompt_is_among_those_compiled_ahead(lm):
+    """Prompts that end below the longest have tails that look at fewer keys."""
+    for device, tokens in (("cpu", 1200), ("cpu", 60), ("gpu", 9000), ("gpu", 8192)):
+        with platform.compiling_for(device):
+            spec = spec_of(lm, max_tokens=tokens)
+        ahead = [*pieces(spec, spec.tokens), *last_pieces(spec)]
+        known = {(piece.size, piece.keys) for piece in ahead}
+        found = set()
+        for length in range(1, tokens, 13):
+            found |= {(piece.size, piece.keys) for piece in pieces(spec, length)}
+            assert sum(piece.size for piece in pieces(spec, length)) <= spec.tokens
+        assert found <= known
+        assert len(known) <= 2 * len(spec.key_lengths)
+
+
 def test_a_reading_may_rest_between_any_two_pieces(lm):
     """Its results are those of a reading at one go, and one layer is all that it holds."""
-    spec = dataclasses.replace(spec_of(lm, max_tokens=200), chunk=64, tail=8)
+    spec = dataclasses.replace(spec_of(lm, max_tokens=200), chunk=64, tail=8, tails=7)
     tokens = np.random.default_rng(0).integers(0, 97, 101).tolist()
     prefiller = Prefiller(lm.decoder, lm.params, spec, Runner(None))
     whole = prefiller.read(tokens, "whole")

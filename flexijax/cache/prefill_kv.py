@@ -21,8 +21,9 @@ from flexijax.policies.base import Policy, PolicyState
 class PrefillSpec:
     """What reading a prompt is compiled for; a static argument of jitted functions.
 
-    tokens: room for the longest prompt (S), whole tails. chunk, tail: tokens read at once, and of
-    what is left at a prompt's end, see `pieces`. key_lengths: how many of the S keys a chunk may
+    tokens: room for the longest prompt (S), see `room`. chunk, tail: tokens read at once, and of
+    what is left at a prompt's end. tails: as many at most, else it is one more chunk; see `pieces`.
+    key_lengths: how many of the S keys a chunk may
     attend to, ascending, S the last; more of them make less work and more programs. window: how
     many of its last queries are kept for policies to look at, at least one. observers: the policies
     that are shown every query.
@@ -32,6 +33,7 @@ class PrefillSpec:
     tokens: int
     chunk: int
     tail: int
+    tails: int
     key_lengths: tuple[int, ...]
     dtype: str
     window: int
@@ -49,15 +51,18 @@ class Piece:
 
 
 def pieces(spec: PrefillSpec, length: int, start: int = 0) -> Iterator[Piece]:
-    """A prompt from token `start` on: chunks, then tails, of which the last one may be padded.
+    """A prompt from token `start` on: chunks, then tails; the last one may be padded.
 
     Where they begin and end depends on the prompt alone, so that it is read by the same programs
     whatever runs beside it. start: a multiple of the chunk.
 
-        chunk 256, tail 64, length 600: 0, 256, 512, 576
+        chunk 256, tail 64, at most 2 tails, length 600: 0, 256, 512 and 576
+                                             length 700: 0, 256, 512 to 768
     """
     while start < length:
-        size = spec.chunk if length - start >= spec.chunk else spec.tail
+        left = length - start
+        # Tails follow one another: what is left behind one is no more than before.
+        size = spec.chunk if left > spec.tails * spec.tail else spec.tail
         end = start + size
         yield Piece(start, size, next(keys for keys in spec.key_lengths if keys >= end))
         start = end
@@ -77,6 +82,18 @@ class PrefillKV:
     v: jax.Array  # [K, S, H]
     queries: jax.Array  # [W, K, G, H], of the last W tokens so far
     observed: tuple[PolicyState, ...]  # per observer, leaves [K, ...]
+
+
+def last_pieces(spec: PrefillSpec) -> Iterator[Piece]:
+    """With those of the longest prompt, every size and number of keys that prompts are read in."""
+    for start in range(0, spec.tokens, spec.chunk):
+        yield from pieces(spec, min(start + spec.tails * spec.tail, spec.tokens), start)
+
+
+def room(tokens: int, *, chunk: int, tail: int, tails: int) -> int:
+    """Places for the pieces of every prompt of up to so many tokens: whole tails or chunks."""
+    size = chunk if tokens % chunk > tails * tail else tail
+    return -(-tokens // size) * size
 
 
 def empty_prefill_kv(spec: PrefillSpec) -> PrefillKV:

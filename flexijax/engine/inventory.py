@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flexijax.cache.arrays import Prompt, chunk_end
 from flexijax.cache.banks import only
 from flexijax.cache.cache import Cache, LayerCache, Standing, abstract, keeps_all_by_block, kind
-from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
+from flexijax.cache.prefill_kv import empty_prefill_kv, last_pieces, pieces
 from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import empty_batch
 from flexijax.engine.decode import Groups, Held, Queries, decode_steps, end_chunk_layer
@@ -65,9 +65,9 @@ def all_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
 
 
 def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
-    """What the longest prompt takes: its chunks in each layer, commits, the first token.
+    """What prompts take: their pieces in each layer, commits, the first token.
 
-    One token short of the room, so that tails are among the chunks.
+    calls: of the longest prompt, 0 for the pieces that only others have.
     """
     spec, sizes = program.prefill_spec(), program.layout.sizes
     decoder, scalar = program.decoder, _like(jnp.int32)
@@ -76,13 +76,16 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
     yield ProgramCall("prefill", embed_prompt, decoder, tokens)
     stream = platform.placed(jax.eval_shape(functools.partial(embed_prompt, decoder), *tokens))
     layers, chunks, last_chunks = decoder.layers(params), [], []
-    for piece in pieces(spec, spec.tokens - 1):
+    longest = [(piece, 1) for piece in pieces(spec, spec.tokens)]
+    for piece, calls in [*longest, *((piece, 0) for piece in last_pieces(spec))]:
         static = PrefillProgram(decoder, spec, piece.size, piece.keys)
         for weights in layers[:-1]:
             args = (weights, scalar, stream, scalar, scalar, kv)
-            chunks.append(ProgramCall("prefill", prefill_chunk, static, args, donate=(2, 5)))
+            call = ProgramCall("prefill", prefill_chunk, static, args, donate=(2, 5), calls=calls)
+            chunks.append(call)
         args = (layers[-1], scalar, stream, scalar, scalar, kv)
-        last_chunks.append(ProgramCall("prefill", prefill_last_layer, static, args, donate=(5,)))
+        call = ProgramCall("prefill", prefill_last_layer, static, args, donate=(5,), calls=calls)
+        last_chunks.append(call)
     yield from _distinct(chunks)
     yield from _distinct(last_chunks)
     cache, blocks = abstract(program.layout, program.policy), _like(jnp.int32, sizes.pages)
@@ -200,7 +203,7 @@ def _distinct(calls: list[ProgramCall]) -> Iterator[ProgramCall]:
     for call in calls:
         leaves, structure = jax.tree.flatten(call.args)
         key = (call.static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        counts[key] = counts.get(key, 0) + 1
+        counts[key] = counts.get(key, 0) + call.calls
         first.setdefault(key, call)
     return (dataclasses.replace(call, calls=counts[key]) for key, call in first.items())
 

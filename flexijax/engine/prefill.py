@@ -15,6 +15,7 @@ from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.prefill_kv import PrefillAttention, PrefillKV, PrefillSpec, PrefillState
 from flexijax.models.decoder import DecoderLike, Params
 from flexijax.pallas_kernels import platform
+from flexijax.policies.base import PolicyState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +96,13 @@ def commit_layer(
     layer_cache: donated. prompt: of all heads of the layer. heads: of each group, int32[K_g], as
     arrays, so that layers with groups of equal sizes share a program; None for all of them.
     """
-    # A layout that is not of whole tails has less room than prompts are read in.
+    # A row may have less room than prompts are read in, whose last piece is padded.
     room = programs[0].sizes.max_tokens
     if room < prompt.k.shape[2]:
         prompt = dataclasses.replace(prompt, k=prompt.k[:, :, :room], v=prompt.v[:, :room])
+        if isinstance(seen := prompt.observed, PolicyState):
+            tokens = jax.tree.map(lambda leaf: leaf[:, :room], seen.tokens)
+            prompt = dataclasses.replace(prompt, observed=PolicyState(tokens, seen.head))
     groups, hosts, counts = [], [], []
     for program, group, host, stats, mine in zip(
         programs, layer_cache.groups, layer_cache.host, layer_cache.stats, heads, strict=True

@@ -13,7 +13,7 @@ import jax
 from flexijax.cache.cache import group_programs, kind
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import trim_heap
-from flexijax.cache.prefill_kv import PrefillSpec
+from flexijax.cache.prefill_kv import PrefillSpec, room
 from flexijax.cache.refit import RefitRule, refit_rule
 from flexijax.engine import jit_cache
 from flexijax.engine.interrupts import deferred_interrupt
@@ -135,14 +135,15 @@ def prefill_spec(programs: tuple[Program, ...]) -> PrefillSpec:
         )
     sizes = programs[0].layout.sizes
     policies = [program.policy for program in programs]
-    chunk, tail, steps = platform.prefill_sizes()
-    tokens = -(-sizes.max_tokens // tail) * tail
+    chunk, tail, tails, steps = platform.prefill_sizes()
+    tokens = room(sizes.max_tokens, chunk=chunk, tail=tail, tails=tails)
     step = -(-tokens // (steps * chunk)) * chunk
     return PrefillSpec(
         shape=sizes.shape,
         tokens=tokens,
         chunk=chunk,
         tail=tail,
+        tails=tails,
         key_lengths=(*range(step, tokens, step), tokens),
         dtype=sizes.dtype,
         window=max([1, *(policy.prompt_window or 0 for policy in policies)]),
