@@ -115,7 +115,7 @@ def run_decode(
     """
     args = (params, *step_arrays(cache, banks), platform.put(due), batch)
     held, standing, batch, sampled, ends = runner.run(
-        "decode", decode_steps, program, args, donate=(2,)
+        "decode", decode_steps, program.decoding, args, donate=(2,)
     )
     made = after_steps(cache, banks, held, standing)
     for bank, end, mine in zip(banks, ends, np.split(due, len(banks)), strict=True):
@@ -137,7 +137,7 @@ def run_teacher_forced(
     active, banks = platform.put(active), range(len(cache.banks))
     args = (params, *step_arrays(cache, banks), tokens, active)
     held, standing, logits, ends = runner.run(
-        "teacher-forced decode", teacher_forced_steps, program, args, donate=(2,)
+        "teacher-forced decode", teacher_forced_steps, program.decoding, args, donate=(2,)
     )
     made = after_steps(cache, banks, held, standing)
     for bank, end in zip(banks, ends, strict=True):

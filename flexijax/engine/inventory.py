@@ -131,7 +131,8 @@ def decode_calls(
         batch = platform.placed(jax.eval_shape(functools.partial(empty_batch, count)))
         banks = count // sizes.bank_rows
         args = (params, *step_arrays(cache, range(banks)), _like(jnp.bool_, count), batch)
-        yield ProgramCall("decode", decode_steps, program.of_rows(count), args, donate=(2,))
+        steps = program.of_rows(count).decoding
+        yield ProgramCall("decode", decode_steps, steps, args, donate=(2,))
     lengths, queries = bank.standing.lengths, _abstract_queries(program)
     flags = _like(jnp.bool_, sizes.bank_rows)
     at = (bank.standing.block_table, lengths, lengths, flags, flags)

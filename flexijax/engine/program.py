@@ -22,12 +22,31 @@ from flexijax.engine.sampling import METHODS
 from flexijax.models.decoder import DecoderLike
 from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.tiling import largest_divisor
-from flexijax.policies.base import Policy
+from flexijax.policies.base import HeadGroup, Policy, RunSpec
 
 # Decode steps between two looks at what was sampled, of what serves requests.
 BOUNDARY_STEPS = 4
 
 Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps(Policy):
+    """All that decode steps ask a policy for; how it ranks is no business of theirs."""
+
+    observes: bool
+    sinks: int
+
+    @property
+    def observes_decode(self) -> bool:
+        return self.observes
+
+    @property
+    def sink_pages(self) -> int:
+        return self.sinks
+
+    def groups(self, layer: int, run: RunSpec) -> tuple[HeadGroup, ...]:
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +77,17 @@ class Program:
     def of_rows(self, rows: int) -> Program:
         """What decode steps of so many of its rows are compiled for."""
         return dataclasses.replace(self, layout=self.layout.of_rows(rows))
+
+    @property
+    def decoding(self) -> Program:
+        """What decode steps are compiled for, the same for policies whose heads are kept alike."""
+        groups = tuple(
+            tuple(dataclasses.replace(group, prompt_room=None) for group in of_layer)
+            for of_layer in self.layout.groups
+        )
+        layout = dataclasses.replace(self.layout, groups=groups)
+        policy = _Steps(self.policy.observes_decode, self.policy.sink_pages)
+        return dataclasses.replace(self, layout=layout, policy=policy)
 
     @functools.cached_property
     def row_counts(self) -> tuple[int, ...]:
