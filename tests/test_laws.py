@@ -56,7 +56,7 @@ def dense(lm):
 
 @pytest.mark.parametrize(
     ("policy", "interval"),
-    [("full", STEPS), ("quest", STEPS), ("flexi", STEPS), ("flexi", "adaptive")],
+    [(name, STEPS) for name in ("full", "quest", "flexi", "index_cache")] + [("flexi", "adaptive")],
 )
 def test_with_budget_for_all_tokens_and_logits_are_the_dense_models(policy, interval, lm, dense):
     prompt, tokens, logits = dense

@@ -16,15 +16,11 @@ from flexijax.cache.memory import nbytes, request_bytes
 from flexijax.engine.continuation import Continuation, read
 from flexijax.engine.plan import bucket, make_program
 from flexijax.engine.program import Runner
-from flexijax.policies.h2o import H2O
-from flexijax.policies.snapkv import SnapKV
-from flexijax.policies.streaming_llm import StreamingLLM
+from tests.dropping import DROPPING, GROWING
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import PAGE, SMALL, STEPS, dense_greedy, prompt_of
 
 pytestmark = pytest.mark.usefixtures("short_chunks")
-
-POLICIES = {"streaming_llm": StreamingLLM(), "snapkv": SnapKV(window=4), "h2o": H2O()}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +28,10 @@ def lm():
     return tiny_model()
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+@pytest.fixture(scope="module", params=DROPPING)
 def small(request):
     """A budget of 16 tokens, pages of 4, chunks of 8 steps."""
-    return dataclasses.replace(SMALL, policy=POLICIES[request.param])
+    return dataclasses.replace(SMALL, policy=DROPPING[request.param])
 
 
 def evicting_groups(layers):
@@ -82,7 +78,7 @@ NEW = 8
 
 def room_of(cache):
     """Tokens that a head may keep."""
-    grows = bucket(-(-NEW // PAGE)) * PAGE if isinstance(cache.policy, SnapKV) else 0
+    grows = bucket(-(-NEW // PAGE)) * PAGE if cache.policy in GROWING.values() else 0
     return cache.budget_tokens + grows
 
 
@@ -121,7 +117,8 @@ def poisoned(group: EvictingGroup, counts) -> EvictingGroup:
     of_pages = beyond.reshape(batch, heads, slots, page)
 
     def of_token(leaf):
-        return jnp.where(beyond.reshape(*beyond.shape, *(1,) * (leaf.ndim - 3)), jnp.nan, leaf)
+        anything = jnp.asarray(10**6 if leaf.dtype == jnp.int32 else jnp.nan, leaf.dtype)
+        return jnp.where(beyond.reshape(*beyond.shape, *(1,) * (leaf.ndim - 3)), anything, leaf)
 
     return dataclasses.replace(
         group,

@@ -20,9 +20,7 @@ from flexijax.engine.jit_cache import jitted
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
 from flexijax.engine.program import Runner
-from flexijax.policies.h2o import H2O
-from flexijax.policies.snapkv import SnapKV
-from flexijax.policies.streaming_llm import StreamingLLM
+from tests.dropping import DROPPING
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import ADAPTIVE, SMALL, prompt_of, request_of
 
@@ -31,11 +29,10 @@ pytestmark = pytest.mark.usefixtures("short_chunks")
 CACHES = {
     "full": dataclasses.replace(SMALL, policy="full"),
     "quest": dataclasses.replace(SMALL, policy="quest"),
+    "index_cache": dataclasses.replace(SMALL, policy="index_cache"),
     "flexi": SMALL,
     "flexi-adaptive": ADAPTIVE,
-    "streaming_llm": dataclasses.replace(SMALL, policy=StreamingLLM()),
-    "snapkv": dataclasses.replace(SMALL, policy=SnapKV(window=4)),
-    "h2o": dataclasses.replace(SMALL, policy=H2O()),
+    **{name: dataclasses.replace(SMALL, policy=policy) for name, policy in DROPPING.items()},
 }
 PREFILL = ("prefill_chunk", "prefill_last_layer")
 PROGRAMS = (*PREFILL, "commit_layer", "decode_steps", "end_chunk_layer")

@@ -6,18 +6,30 @@ import pytest
 
 from flexijax import policies
 from flexijax.models.config import AttentionShape
+from flexijax.policies.a2sf import A2SF
 from flexijax.policies.adaptive import Adaptive
 from flexijax.policies.base import HOST, HeadGroup, RunSpec, Tier, check_groups
+from flexijax.policies.compresskv import CompressKV
 from flexijax.policies.flexi import Flexi
 from flexijax.policies.h2o import H2O
+from flexijax.policies.kvcrush import KVCrush
+from flexijax.policies.lacache import LaCache
+from flexijax.policies.lazy_eviction import LazyEviction
 from flexijax.policies.minmax import MinMax
+from flexijax.policies.morphkv import MorphKV
 from flexijax.policies.quest import Quest
+from flexijax.policies.razor_attention import RazorAttention
 from flexijax.policies.sketch import Sketch
 from flexijax.policies.snapkv import SnapKV
 from flexijax.policies.streaming_llm import StreamingLLM
+from flexijax.policies.treekv import TreeKV
 from flexijax.profiles.head_profile import HeadProfile
 
-NAMES = ("flexi", "full", "h2o", "quest", "snapkv", "streaming_llm")
+DROPPING = (
+    *("a2sf", "compresskv", "h2o", "kvcrush", "lacache", "lazy_eviction", "morphkv"),
+    *("razor_attention", "snapkv", "streaming_llm", "treekv"),
+)
+NAMES = tuple(sorted((*DROPPING, "flexi", "full", "index_cache", "quest")))
 ALL, HOSTED = Tier(None), Tier(None, HOST)
 PROFILE = HeadProfile(
     model="made by hand",
@@ -161,11 +173,12 @@ def test_what_each_method_keeps():
     assert policies.find("full").groups(0, RUN) == (HeadGroup((0, 1, 2, 3), (ALL,)),)
     (selected,) = Quest(MinMax()).groups(0, RUN)
     assert (selected.kind, selected.attends, selected.score) == ("selected", 6, MinMax())
-    for policy in (StreamingLLM(), H2O()):
-        (evicting,) = policy.groups(0, RUN)
+    for name in set(DROPPING) - {"snapkv", "compresskv", "razor_attention"}:
+        (evicting,) = policies.find(name).groups(0, RUN)
         assert (evicting.kind, evicting.room, evicting.prompt_room) == ("evicting", 96, None)
-    (growing,) = SnapKV().groups(0, RUN)
-    assert (growing.kind, growing.room, growing.prompt_room) == ("evicting", 96 + 64, 96)
+    for growing in (SnapKV(), CompressKV()):
+        (one,) = growing.groups(0, RUN)
+        assert (one.kind, one.room, one.prompt_room) == ("evicting", 96 + 64, 96)
 
 
 def test_what_each_method_observes():
@@ -173,9 +186,16 @@ def test_what_each_method_observes():
         name: (policies.find(name).prompt_window, policies.find(name).observes_decode)
         for name in NAMES
     }
-    nothing = (0, False)
-    assert found == dict.fromkeys(NAMES, nothing) | {"snapkv": (64, False), "h2o": (None, True)}
-    assert SnapKV(window=7).prompt_window == 7
+    assert found == dict.fromkeys(NAMES, (0, False)) | {
+        "snapkv": (64, False),
+        "compresskv": (8, False),
+        "lacache": (1, False),
+        "morphkv": (32, True),
+        "treekv": (64, True),
+        "kvcrush": (8, True),
+        **dict.fromkeys(("h2o", "a2sf", "lazy_eviction"), (None, True)),
+    }
+    assert SnapKV(window=7).prompt_window == MorphKV(window=7).prompt_window == 7
 
 
 def test_flexi_splits_the_heads_by_the_profile():
@@ -199,7 +219,7 @@ def test_flexi_with_named_heads_asks_for_no_profile():
         [(0, 1, 2, 3)],
     ]
     asking = {name: policies.find(name).needs_profile for name in NAMES}
-    assert asking == dict.fromkeys(NAMES, False) | {"flexi": True}
+    assert asking == dict.fromkeys(NAMES, False) | {"flexi": True, "razor_attention": True}
     assert not named.needs_profile
     with pytest.raises(ValueError, match="policy='flexi' needs a head profile"):
         Flexi().groups(0, run)
@@ -218,6 +238,39 @@ def test_flexi_with_named_heads_asks_for_no_profile():
         (lambda: H2O(recent=1.5), "recent=1.5 must be 0 to 1"),
         (lambda: H2O(recent=float("nan")), "recent=nan must be 0 to 1"),
         (lambda: SnapKV(window=96).groups(0, RUN), "budget_tokens=96 must be more than window=96"),
+        (lambda: A2SF(forgetting=1.1), "forgetting=1.1 must be 0 to 1"),
+        (lambda: A2SF(recent=-1), "recent=-1 must be at least 0"),
+        (lambda: A2SF(recent=96).groups(0, RUN), "budget_tokens=96 must be more than recent=96"),
+        (lambda: MorphKV(window=0), "window=0 must be at least 1"),
+        (lambda: MorphKV(fuse="mean"), "fuse='mean' must be 'sum' or 'max'"),
+        (lambda: MorphKV(96).groups(0, RUN), "budget_tokens=96 must be more than window=96"),
+        (lambda: LazyEviction(threshold=1.0), "threshold=1.0 must be at least 0 and less than 1"),
+        (lambda: LazyEviction(recent=-1), "recent=-1 must be at least 0"),
+        (lambda: LazyEviction(recent=96).groups(0, RUN), "must be more than recent=96"),
+        (lambda: TreeKV(sinks=-1), "sinks=-1 must be at least 0"),
+        (lambda: TreeKV(window=0), "window=0 must be at least 1"),
+        (lambda: TreeKV(sinks=48).groups(0, RUN), "must be more than twice sinks=48"),
+        (lambda: KVCrush(page=0), "page=0 must be at least 1"),
+        (lambda: KVCrush(sinks=8), "sinks=8 must be a multiple of page=16"),
+        (lambda: KVCrush(recent=1.5), "recent=1.5 must be 0 to 1"),
+        (lambda: KVCrush(recent=0.5).groups(0, RUN), "budget_tokens=96 of policy='kvcrush' must"),
+        (lambda: LaCache(first=1.0), "first=1.0 must be at least 0 and less than 1"),
+        (lambda: LaCache(rung=1), "rung=1 must be at least 2"),
+        (lambda: LaCache(rung=4, margin=3), "margin=3 must be at least rung=4"),
+        (lambda: LaCache(margin=48).groups(0, RUN), "budget_tokens=96 leaves 48 tokens behind"),
+        (lambda: LaCache(margin=2).groups(0, RUN), "a margin of at least 3 layers"),
+        (lambda: RazorAttention(share=0), "share=0 must be at least 1"),
+        (lambda: RazorAttention(sinks=-1), "sinks=-1 must be at least 0"),
+        (lambda: CompressKV(window=0), "window=0 must be at least 1"),
+        (lambda: CompressKV(kernel=2), "kernel=2 must be odd and positive"),
+        (lambda: CompressKV(heads=((0,), ())), "must name a query head in every layer"),
+        (lambda: CompressKV(heads=((0,), (1, 2))), "must be as many in every layer"),
+        (lambda: CompressKV(heads=((0,),)).groups(0, RUN), "are of 1 layers, the model has 3"),
+        (
+            lambda: CompressKV(heads=((8,),) * 3).groups(0, RUN),
+            "of layer 0 must be 0 to 7",
+        ),
+        (lambda: CompressKV(rooms=(8, 9, 9)).groups(0, RUN), "room=8 of layer 0 must be more than"),
     ],
 )
 def test_a_constant_that_cannot_be(made, says):

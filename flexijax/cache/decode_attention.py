@@ -29,6 +29,9 @@ class DecodeState:
     step: Step
     queries: tuple[jax.Array, ...]  # of each layer done so far, see `DecodeAttention`
     arrivals: jax.Array | None  # int32[B, K] of zeros, see `dispatch.decode_attention`
+    # Of each layer done so far, of each group: the pages int32[B, K, n] that it attends to, or None
+    # where it attends to all that it has.
+    pages: tuple[tuple[jax.Array | None, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,8 @@ class DecodeAttention:
             program = GroupProgram(
                 sizes, without_heads(group), self.policy, self.implementation, None
             )
-            stores.append(_store(program, arrays, group.heads, read, state.step))
+            pages = None if group.source is None else self._pages_of(group.source, state)
+            stores.append(_store(program, arrays, group.heads, read, state.step, pages))
         out, stores, arrivals = dispatch.decode_attention(
             grouped,
             k,
@@ -82,18 +86,40 @@ class DecodeAttention:
             layers=replaced(state.layers, layer, arrays),
             queries=(*state.queries, kept),
             arrivals=arrivals,
+            pages=(*state.pages, tuple(getattr(store, "pages", None) for store in stores)),
         )
+
+    def _pages_of(self, source: tuple[int, tuple[int, ...]], state: DecodeState) -> jax.Array:
+        """What heads of an earlier layer attend to in this step: int32[B, K, n]."""
+        layer, heads = source
+        by_head = {
+            head: chosen[:, at]
+            for group, chosen in zip(self.layout.groups[layer], state.pages[layer], strict=True)
+            for at, head in enumerate(group.heads)
+            if chosen is not None
+        }
+        return jnp.stack([by_head[head] for head in heads], axis=1)
 
 
 def _store(
-    program: GroupProgram, banks: tuple[Any, ...], heads: tuple[int, ...], q: jax.Array, step: Step
+    program: GroupProgram,
+    banks: tuple[Any, ...],
+    heads: tuple[int, ...],
+    q: jax.Array,
+    step: Step,
+    pages: jax.Array | None,
 ) -> AnyStore:
-    """Where a group's heads lie in its banks. q: [B, M, H] of the rows of all banks."""
+    """Where a group's heads lie in its banks. q: [B, M, H] of the rows of all banks.
+
+    pages: see `selected.store`.
+    """
     of_kind, group_size = kind(program.group), program.sizes.shape.group_size
     if len(banks) == 1 or "k" in banks[0].BY_BLOCK:
         rows = side_by_side([by_row(bank) for bank in banks])
         mine = HeadQueries(q, heads, group_size)
-        return of_kind.store(program, together(by_block(banks[0]), rows), heads, mine, step)
+        chosen = () if pages is None else (pages,)
+        group = together(by_block(banks[0]), rows)
+        return of_kind.store(program, group, heads, mine, step, *chosen)
     parts = zip(banks, apart((q, step), len(banks)), strict=True)
     stores = [
         of_kind.store(program, bank, heads, HeadQueries(rows, heads, group_size), at)

@@ -87,7 +87,7 @@ def commit(
     """The prompt's highest ranked tokens into row `prompt.row`, in the order of the text."""
     sizes, policy = program.sizes, program.policy
     heads, _, length = prompt.k.shape
-    state = prompt_state(program, prompt)
+    state = policy.across_heads(prompt_state(program, prompt), prompt.layer)
     position = prompt_positions(length, prompt.length)
 
     def rank(state: PolicyState, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -107,7 +107,8 @@ class GroupProgram:
 
 def without_heads(group: HeadGroup) -> HeadGroup:
     """The group with no heads named: what it has in common with others of its kind."""
-    return dataclasses.replace(group, heads=())
+    source = None if group.source is None else (0, ())
+    return dataclasses.replace(group, heads=(), source=source)
 
 
 def slots_of(group: HeadGroup, sizes: CacheSizes) -> int:

@@ -33,26 +33,33 @@ class SelectedGroup:
 
 def empty(program: GroupProgram, heads: int) -> tuple[SelectedGroup, None]:
     """A group of so many heads that holds nothing; it has no statistics."""
-    sizes = program.sizes
+    sizes, score = program.sizes, program.group.score
     pool = (sizes.blocks, heads, sizes.page_size, sizes.shape.head_dim)
-    score = program.score
     group = SelectedGroup(
         k=zeros(pool, sizes.dtype),
         v=zeros(pool, sizes.dtype),
-        summaries=score.empty(sizes.blocks, heads, sizes.page),
-        score_state=score.empty_state(sizes.batch, heads, sizes.page),
+        summaries=() if score is None else score.empty(sizes.blocks, heads, sizes.page),
+        score_state=() if score is None else score.empty_state(sizes.batch, heads, sizes.page),
     )
     return group, None
 
 
 def store(
-    program: GroupProgram, group: SelectedGroup, heads: tuple[int, ...], q: HeadQueries, step: Step
+    program: GroupProgram,
+    group: SelectedGroup,
+    heads: tuple[int, ...],
+    q: HeadQueries,
+    step: Step,
+    pages: jax.Array | None = None,
 ) -> PageStore:
     """Where a token's key and value go, and what is attended: the best pages for the queries.
 
     Pages that have filled since the chunk began have no summary yet, and are attended by rule.
+    pages: int32[B, K, n], of a group that has them from another layer.
     """
     sizes = program.sizes
+    if pages is not None:
+        return PageStore(group.k, group.v, pages, step.block_table, step.held, heads)
     assert program.group.attends is not None
     pages = choose_pages(
         program,
@@ -75,7 +82,7 @@ def commit(
     program: GroupProgram, group: SelectedGroup, host: None, stats: None, prompt: Prompt
 ) -> tuple[SelectedGroup, None, None]:
     """A prompt into its blocks of the pool."""
-    sizes, score = program.sizes, program.score
+    sizes, score = program.sizes, program.group.score
     heads = prompt.k.shape[0]
     page = jnp.arange(sizes.pages, dtype=jnp.int32)
     new = (page < -(-prompt.length // sizes.page_size)) & (page * sizes.page_size >= prompt.start)
@@ -83,13 +90,18 @@ def commit(
     k = prompt.k.reshape(heads, -1, sizes.pages, sizes.page_size)
     k_pages = k.transpose(2, 0, 3, 1)  # [P, K, page, H]
     v_pages = prompt.v.reshape(heads, sizes.pages, sizes.page_size, -1).swapaxes(0, 1)
-    state = score.fit(k_pages, prompt.length)
-    group = SelectedGroup(
+    group = dataclasses.replace(
+        group,
         k=group.k.at[table].set(k_pages, mode="drop"),
         v=group.v.at[table].set(v_pages, mode="drop"),
-        summaries=scatter(group.summaries, table, score.summarize(k_pages, state)),
-        score_state=scatter(group.score_state, prompt.row, state),
     )
+    if score is not None:
+        state = score.fit(k_pages, prompt.length)
+        group = dataclasses.replace(
+            group,
+            summaries=scatter(group.summaries, table, score.summarize(k_pages, state)),
+            score_state=scatter(group.score_state, prompt.row, state),
+        )
     return group, None, None
 
 
@@ -142,8 +154,8 @@ def choose_pages(
 
 
 def has_chunk_end(program: GroupProgram) -> bool:
-    """Whether `end_chunk` has anything to do."""
-    return True
+    """Whether `end_chunk` has anything to do: pages to summarise."""
+    return program.group.score is not None
 
 
 def end_chunk(

@@ -16,7 +16,7 @@ from flexijax.engine.sampling import METHODS, Sampling, method_of
 from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
-from flexijax.policies.base import RunSpec, check_groups
+from flexijax.policies.base import RunSpec, check_groups, check_sources
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
 
@@ -117,6 +117,7 @@ def make_layout(
     for layer in range(shape.num_layers):
         groups.append(tuple(policy.groups(layer, run)))
         check_groups(groups[-1], num_kv_heads=shape.num_kv_heads, layer=layer)
+    check_sources(tuple(groups))
     sizes = CacheSizes(
         shape=shape,
         batch=batch,

@@ -40,7 +40,9 @@ class HeadGroup:
     that each step chooses among those on the device; None attends to all of them. score: how pages
     are scored, where they are chosen or moved. prompt_room: of a prompt only so many stay, and what
     is generated fills the rest of the room; None fills all of it. schedule: each head is reranked
-    in an interval of its own; None reranks all after every chunk of decode steps.
+    in an interval of its own; None reranks all after every chunk of decode steps. source: an
+    earlier layer, and of each head here the head there whose chosen pages it attends to; it has no
+    score then.
 
     | ladder | unit | attends | kept as |
     |---|---|---|---|
@@ -59,6 +61,7 @@ class HeadGroup:
     score: PageScore | None = None
     prompt_room: int | None = None
     schedule: Adaptive | None = None
+    source: tuple[int, tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
         if list(self.heads) != sorted(set(self.heads)) or min(self.heads, default=0) < 0:
@@ -71,10 +74,13 @@ class HeadGroup:
         if self.room is not None and self.room < 1:
             raise ValueError(f"room={self.room} of a tier must be at least 1")
         kind = self.kind
-        if kind in ("selected", "offloaded") and self.score is None:
+        if self.source is not None and self.score is not None:
+            raise ValueError("a head group whose pages another layer chooses has no score")
+        if kind in ("selected", "offloaded") and self.score is None and self.source is None:
             raise ValueError("a head group whose pages are chosen needs a score")
         for name, kinds in (
             ("score", ("selected", "offloaded")),
+            ("source", ("selected",)),
             ("schedule", ("offloaded",)),
             ("prompt_room", ("evicting",)),
         ):
@@ -212,6 +218,14 @@ class Policy(abc.ABC):
         """What is remembered of a head after its queries in `window`."""
         return state
 
+    def across_heads(self, state: PolicyState, layer: jax.Array) -> PolicyState:
+        """What is remembered of each head of a group, given what all of them saw of a prompt.
+
+        Leaves [K, T, ...] and [K, ...]; called once, at the prompt's end, where all heads hold the
+        same tokens in the same places. layer: int32[]. What comes back is as `init_state` says.
+        """
+        return state
+
     def rank_tokens(self, group: HeadGroup, state: PolicyState, tokens: Tokens) -> jax.Array:
         """What tokens are kept by: float32[T]; the `room` greatest stay, of equal ones any.
 
@@ -236,3 +250,25 @@ def check_groups(groups: tuple[HeadGroup, ...], *, num_kv_heads: int, layer: int
             f"the head groups of layer {layer} name heads {named}; each of 0 .. {num_kv_heads - 1} "
             "must be in one group"
         )
+
+
+def check_sources(layers: tuple[tuple[HeadGroup, ...], ...]) -> None:
+    """Raises ValueError where a group's source is no earlier layer that chooses as many pages."""
+    for layer, groups in enumerate(layers):
+        for group in groups:
+            if group.source is None:
+                continue
+            of, heads = group.source
+            there = layers[of] if 0 <= of < layer else ()
+            choosing = {head for one in there if one.score is not None for head in one.heads}
+            attends = {one.attends for one in there if set(one.heads) & set(heads)}
+            if not choosing.issuperset(heads) or attends != {group.attends}:
+                raise ValueError(
+                    f"source={group.source} of a head group of layer {layer} must name heads of an "
+                    f"earlier layer that choose {group.attends} pages themselves"
+                )
+            if len(heads) != len(group.heads):
+                raise ValueError(
+                    f"source={group.source} of layer {layer} must name a head for each of "
+                    f"{group.heads}"
+                )
