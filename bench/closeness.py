@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -27,6 +27,7 @@ from flexijax.cli.terminal import Progress, use_compilation_cache, write_json
 from flexijax.config import CacheConfig
 from flexijax.evaluate import evaluate
 from flexijax.evaluation import ConfigSummary, Evaluation
+from flexijax.models.language_model import LanguageModel
 from flexijax.models.load import load
 from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.policies.adaptive import Adaptive
@@ -143,9 +144,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     lm = load(args.model)
     layers = lm.attention.num_layers
     configs = {name: parse(name, num_layers=layers, profile=args.profile) for name in args.configs}
+    found = Evaluation(())
+    for found in evaluations(lm, configs, args):
+        _write(args, found)
+    print(table(rows_of(found, args.base), COLUMNS))
+    return 0
+
+
+def evaluations(
+    lm: LanguageModel, configs: dict[str, CacheConfig], args: argparse.Namespace
+) -> Iterator[Evaluation]:
+    """What has been found after each document of `args.data`, of `add_options`.
+
+    One document of every file in turn, so that what is there early speaks for all of them.
+    """
     found, progress = Evaluation(()), Progress()
     waiting = [iter(read_documents(path)) for path in args.data]
-    # One document of every file in turn, so that what is there early speaks for all of them.
     for _ in range(args.documents):
         for documents in waiting:
             for document in documents:
@@ -161,10 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # Where full attention answers with nothing, the next document takes its place.
                 if new.rows:
                     found = Evaluation((*found.rows, *new.rows))
-                    _write(args, found)
+                    yield found
                     break
-    print(table(rows_of(found, args.base), COLUMNS))
-    return 0
 
 
 def _write(args: argparse.Namespace, found: Evaluation) -> None:
@@ -218,12 +230,8 @@ def _budget(name: str) -> int:
     return next((int(part) for part in name.split(":") if part.isdigit()), 1024)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.closeness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is read, how much of it, and where what is found goes."""
     parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--records", type=Path, metavar="FILE", help="of finished documents")
@@ -233,6 +241,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--documents", type=int, default=1, help="of each file")
     parser.add_argument("--max-tokens", type=int, default=5600, help="of a prompt")
     parser.add_argument("--steps", type=int, default=64, help="longest answer, tokens")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.closeness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS), metavar="NAME")
     parser.add_argument("--base", metavar="NAME", help="whose divergence the ratios are to")
     return parser

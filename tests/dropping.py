@@ -1,4 +1,7 @@
-"""The methods that drop tokens, with constants that suit budgets of 16 tokens and two layers."""
+"""The methods that drop tokens, with constants that suit budgets of 16 tokens and two layers.
+
+Windows are the same, so that their prompts are read by the same programs.
+"""
 
 from flexijax.policies.a2sf import A2SF
 from flexijax.policies.compresskv import CompressKV
@@ -15,10 +18,10 @@ from flexijax.policies.treekv import TreeKV
 WATCHING = {
     "h2o": H2O(),
     "a2sf": A2SF(recent=4),
-    "morphkv": MorphKV(window=6),
+    "morphkv": MorphKV(window=4),
     "lazy_eviction": LazyEviction(threshold=0.05, recent=4),
-    "treekv": TreeKV(sinks=2, window=8),
-    "kvcrush": KVCrush(sinks=4, page=2),
+    "treekv": TreeKV(sinks=2, window=4),
+    "kvcrush": KVCrush(sinks=4, page=2, window=4),
 }
 PLACING = {"streaming_llm": StreamingLLM(), "lacache": LaCache()}
 # Of the prompt they keep the budget, and beside it all that is generated.

@@ -179,7 +179,10 @@ def test_what_is_not_kept_is_not_read(small, lm):
 # Law 6: who shares the batch changes nothing.
 
 
-def test_a_request_is_not_changed_by_its_neighbours(small, lm):
+# Those that remember something of a head, and one of each kind that remembers nothing.
+@pytest.mark.parametrize("name", ["streaming_llm", "snapkv", "h2o", "morphkv", "lacache"])
+def test_a_request_is_not_changed_by_its_neighbours(name, lm):
+    small = dataclasses.replace(SMALL, policy=DROPPING[name])
     prompts = [prompt_of(length, seed=length) for length in (45, 70, 52)]
     params = flexijax.Sampling(temperature=1.0, top_p=0.9, logprobs=True)
     each = [dataclasses.replace(params, seed=seed) for seed in (11, 12, 13)]

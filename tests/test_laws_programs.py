@@ -32,7 +32,12 @@ CACHES = {
     "index_cache": dataclasses.replace(SMALL, policy="index_cache"),
     "flexi": SMALL,
     "flexi-adaptive": ADAPTIVE,
-    **{name: dataclasses.replace(SMALL, policy=policy) for name, policy in DROPPING.items()},
+    # The others remember as h2o does, or as kvcrush.
+    **{
+        name: dataclasses.replace(SMALL, policy=policy)
+        for name, policy in DROPPING.items()
+        if name not in ("a2sf", "treekv")
+    },
 }
 PREFILL = ("prefill_chunk", "prefill_last_layer")
 PROGRAMS = (*PREFILL, "commit_layer", "decode_steps", "end_chunk_layer")
@@ -104,7 +109,7 @@ def test_every_donated_array_is_updated_in_place(program):
 
 
 def pools(ran):
-    """The shapes of arrays that grow with the text: keys, values and summaries."""
+    """The shape of each array that grows with the text: keys, values and summaries."""
     arrays = ran.donated
     if ran.function.__name__ == "decode_steps":
         arrays = (arrays, ran.arguments[1])  # those that steps only read
@@ -113,7 +118,7 @@ def pools(ran):
         # The window of last queries moves on with every chunk; it does not grow.
         *x, kv = ran.donated
         leaves = [*x, kv.k, kv.v]
-    return {",".join(map(str, leaf.shape)) for leaf in leaves}
+    return [",".join(map(str, leaf.shape)) for leaf in leaves]
 
 
 def copied_shapes(compiled):
@@ -123,7 +128,7 @@ def copied_shapes(compiled):
 def test_no_pool_is_copied_and_nobody_is_called(program):
     for ran in program:
         assert len(pools(ran)) >= 2
-        assert not pools(ran) & copied_shapes(ran.compiled)
+        assert not set(pools(ran)) & copied_shapes(ran.compiled)
         text = ran.compiled.as_text()
         assert "callback" not in text and "infeed" not in text and "outfeed" not in text
 

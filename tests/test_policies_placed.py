@@ -33,6 +33,11 @@ RUN = RunSpec(
 )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def rank_tokens(policy, room, state, tokens):
+    return policy.rank_tokens(evicting(room), state, tokens)
+
+
 def tokens_of(length, layer=0):
     """A text whose keys nobody asks for, all held."""
     made = make_tokens(np.zeros((length, 16), np.float32), np.arange(length), length=length)
@@ -56,13 +61,12 @@ def test_treekv_oracle_by_hand():
 def test_treekv_of_a_prompt_is_the_tree_of_one_token_after_the_other(room):
     policy, worth = TreeKV(sinks=1), np.random.default_rng(0).random(1000).astype(np.float32)
     state = PolicyState(tokens={"sum": worth, "queries": np.ones(1000, np.float32)})
-    rank_tokens = jax.jit(policy.rank_tokens, static_argnums=0)
     width = room - room // 2
     for length in (27, 64, 201, 1000):
         tokens = tokens_of(1000)
         position = jnp.where(tokens.position < length, tokens.position, -1)
         tokens = tokens._replace(position=position, length=jnp.int32(length))
-        rank = np.asarray(rank_tokens(evicting(room), state, tokens))[:length]
+        rank = np.asarray(rank_tokens(policy, room, state, tokens))[:length]
         between = np.arange(1, length - (room // 2 - 1))
         assert np.isposinf(np.delete(rank, between)).all()
         stays = treekv.oracle(worth[between], width=width, first=0, going=length - room)
@@ -74,7 +78,7 @@ def test_treekv_thins_out_with_the_distance():
     """Of 8 rounds of 16 places: gaps of 2 at the end, doubling, half as many of each."""
     policy, length = TreeKV(sinks=0, attended=False), 16 + 8 * 16 + 16
     state = policy.init_state(length)
-    rank = policy.rank_tokens(evicting(32), state, tokens_of(length))
+    rank = rank_tokens(policy, 32, state, tokens_of(length))
     gaps = np.diff([*np.flatnonzero(np.asarray(rank) == 1), length - 16])
     assert gaps.tolist() == [16, 16, *[8] * 2, *[4] * 4, *[2] * 8][: len(gaps)] or True
     assert (np.diff(gaps) <= 0).all() and gaps[-8:].tolist() == [2] * 8
@@ -152,7 +156,7 @@ def test_kvcrush_keeps_some_that_are_unlike_the_heavy():
     share[:60] = np.random.default_rng(0).uniform(0.5, 1.0, 60)  # 15 pages that look alike
     share[60::4] = 0.6
     state = PolicyState(tokens={"sum": share, "queries": np.ones(length, np.float32)})
-    kept = kept_by(policy.rank_tokens(evicting(40), state, tokens_of(length)), 40)
+    kept = kept_by(rank_tokens(policy, 40, state, tokens_of(length)), 40)
     heavy = np.argsort(-share[:112].reshape(-1, 4).sum(-1))[:6]
     assert heavy.max() < 15
     assert {token // 4 for token in kept if token < 112} - set(heavy)
@@ -182,7 +186,7 @@ def test_razor_attention_keeps_everything_of_retrieval_heads():
 @pytest.mark.parametrize("length", [3, 20, 97])
 def test_razor_attention_equals_its_oracle(length):
     policy = RazorAttention(sinks=3)
-    rank = policy.rank_tokens(evicting(23), policy.init_state(length), tokens_of(length))
+    rank = rank_tokens(policy, 23, policy.init_state(length), tokens_of(length))
     kept = razor_attention.oracle(length, sinks=3, newest=20)
     assert kept_by(rank, 23).tolist() == np.flatnonzero(kept).tolist()
 
@@ -193,7 +197,8 @@ def test_razor_attention_equals_its_oracle(length):
 @pytest.mark.parametrize("layer", [0, 1])
 def test_compresskv_equals_its_oracle(layer):
     """Of three KV heads with two query heads each: four of the six choose for all of them."""
-    policy, length = CompressKV(heads=((0, 1, 3, 4), (5, 2, 0, 3)), window=7, kernel=5), 97
+    heads, length = ((0, 1, 3, 4), (5, 2, 0, 3)), 97
+    policy = CompressKV(heads=heads, window=7, kernel=5)
     texts = [random_text(seed, query_heads=2, length=length) for seed in range(3)]
     q, k = (np.stack(side) for side in zip(*texts, strict=True))
     at, position = np.arange(length - 7, length), np.arange(length)
@@ -203,11 +208,11 @@ def test_compresskv_equals_its_oracle(layer):
         leaves.append(policy.observe(policy.init_state(length), window, tokens).tokens)
     state = policy.across_heads(PolicyState(tokens=jnp.stack(leaves)), jnp.int32(layer))
     expected = compresskv.oracle(
-        q.reshape(6, length, -1), k, policy.heads[layer], scale=SCALE, window=7, kernel=5
+        q.reshape(6, length, -1), k, list(heads[layer]), scale=SCALE, window=7, kernel=5
     )
     for head in range(3):
         mine = PolicyState(tokens=state.tokens[head])
-        rank = policy.rank_tokens(evicting(20), mine, tokens_of(length))
+        rank = rank_tokens(policy, 20, mine, tokens_of(length))
         np.testing.assert_allclose(rank, expected, rtol=1e-5)
 
 

@@ -8,7 +8,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from flexijax.policies.base import HeadGroup, Policy, PolicyState, RunSpec, Tier, Tokens, Window
 
@@ -60,16 +59,20 @@ class MorphKV(Policy):
         return (HeadGroup(run.all_heads, (Tier(run.budget_tokens),), unit="token"),)
 
     def init_state(self, tokens: int) -> PolicyState:
-        """The logits of the last W queries, float32[T, W], the newest last: see `Policy`."""
-        return PolicyState(tokens=jnp.full((tokens, self.window), -jnp.inf, jnp.float32))
+        """Logits of the last W queries float32[T, W], and where the next one's go: see `Policy`."""
+        logits = jnp.full((tokens, self.window), -jnp.inf, jnp.float32)
+        return PolicyState(tokens=logits, head=jnp.int32(0))
 
     def observe(self, state: PolicyState, window: Window, tokens: Tokens) -> PolicyState:
-        """The queries that come push out as many of the oldest: see `Policy`."""
-        seen = jnp.concatenate([state.tokens, window.logits.sum(0).T], axis=1)
-        # Behind the last query there may be places without one.
-        place = jnp.arange(1, len(window.position) + 1)
-        end = jnp.where(window.position >= 0, place, 0).max()
-        return PolicyState(tokens=lax.dynamic_slice_in_dim(seen, end, self.window, axis=1))
+        """The queries that come take the places of as many of the oldest: see `Policy`."""
+        is_query = window.position >= 0
+        place, count = jnp.cumsum(is_query) - 1, is_query.sum()
+        stays = is_query & (place >= count - self.window)
+        place = jnp.where(stays, (state.head + place) % self.window, self.window)  # others: dropped
+        return PolicyState(
+            tokens=state.tokens.at[:, place].set(window.logits.sum(0).T, mode="drop"),
+            head=(state.head + count) % self.window,
+        )
 
     def rank_tokens(self, group: HeadGroup, state: PolicyState, tokens: Tokens) -> jax.Array:
         """The newest, then by the formula above: see `Policy`."""

@@ -38,12 +38,12 @@ class RetrievalScores:
         The shares are of all query heads of the model, the paper's by default, rounded up. As
         `RazorAttention(retrieval=...)` takes them.
         """
-        best = np.zeros(self.echo.shape, bool)
+        best = np.zeros(self.echo.size, bool)
         for scores, share in ((self.induction, induction), (self.echo, echo)):
             order = np.argsort(-scores, axis=None, kind="stable")
-            best.flat[order[: math.ceil(share * scores.size)]] = True
-        grouped = best.reshape(len(best), self.num_kv_heads, -1).any(-1)
-        return tuple(tuple(np.flatnonzero(of_layer).tolist()) for of_layer in grouped)
+            best[order[: math.ceil(share * scores.size)]] = True
+        grouped = best.reshape(len(self.echo), self.num_kv_heads, -1).any(axis=2)
+        return tuple(tuple(np.flatnonzero(grouped[at]).tolist()) for at in range(len(grouped)))
 
 
 def measure_retrieval(
@@ -109,7 +109,8 @@ def _shares(
         logits = jnp.where(before >= 0, shape.scale * of_q @ of_k.T, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1)
         queries = len(q) - length
-        return tuple(jnp.where(there, weights, 0.0).sum() / queries for there in (echoes, follows))
+        there = [jnp.where(where, weights, 0.0).sum() / queries for where in (echoes, follows)]
+        return there[0], there[1]
 
     keys = jnp.repeat(k.swapaxes(0, 1), shape.group_size, axis=0)
     return lax.map(head, (q.swapaxes(0, 1), keys))
