@@ -87,7 +87,7 @@ class LazyEvictionJudge:
         for token, share in zip(held, softmax(logits).max(0), strict=True):
             last = self.active.setdefault(token, token)
             self.longest.setdefault(token, 0)
-            if share > self.policy.threshold:
+            if share >= self.policy.threshold:
                 self.longest[token] = max(self.longest[token], query - last)
                 self.active[token] = query
 
@@ -95,9 +95,9 @@ class LazyEvictionJudge:
         found = {}
         for token in held:
             idle, gap = length - 1 - self.active[token], self.longest[token]
-            found[token] = -idle
+            found[token] = -1 - idle
             if gap:
-                found[token] = 2 / (1 + np.exp(idle / gap)) + 2 / (1 + np.exp(1 / gap))
+                found[token] = 2 / (1 + np.exp(1 + idle / gap)) + 2 / (1 + np.exp(gap - 1.0))
             if token >= length - self.policy.recent:
                 found[token] = np.inf
         return found

@@ -107,6 +107,16 @@ def test_device_bytes_are_the_closed_form(small, lm, tokens):
         assert nbytes([(group.k, group.v) for group in groups]) == dense
 
 
+def test_bytes_do_not_grow_with_the_answer(small, lm):
+    """All that is held of a head, what the policy remembers among it; unless every token stays."""
+    held = []
+    for new in (16, 2048):
+        program = make_program(lm, small, max_tokens=64 + new, max_new_tokens=new)
+        cache = kv.abstract(program.layout, program.policy)
+        held.append(nbytes(evicting_groups(all_rows(cache).layers)))
+    assert (held[0] == held[1]) == (small.policy not in GROWING.values())
+
+
 # What is not kept is not read: all of it poisoned, nothing changes.
 
 

@@ -179,13 +179,13 @@ def test_lazy_eviction_equals_its_oracle(block):
 
 
 def test_lazy_eviction_waits_for_what_comes_back():
-    """One token every 30 queries, one twice in a row and never again, which H2O weighs alike."""
+    """One token every 30 queries, one thrice within 10 and never again, which H2O weighs alike."""
     length = 100
     k, q = np.zeros((length, 16), np.float32), np.zeros((1, length, 16), np.float32)
-    k[3, 0], k[4, 1] = 60.0, 60.0
-    q[0, [30, 60, 90], 0], q[0, [41, 42, 43], 1] = 1.0, 1.0
+    k[3, 0], k[35, 1] = 60.0, 60.0
+    q[0, [30, 60, 90], 0], q[0, [41, 45, 49], 1] = 1.0, 1.0
     policy = LazyEviction(threshold=0.5, recent=5)
     state, tokens = state_after(policy, q, k, block=25)
     rank = rank_tokens(policy, 10, state, tokens)
-    assert rank[3] > rank[4] > 0 > rank[5]
+    assert rank[3] > rank[35] > 0 > rank[5]
     assert state.tokens["longest"][3] == 30 and state.tokens["active"][3] == 90

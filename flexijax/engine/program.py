@@ -81,11 +81,10 @@ class Program:
     @property
     def decoding(self) -> Program:
         """What decode steps are compiled for, the same for policies whose heads are kept alike."""
-        groups = tuple(
-            tuple(dataclasses.replace(group, prompt_room=None) for group in of_layer)
-            for of_layer in self.layout.groups
-        )
-        layout = dataclasses.replace(self.layout, groups=groups)
+        layout = self.layout
+        # Asked for before every few steps: what is as it should be is left as it is.
+        if any(group.prompt_room is not None for *_, group in layout.all_groups()):
+            layout = dataclasses.replace(layout, groups=_without_prompt_rooms(layout.groups))
         policy = _Steps(self.policy.observes_decode, self.policy.sink_pages)
         return dataclasses.replace(self, layout=layout, policy=policy)
 
@@ -149,6 +148,16 @@ class Program:
     def prefill_spec(self) -> PrefillSpec:
         """What reading a prompt for this program alone is compiled for."""
         return prefill_spec((self,))
+
+
+@functools.lru_cache(maxsize=64)
+def _without_prompt_rooms(
+    groups: tuple[tuple[HeadGroup, ...], ...],
+) -> tuple[tuple[HeadGroup, ...], ...]:
+    return tuple(
+        tuple(dataclasses.replace(group, prompt_room=None) for group in of_layer)
+        for of_layer in groups
+    )
 
 
 def prefill_spec(programs: tuple[Program, ...]) -> PrefillSpec:

@@ -25,23 +25,24 @@ from flexijax.policies.base import (
 class LazyEviction(Policy):
     """Keeps the `recent` newest tokens, and of the others those likely to be attended to again.
 
-    A token is active at a step whose attention to it is above `threshold`. With TS the last such
+    A token is active at a step whose attention to it is at least `threshold`. With TS the last such
     step, its own to begin with, and MRI the longest time from one to the next so far:
 
-        rank = 2 sigma(-(t - TS) / MRI) + 2 sigma(-1 / MRI),   sigma(x) = 1 / (1 + e^-x)
+        rank = 2 sigma(-1 - (t - TS) / MRI) + 2 sigma(1 - MRI),   sigma(x) = 1 / (1 + e^-x)
 
-    so that what comes back seldom is waited for longer than what comes back often. Of tokens that
-    have never come back (MRI = 0, for which the formula gives 0) the last active stay, which is
-    ours. Tokens are evicted up to R at once, every R steps: the paper's lag, after which it keeps
-    as many newest tokens. Every query of a prompt is observed. Device bytes: B + R tokens of every
-    head, and 8 bytes a token of memory.
-    Source: https://arxiv.org/abs/2506.15969 by third-party notes that give the formulas but no
-    constants. Assumed: the greatest attention among the G query heads counts; `threshold` is the
-    even share of a thousand tokens; 16 newest, as many as steps between two rerankings by default.
+    so that what comes back seldom is waited for longer, and what comes back at every step stays.
+    Of tokens that have never come back (MRI = 0, to which the formula gives 0) the last active
+    stay, which is ours. Tokens are evicted up to R at once, every R steps: the paper's lag, after
+    which it keeps as many newest tokens. Every query of a prompt is observed. Device bytes: B + R
+    tokens of every head, and 8 bytes a token.
+    Source: https://arxiv.org/abs/2506.15969, read with a copy of Halo-949/LazyEviction in
+    WeianMao/triattention: threshold 0.0001, and lags of 101 to 363 steps. What differs: there each
+    query head has a cache of its own, here the greatest attention of the G of a KV head counts;
+    there only what is generated is observed.
     Raises ValueError for a threshold outside of 0 to 1, or a negative number of tokens.
     """
 
-    threshold: float = 0.001
+    threshold: float = 0.0001
     recent: int = 16
 
     def __post_init__(self) -> None:
@@ -76,7 +77,8 @@ class LazyEviction(Policy):
 
     def observe(self, state: PolicyState, window: Window, tokens: Tokens) -> PolicyState:
         """TS and MRI after the window's queries, in their order: see `Policy`."""
-        is_active = attention(window).max(0) > self.threshold
+        sees = window.logits.max(0) > -jnp.inf
+        is_active = sees & (attention(window).max(0) >= self.threshold)
         step = jnp.where(is_active, window.position[:, None], -1)  # int32[W, T]
         active = state.tokens["active"]
         active = jnp.where(active < 0, tokens.position, active)
@@ -90,9 +92,9 @@ class LazyEviction(Policy):
         """The newest, then by the formula above: see `Policy`."""
         longest = jnp.maximum(state.tokens["longest"], 1).astype(jnp.float32)
         idle = (tokens.length - 1 - state.tokens["active"]).astype(jnp.float32)
-        rank = 2 * jax.nn.sigmoid(-idle / longest) + 2 * jax.nn.sigmoid(-1 / longest)
-        # Below all that have come back, whose second term alone is more than 0.
-        rank = jnp.where(state.tokens["longest"] > 0, rank, -idle)
+        rank = 2 * jax.nn.sigmoid(-1 - idle / longest) + 2 * jax.nn.sigmoid(1 - longest)
+        # Below all that have come back, whose rank is at least 0.
+        rank = jnp.where(state.tokens["longest"] > 0, rank, -1 - idle)
         newest = tokens.position >= tokens.length - self.recent
         return jnp.where(newest, jnp.inf, rank)
 
@@ -101,16 +103,16 @@ def oracle(weights: np.ndarray, *, threshold: float) -> tuple[np.ndarray, np.nda
     """(TS, MRI, rank float64[T]) after the steps of a text whose tokens are all held.
 
     weights: float[T, T], of each step the greatest attention of a query head to each token. The
-    rank is the formula's, negative where it gives 0: the steps since the token was active.
+    rank is the formula's, negative where it gives 0: less by the steps since the token was active.
     """
     length = len(weights)
     active, longest, rank = np.arange(length), np.zeros(length, int), np.zeros(length)
-    for step, token in np.argwhere(weights > threshold):
+    for step, token in np.argwhere(np.tri(length, dtype=bool) & (weights >= threshold)):
         longest[token] = max(longest[token], step - active[token])
         active[token] = step
     for token in range(length):
         idle, gap = length - 1 - active[token], longest[token]
-        rank[token] = -idle
+        rank[token] = -1 - idle
         if gap:
-            rank[token] = 2 / (1 + np.exp(idle / gap)) + 2 / (1 + np.exp(1 / gap))
+            rank[token] = 2 / (1 + np.exp(1 + idle / gap)) + 2 / (1 + np.exp(gap - 1.0))
     return active, longest, rank
