@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiles.staleness import ProfileFit
+
+# The likeliest tokens in one place, best first: (token id, log-probability).
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,8 @@ class Generation:
     """Without the stop token."""
     logprobs: tuple[float, ...] | None
     """Of each token, None unless `Sampling.logprobs`."""
+    alternatives: tuple[Alternatives, ...] | None = None
+    """Of each token's place, None unless `Sampling.alternatives`."""
     finish_reason: str
     """"stop" (a stop token or string) or "length"; of an engine's requests also "cancelled" or
     "deadline"."""

@@ -169,6 +169,17 @@ def test_a_page_above_one_that_is_held_gives_way_and_its_end_is_forgotten_first(
     assert index.num_free == 2
 
 
+def test_all_can_be_forgotten_at_once_and_what_is_held_stays_held():
+    index = make_index(num_blocks=8)
+    index.release(read(index, list(range(9))))
+    held = read(index, list(range(5)), "mine")
+    index.forget_all()
+    assert index.match(list(range(9))) == index.match(list(range(9)), "mine") == []
+    assert (index.num_cached, index.num_free) == (0, 8 - len(held))
+    index.release(held)
+    assert sorted(index.allocate(8)) == list(range(8))
+
+
 def test_hits_and_misses_are_counted_when_a_request_takes_them():
     index, tokens = make_index(), list(range(9))
     read(index, tokens)

@@ -154,3 +154,21 @@ def test_generate_shares_what_its_prompts_begin_with(lm, cache):
         for prompt in PROMPTS
     ]
     assert [one.token_ids for one in made] == [one.token_ids for one in apart]
+
+
+def test_what_was_shared_is_lost_with_the_arrays(lm, cache, monkeypatch):
+    """A step that fails takes them along, and later requests begin in new ones."""
+    engine = engine_of(lm, cache)
+    [right] = answers(engine, PROMPTS[:1])
+    step = engine._core.runner.step
+
+    def failed(rows=None):
+        monkeypatch.setattr(engine._core.runner, "step", step)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(engine._core.runner, "step", failed)
+    with pytest.raises(flexijax.EngineError, match="no room"):
+        answers(engine, PROMPTS[:1])
+    [made] = answers(engine, PROMPTS[:1])
+    assert (made.token_ids, made.logprobs) == (right.token_ids, right.logprobs)
+    assert made.metrics.cached_tokens == 0

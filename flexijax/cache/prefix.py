@@ -182,6 +182,16 @@ class PrefixIndex:
                 node.used = self._clock
                 self._offer(node)
 
+    def forget_all(self) -> None:
+        """Forgets what every block holds, as when the arrays are made anew.
+
+        Blocks that a request holds stay its own.
+        """
+        for root in self._roots.values():
+            for node in list(root.children.values()):
+                self._forget(node)
+        self._roots.clear()
+
     def _walk(self, hashes: Iterable[bytes], salt: str) -> list[_Node]:
         """The salt's root and the nodes below it that follow the hashes; [] for a new salt."""
         node = self._roots.get(salt)

@@ -35,6 +35,9 @@ class SampledTokens:
     tokens: jax.Array  # int32[R, B]
     logprobs: jax.Array  # float32[R, B]
     emitted: jax.Array  # bool[R, B]
+    # The likeliest tokens, int32[R, B, n], and log-probabilities float32[R, B, n]; None unless some
+    # request asks for alternatives.
+    best: tuple[jax.Array, jax.Array] | None = None
 
 
 def empty_batch(count: int) -> BatchState:
@@ -48,3 +51,10 @@ def empty_batch(count: int) -> BatchState:
         stop_ids=jnp.full((count, MAX_STOP_IDS), -1, jnp.int32),
         sampling=SamplingRows.of([Sampling()] * count),
     )
+
+
+def nothing_sampled(shape: tuple[int, ...], alternatives: int) -> SampledTokens:
+    """Of so many steps and rows, with so many likeliest tokens."""
+    best, tokens = (*shape, alternatives), jnp.zeros(shape, jnp.int32)
+    wanted = (jnp.zeros(best, jnp.int32), jnp.zeros(best, jnp.float32)) if alternatives else None
+    return SampledTokens(tokens, jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool), wanted)

@@ -16,8 +16,9 @@ from flexijax.engine.program import Program, Progress
 from flexijax.engine.prompting import Prompting
 from flexijax.engine.sampling import Sampling
 from flexijax.engine.scheduler import schedule
+from flexijax.engine.sequence import Sequence
 from flexijax.engine.shared_prefixes import SharedPrefixes
-from flexijax.engine.stream import EngineError
+from flexijax.engine.stream import EngineError, Token
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.results import Generation
@@ -148,6 +149,7 @@ class EngineCore:
         totals.decode_s += took
         totals.prefill_s += took_reading
         totals.row_s += rows * (took + took_reading)
+        totals.stalled_s += took_reading if plan.decode else 0.0
 
     def _begin(self, entry: Entry) -> None:
         state = entry.state
@@ -210,9 +212,10 @@ class EngineCore:
             token = sequence.tokens[at]
             if token in request.stop_ids:
                 break
-            entry.stream.put(text.push(token))
+            entry.stream.put(text.push(token), _token(sequence, at))
             if text.stopped:
                 del sequence.tokens[at + 1 :], sequence.logprobs[at + 1 :]
+                del sequence.alternatives[at + 1 :]
                 self.runner.stop(sequence)
                 break
         entry.shown = len(sequence.tokens)
@@ -232,7 +235,9 @@ class EngineCore:
         self.totals.ended += 1
         if reason is not None:
             entry.stream.put(entry.text.finish())
-            entry.stream.end(self._generation(entry, reason))
+            made = self._generation(entry, reason)
+            self.totals.add_moves(made.metrics)
+            entry.stream.end(made)
         if entry.sequence is None:
             return
         if self._reading is not None and self._reading.sequence is entry.sequence:
@@ -244,12 +249,13 @@ class EngineCore:
     def _generation(self, entry: Entry, reason: str) -> Generation:
         sequence, request = entry.sequence, entry.request
         if sequence is None or not sequence.tokens:
-            tokens, logprobs = [], []
+            tokens, logprobs, alternatives = [], [], []
             measured = no_metrics(request, entry.times, compile_s=self.compile_s)
         else:
             ended = sequence.tokens[-1] in request.stop_ids
             tokens = sequence.tokens[:-1] if ended else sequence.tokens
             logprobs = sequence.logprobs[: len(tokens)]
+            alternatives = sequence.alternatives[: len(tokens)]
             measured = metrics(
                 self.runner,
                 sequence,
@@ -263,6 +269,7 @@ class EngineCore:
             text=entry.text.text,
             token_ids=tuple(tokens),
             logprobs=tuple(logprobs) if request.sampling.logprobs else None,
+            alternatives=tuple(alternatives) if request.sampling.alternatives else None,
             finish_reason=reason,
             metrics=measured,
             profile=self._answering.profile,
@@ -281,3 +288,10 @@ class EngineCore:
             entry.stream.fail(failed)
         self._reading = None
         self.runner.reset()
+        self.pool.forget_all()
+
+
+def _token(sequence: Sequence, at: int) -> Token:
+    asked = bool(sequence.request.sampling.alternatives)
+    alternatives = sequence.alternatives[at] if asked else ()
+    return Token(sequence.tokens[at], sequence.logprobs[at], alternatives)

@@ -15,9 +15,9 @@ from flexijax.cache.banks import apart, by_block, by_row, only, side_by_side, to
 from flexijax.cache.cache import LayerCache, Standing, kind
 from flexijax.cache.decode_attention import DecodeAttention, DecodeState
 from flexijax.cache.layout import GroupProgram
-from flexijax.engine.batch import BatchState, SampledTokens
+from flexijax.engine.batch import BatchState, SampledTokens, nothing_sampled
 from flexijax.engine.program import Program
-from flexijax.engine.sampling import sample, step_keys
+from flexijax.engine.sampling import most_likely, sample, step_keys
 from flexijax.models.decoder import Params
 from flexijax.pallas_kernels.filled import in_full_pages
 
@@ -86,17 +86,17 @@ def decode_steps(
         )
         # Not collected by the scan: on a GPU that is a copy for each, outside of any graph.
         now = (jnp.arange(steps) == index)[:, None]
-        sampled = SampledTokens(
-            jnp.where(now, token, sampled.tokens),
-            jnp.where(now, logprob, sampled.logprobs),
-            jnp.where(now, active, sampled.emitted),
+        best = most_likely(logits, program.alternatives) if program.alternatives else None
+        made = SampledTokens(token, logprob, active, best)
+        sampled = jax.tree.map(
+            lambda leaf, kept: jnp.where(now if leaf.ndim == 1 else now[..., None], leaf, kept),
+            made,
+            sampled,
         )
         return (held, lengths + count, batch, last, index + 1, sampled), every
 
     shape = (steps, *lengths.shape)
-    sampled = SampledTokens(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
-    )
+    sampled = nothing_sampled(shape, program.alternatives)
     carry = (held, lengths, batch, _no_queries(program), jnp.int32(0), sampled)
     (held, lengths, batch, last, _, sampled), every = lax.scan(step, carry, None, length=steps)
     after = rows._replace(lengths=lengths)

@@ -14,6 +14,7 @@ from flexijax.config import CacheConfig
 from flexijax.engine.core import Answering, EngineCore
 from flexijax.engine.entry import Entry, new_entry
 from flexijax.engine.measured import EngineTotals
+from flexijax.engine.occupancy import Occupancy, occupancy
 from flexijax.engine.plan import find_profile, origin_of
 from flexijax.engine.plan_engine import make_engine_program
 from flexijax.engine.program import BOUNDARY_STEPS, Progress
@@ -198,6 +199,11 @@ class Engine:
             left = self._core.step()
             return left or bool(self._submitted)
 
+    def occupancy(self) -> Occupancy:
+        """What it holds and what has moved, at a boundary; waits for the next one."""
+        with self._driving:
+            return occupancy(self._core, len(self._submitted))
+
     @property
     def compile_s(self) -> float:
         """Seconds spent compiling so far."""
@@ -207,6 +213,11 @@ class Engine:
     def totals(self) -> EngineTotals:
         """What all requests so far took together; goes on changing."""
         return self._core.totals
+
+    @property
+    def boundary_steps(self) -> int:
+        """Decode steps from one boundary to the next: as many tokens of a request come at once."""
+        return self._core.limits.boundary_steps
 
     @property
     def num_running(self) -> int:

@@ -99,7 +99,7 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
         commits.append(ProgramCall("commit", commit_layer, groups, args, donate=(0,)))
     yield from _distinct(commits)
     sampling = platform.placed(jax.eval_shape(lambda: SamplingRows.of([Sampling()])))
-    first = FirstToken(decoder, program.sampling)
+    first = FirstToken(decoder, program.sampling, program.alternatives)
     args = (params, _like(stream.dtype, 1, stream.shape[1]), sampling, _like(jnp.uint32, 1))
     yield ProgramCall("first token", first_token, first, args)
 

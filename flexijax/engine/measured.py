@@ -54,7 +54,9 @@ class EngineTotals:
     submitted, ended: requests, the latter for whatever reason. prompt_tokens: of prompts that were
     read; cached_tokens: of them, those that were in the cache already. new_tokens: generated.
     decode_s, prefill_s: spent on steps and on prompts. row_s: rows that held a request, summed over
-    those seconds. paused: how often a row had to wait for blocks.
+    those seconds. paused: how often a row had to wait for blocks. stalled_s: spent on prompts while
+    something could have decoded. promoted_bytes, offloaded_bytes, evicted_tokens: as in `Metrics`,
+    of requests that have ended.
     """
 
     submitted: int = 0
@@ -66,6 +68,16 @@ class EngineTotals:
     prefill_s: float = 0.0
     row_s: float = 0.0
     paused: int = 0
+    stalled_s: float = 0.0
+    promoted_bytes: int = 0
+    offloaded_bytes: int = 0
+    evicted_tokens: int = 0
+
+    def add_moves(self, ended: Metrics) -> None:
+        """Of a request that has ended."""
+        self.promoted_bytes += ended.promoted_bytes
+        self.offloaded_bytes += ended.offloaded_bytes
+        self.evicted_tokens += ended.evicted_tokens
 
     @property
     def mean_running(self) -> float:

@@ -27,8 +27,8 @@ from flexijax.engine.inventory import decode_calls
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner
 from flexijax.engine.prompting import Prompting
-from flexijax.engine.sampling import METHODS, Sampling, SamplingRows, method_of
-from flexijax.engine.sequence import Request, Sequence, not_finite
+from flexijax.engine.sampling import MAX_ALTERNATIVES, METHODS, Sampling, SamplingRows, method_of
+from flexijax.engine.sequence import Request, Sequence, add_sampled
 from flexijax.engine.stats import SequenceStats, sequence_stats
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
@@ -163,11 +163,11 @@ class ModelRunner:
         seeds, row = np.array([request.seed], np.uint32), sequence.row
         mine, seeds = platform.put((SamplingRows.of([request.sampling]), seeds))
         args = (self.lm.params, prompting.x, mine, seeds)
-        first = FirstToken(self.program.decoder, self.program.sampling)
+        program = self.program
+        first = FirstToken(program.decoder, program.sampling, program.alternatives)
         sampled = self.runner.run("first token", first_token, first, args)
-        token, logprob = (value[0].item() for value in jax.device_get(sampled))
-        sequence.tokens, sequence.logprobs = [token], [logprob]
-        sequence.error = not_finite(request, [logprob])
+        add_sampled(sequence, jax.device_get(sampled), 0)
+        [token] = sequence.tokens
         ends = request.max_new_tokens == 1 or token in request.stop_ids
         sequence.active = not ends and sequence.error is None
         batch.tokens[row] = token
@@ -182,9 +182,10 @@ class ModelRunner:
 
     def serve(self, sampling: Sampling) -> None:
         """Makes the decode program one that can sample so, from now on."""
-        needed = max(method_of(sampling), self.program.sampling, key=METHODS.index)
-        if needed != self.program.sampling:
-            self.program = dataclasses.replace(self.program, sampling=needed)
+        method = max(method_of(sampling), self.program.sampling, key=METHODS.index)
+        most = MAX_ALTERNATIVES if sampling.alternatives else self.program.alternatives
+        if (method, most) != (self.program.sampling, self.program.alternatives):
+            self.program = dataclasses.replace(self.program, sampling=method, alternatives=most)
 
     def grow(self, blocks: dict[int, Collection[int]]) -> None:
         """New lists of blocks for some rows, which go on as the old ones did."""
@@ -265,11 +266,7 @@ class ModelRunner:
 
     def _take(self, sequence: Sequence, sampled: SampledTokens, at: int, took: float) -> bool:
         """What was sampled at place `at` of the rows that ran."""
-        emitted = sampled.emitted[:, at]
-        sequence.tokens += sampled.tokens[emitted, at].tolist()
-        logprobs = sampled.logprobs[emitted, at].tolist()
-        sequence.logprobs += logprobs
-        sequence.error = not_finite(sequence.request, logprobs)
+        emitted = add_sampled(sequence, sampled, at)
         sequence.active = bool(self._batch.active[sequence.row]) and sequence.error is None
         # A request that ends inside of the steps took its share of them.
         sequence.decode_s += took * float(emitted.sum()) / emitted.size

@@ -54,8 +54,8 @@ class Program:
     """Everything static about a run; hashable. implementation, transfer: see `CacheConfig`.
 
     suppress_ids: tokens that are never generated. sampling: what decode steps can do, see
-    `sampling.METHODS`. boundary_steps: at most so many decode steps run at a time; None: whole
-    chunks.
+    `sampling.METHODS`. alternatives: how many likeliest tokens they find. boundary_steps: at most
+    so many decode steps run at a time; None: whole chunks.
     """
 
     decoder: DecoderLike
@@ -65,6 +65,7 @@ class Program:
     transfer: str | None = None
     suppress_ids: tuple[int, ...] = ()
     sampling: str = METHODS[0]
+    alternatives: int = 0
     boundary_steps: int | None = None
 
     @property

@@ -13,6 +13,8 @@ from jax import Array, lax
 # What sampling takes, from the least to the most: programs are compiled for one of these, since a
 # choice inside of a program is a wait of the host at every step on a GPU.
 METHODS = ("greedy", "weighted", "filtered")
+# The most that a request may ask for, and what the programs find where one does.
+MAX_ALTERNATIVES = 20
 # Bits of float32 infinity: the greatest distance below the best logit.
 _INFINITY = 0x7F800000
 # Tokens in a block of the two-level running sum; one level over a vocabulary is slow everywhere.
@@ -42,6 +44,9 @@ class Sampling:
     logprobs: bool = False
     """Also return the log-probability of every token under the model itself, before temperature
     and the filters."""
+    alternatives: int = 0
+    """Also return so many of the most likely tokens in place of each one, with their
+    log-probabilities, at most 20."""
     seed: int | None = None
     """Of what is sampled, None is 0; prompts that share one `Sampling` each sample their own."""
     ignore_eos: bool = False
@@ -83,6 +88,12 @@ class Sampling:
             "stop_ids",
             _is_sequence(self.stop_ids) and all(_is_count(i, 0) for i in self.stop_ids),
             "a tuple of token ids",
+        )
+        _require(
+            self,
+            "alternatives",
+            _is_count(self.alternatives, 0) and self.alternatives <= MAX_ALTERNATIVES,
+            f"an integer from 0 to {MAX_ALTERNATIVES}",
         )
         _require(
             self,
@@ -155,6 +166,18 @@ def sample(logits: Array, rows: SamplingRows, keys: Array, *, method: str) -> tu
         token = jnp.where(rows.temperature > 0, drawn, token)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
+    """The likeliest tokens of each row, int32[B, n], and their log-probabilities float32[B, n].
+
+    logits: float32[B, V]; count: n. Of equals the first; where V is less than n, the rest has a
+    log-probability of minus infinity.
+    """
+    lacking = max(0, count - logits.shape[-1])
+    logits = jnp.pad(logits, ((0, 0), (0, lacking)), constant_values=-jnp.inf)
+    best, tokens = lax.top_k(logits, count)
+    return tokens.astype(jnp.int32), best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _draw(logits: Array, rows: SamplingRows, keys: Array, *, filtered: bool) -> Array:

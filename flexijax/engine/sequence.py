@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+
+from flexijax.engine.batch import SampledTokens
 from flexijax.engine.sampling import Sampling
+from flexijax.results import Alternatives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,8 @@ class Request:
 class Sequence:
     """A request in a row of the batch, and the ids generated so far (stop token included).
 
-    active: whether it goes on generating. error: why it does not, where its tokens mean nothing.
+    alternatives: of each of those, where the request asks for any, else empty. active: whether it
+    goes on generating. error: why it does not, where its tokens mean nothing.
     chunk_steps: decode steps since its last chunk ended.
     """
 
@@ -33,6 +38,7 @@ class Sequence:
     blocks: tuple[int, ...]
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
+    alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
     prefill_s: float = 0.0
     decode_s: float = 0.0
     active: bool = False
@@ -53,3 +59,22 @@ def not_finite(request: Request, logprobs: list[float]) -> FloatingPointError | 
         f"prompts[{request.index}]: the model's logits are not finite, so its tokens mean "
         "nothing; load it with dtype='float32', or check its weights"
     )
+
+
+def add_sampled(sequence: Sequence, sampled: SampledTokens, at: int) -> np.ndarray:
+    """Adds what was sampled at place `at` of the rows that ran, and says in which steps: bool[R].
+
+    sampled: on the host.
+    """
+    emitted = np.asarray(sampled.emitted)[:, at]
+    sequence.tokens += np.asarray(sampled.tokens)[emitted, at].tolist()
+    logprobs = np.asarray(sampled.logprobs)[emitted, at].tolist()
+    sequence.logprobs += logprobs
+    sequence.error = not_finite(sequence.request, logprobs)
+    most = sequence.request.sampling.alternatives
+    if most and sampled.best is not None:
+        ids, best = (np.asarray(leaf)[emitted, at, :most].tolist() for leaf in sampled.best)
+        sequence.alternatives += [
+            tuple(zip(*of, strict=True)) for of in zip(ids, best, strict=True)
+        ]
+    return emitted

@@ -5,8 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import NamedTuple
 
-from flexijax.results import Generation
+from flexijax.results import Alternatives, Generation
+
+
+class Token(NamedTuple):
+    """One that was generated. logprob: under the model itself, before temperature and filters.
+
+    alternatives: the likeliest tokens in its place, where the request asks for any.
+    """
+
+    id: int
+    logprob: float
+    alternatives: Alternatives = ()
 
 
 class EngineError(RuntimeError):
@@ -26,6 +38,8 @@ class Stream:
         """wait: drives the engine for as long as what it is given says True."""
         self._wait, self._cancel = wait, cancel
         self._pieces: deque[str] = deque()
+        # All that have come, the one that ends it left out; only ever appended to.
+        self.tokens: list[Token] = []
         self._generation: Generation | None = None
         self._error: Exception | None = None
 
@@ -38,6 +52,11 @@ class Stream:
     def error(self) -> Exception | None:
         """Why it ended without a `result`, if it did."""
         return self._error
+
+    @property
+    def outcome(self) -> Generation | Exception | None:
+        """Its `result`, or why there is none; None until then."""
+        return self._generation if self._error is None else self._error
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -93,8 +112,10 @@ class Stream:
         self._pieces.clear()
         return pieces
 
-    def put(self, piece: str) -> None:
-        """For the engine: the next piece."""
+    def put(self, piece: str, token: Token | None = None) -> None:
+        """For the engine: the next piece, and the token that it became certain with."""
+        if token is not None:
+            self.tokens.append(token)
         if piece:
             self._pieces.append(piece)
 
