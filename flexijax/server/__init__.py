@@ -1,0 +1,1 @@
+"""A server that speaks OpenAI's API, on one engine; needs the `serve` extra."""
