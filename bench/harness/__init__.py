@@ -1,0 +1,1 @@
+"""Tasks and an adapter for lm-evaluation-harness."""
