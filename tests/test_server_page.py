@@ -10,6 +10,9 @@ import pytest
 from flexijax.engine.sampling import Sampling
 from tests.server_kit import engine_of, httpx, served_model, serving
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
+ASK = {"prompt": [7] * 40, "max_tokens": 80, "ignore_eos": True}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -17,6 +20,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def served():
     lm = served_model()
     with serving(lm, engine_of(lm, Sampling(temperature=1.0))) as running:
+        running.post("/v1/completions", ASK)
+        running.quiet()
         yield running
 
 
@@ -40,8 +45,7 @@ def test_the_numbers_move(served):
 
     def busy():
         while not ending.is_set():
-            ask = {"prompt": [7] * 40, "max_tokens": 80, "ignore_eos": True}
-            served.post("/v1/completions", ask)
+            served.post("/v1/completions", ASK)
 
     asking = [threading.Thread(target=busy) for _ in range(4)]
     with api.sync_playwright() as playwright:
@@ -51,25 +55,26 @@ def test_the_numbers_move(served):
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
         page.goto(f"{served.url}/")
-        page.wait_for_function("document.getElementById('state').textContent === 'live'")
-        assert page.inner_text("#running") == "0" and page.inner_text("#model") == "tiny"
+
+        def shows(name, text):
+            api.expect(page.locator(f"#{name}")).to_have_text(text, timeout=30_000)
+
+        shows("state", "live")
+        shows("running", "0")
+        shows("model", "tiny")
         for one in asking:
             one.start()
         try:
-            wanted = "['running', 'rate', 'promoted'].every((id) => parseFloat("
-            page.wait_for_function(wanted + "document.getElementById(id).textContent) > 0)")
-            page.wait_for_function("parseInt(document.getElementById('waiting').textContent) > 0")
-            page.wait_for_function(
-                "/, [1-9]\\d* %/.test(document.getElementById('device').textContent)"
-            )
-            page.wait_for_function(
-                "/, [1-9]\\d* %/.test(document.getElementById('host').textContent)"
-            )
+            some = re.compile(r"^[0-9.]*[1-9]")
+            for name in ("running", "waiting", "rate", "promoted", "overlap", "known"):
+                shows(name, some)
+            for tier in ("device", "host"):
+                shows(tier, re.compile(r", [1-9]\d* %"))
         finally:
             ending.set()
             for one in asking:
                 one.join(30)
-        page.wait_for_function("document.getElementById('running').textContent === '0'")
+        shows("running", "0")
         assert page.locator("#filled path").count() == 2
         assert not faults
         browser.close()

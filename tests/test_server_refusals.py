@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from flexijax.engine.sampling import Sampling
-from tests.server_kit import CONTEXT, engine_of, httpx, openai, served_model, serving
+from tests.server_kit import CONTEXT, SIMPLE, engine_of, httpx, openai, served_model, serving
 
 TEXT = {"model": "tiny", "prompt": "the quick brown fox", "max_tokens": 4}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -19,7 +19,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 def served():
     lm = served_model()
     with serving(
-        lm, engine_of(lm, Sampling(temperature=1.0)), max_waiting=6, max_body=50_000
+        lm, engine_of(lm, Sampling(temperature=1.0), SIMPLE), max_waiting=6, max_body=50_000
     ) as running:
         yield running
 
@@ -215,7 +215,7 @@ def test_a_full_queue_says_when_to_come_again(served):
 
 def test_a_key_guards_all_but_health(caplog):
     lm = served_model()
-    with serving(lm, engine_of(lm), api_key="sésame") as running:
+    with serving(lm, engine_of(lm, Sampling(temperature=1.0), SIMPLE), api_key="sésame") as running:
         assert httpx.get(f"{running.url}/health").json() == {"status": "ok"}
         for path in ("/", "/metrics", "/v1/models", "/tokenizer_info", "/openapi.json", "/nothing"):
             refused(httpx.get(f"{running.url}{path}"), 401)
@@ -237,7 +237,12 @@ def test_a_key_guards_all_but_health(caplog):
 
 def test_pages_of_named_origins_may_ask():
     lm = served_model()
-    with serving(lm, engine_of(lm), allowed_origins=("https://a.example",), api_key="k") as running:
+    with serving(
+        lm,
+        engine_of(lm, Sampling(temperature=1.0), SIMPLE),
+        allowed_origins=("https://a.example",),
+        api_key="k",
+    ) as running:
         for origin, allowed in (("https://a.example", True), ("https://b.example", False)):
             asked = {"origin": origin, "access-control-request-method": "POST"}
             response = httpx.options(f"{running.url}/v1/completions", headers=asked)

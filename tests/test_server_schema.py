@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from tests.server_kit import EVERYTHING, engine_of, httpx, served_model, serving
+from tests.server_kit import EVERYTHING, SIMPLE, engine_of, httpx, served_model, serving
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
@@ -17,7 +17,7 @@ ROUTES = (
 @pytest.fixture(scope="module")
 def served():
     lm = served_model()
-    with serving(lm, engine_of(lm, EVERYTHING)) as running:
+    with serving(lm, engine_of(lm, EVERYTHING, SIMPLE)) as running:
         yield running
 
 

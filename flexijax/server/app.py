@@ -30,7 +30,7 @@ from flexijax.server.service import Service
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_MAY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-_PAGE_MAY += "connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+_PAGE_MAY += "connect-src 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
 
 
 def create_app(service: Service) -> FastAPI:

@@ -72,7 +72,10 @@ class Gate:
             if status >= 400:
                 self._metrics.refused(status)
             took = 1e3 * (time.perf_counter() - started)
-            logger.info("%s %s %s %.0f ms", scope["method"], scope["path"], status or "gone", took)
+            # Nobody wants to read each look at the metrics.
+            level = logging.INFO if scope["method"] == "POST" or status >= 400 else logging.DEBUG
+            told = (scope["method"], scope["path"], status or "gone", took)
+            logger.log(level, "%s %s %s %.0f ms", *told)
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in _OPEN:

@@ -1,0 +1,114 @@
+"""The benches of serving: what they time, and that wrong answers have no numbers."""
+
+import asyncio
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+from bench import serving as bench
+from bench.harness import data
+from bench.harness.tasks import scores
+from tests.server_kit import SIMPLE, engine_of, served_model, serving
+
+PROMPTS = [[7, 20, 31, at] for at in range(6)]
+
+
+@pytest.fixture(scope="module")
+def url():
+    lm = served_model()
+    with serving(lm, engine_of(lm, cache=SIMPLE), names=("served",)) as running:
+        yield running.url
+
+
+def test_arrivals_are_a_poisson_process():
+    found = bench.arrivals(4000, 5.0, seed=1)
+    gaps = np.diff([0.0, *found])
+    assert found == sorted(found) == bench.arrivals(4000, 5.0, seed=1)
+    assert found != bench.arrivals(4000, 5.0, seed=2)
+    # Mean and deviation of an exponential are one.
+    assert gaps.mean() == pytest.approx(0.2, rel=0.1)
+    assert gaps.std() == pytest.approx(0.2, rel=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 20])
+def test_percentiles_are_numpys(count):
+    values = np.random.default_rng(count).normal(size=count).tolist()
+    for percent in (0, 50, 95, 99, 100):
+        expected = np.percentile(values, percent)
+        assert bench.percentile(values, percent) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="empty"):
+        bench.percentile([], 50)
+
+
+def test_times_of_requests_that_came_over_http(url):
+    moments = bench.arrivals(len(PROMPTS), 50.0, seed=0)
+    timed = asyncio.run(bench.run(url, PROMPTS, 12, moments))
+    assert [one.due for one in timed] == moments
+    assert all(one.due <= one.first <= one.last and one.tokens == 12 for one in timed)
+    [alone] = asyncio.run(bench.run(url, PROMPTS[:1], 12, [0.0]))
+    assert bench.faults(timed, alone, 12) is None
+    row = bench.summary([timed, timed])
+    assert row["requests"] == 12
+    seconds = max(one.last for one in timed) - moments[0]
+    assert row["tokens_per_s"] == pytest.approx(12 * len(PROMPTS) / seconds)
+    assert row["ttft_p50_s"] == pytest.approx(np.median([one.first - one.due for one in timed]))
+    assert 0 < row["tpot_p50_ms"] <= row["tpot_p95_ms"] <= row["tpot_p99_ms"]
+
+
+def test_the_whole_bench(url, monkeypatch, tmp_path, capsys):
+    started = []
+
+    @contextlib.contextmanager
+    def served(options, *, threads):
+        started.append(options)
+        yield url
+
+    monkeypatch.setattr(bench, "served", served)
+    monkeypatch.setattr(bench, "prompts_of", lambda *_, count, **__: PROMPTS[:count])
+    path = tmp_path / "rows.json"
+    arguments = ["--data", "none", "--json", str(path), "--requests", "3", "--new-tokens", "5"]
+    assert bench.main([*arguments, "--rates", "20", "90"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["policy"], row["rate"]) for row in rows] == [
+        (policy, rate) for rate in (20, 90) for policy in ("full", "flexi")
+    ]
+    same = {option: [of[of.index(option) + 1] for of in started] for option in ("--device-bytes",)}
+    assert same == {"--device-bytes": ["1GiB", "1GiB"]}
+    assert "ttft_p99_s" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "faults", lambda *_: "something is wrong")
+    assert bench.main([*arguments, "--rates", "20"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_wrong_answers_are_faults():
+    right = bench.Timed(0.0, 1.0, 2.0, 5, "text")
+    short, other = bench.Timed(0.0, 1.0, 2.0, 4, "text"), bench.Timed(0.0, 1.0, 2.0, 5, "other")
+    assert bench.faults([right, short], right, 5) == "1 requests got fewer tokens than 5"
+    assert bench.faults([other, right], right, 5) is not None
+    assert right.tpot_s == 0.25
+
+
+def test_a_needle_is_in_its_haystack_once(tmp_path):
+    path = tmp_path / "needle.jsonl"
+    assert data.write(path, data.needles(5, 300, seed=1)) == 5
+    made = [json.loads(line) for line in path.read_text().splitlines()]
+    for one in made:
+        assert one["input"].count(one["answer"]) == 1
+        assert 200 < len(one["input"].split()) < 300
+    depths = [one["input"].index(one["answer"]) / len(one["input"]) for one in made]
+    assert depths == sorted(depths) and depths[0] < 0.1 and depths[-1] > 0.9
+    assert scores.holds_answer(made[0], [f"It is {made[0]['answer']}."]) == {"found": 1.0}
+    assert scores.holds_answer(made[0], ["I do not know."]) == {"found": 0.0}
+
+
+def test_leval_gives_its_first_questions(tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text(json.dumps({"input": "a", "instructions": ["q", "r"], "outputs": ["x", "y"]}))
+    assert list(data.leval(path)) == [{"input": "a", "question": "q", "answer": "x"}]
+    path.write_text(json.dumps({"input": "a"}))
+    with pytest.raises(ValueError, match="some.jsonl:1"):
+        list(data.leval(path))
+    assert scores.word_overlap({"answer": "the red fox"}, ["The fox!"]) == {"f1": 0.8}
+    assert scores.word_overlap({"answer": ""}, [""]) == {"f1": 0.0}
