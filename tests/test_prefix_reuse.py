@@ -9,6 +9,7 @@ import pytest
 import flexijax
 from flexijax.cache.cache import all_rows
 from flexijax.policies.flexi import Flexi
+from flexijax.policies.index_cache import IndexCache
 from flexijax.policies.minmax import MinMax
 from flexijax.policies.quest import Quest
 from flexijax.policies.sketch import Sketch
@@ -23,6 +24,7 @@ POLICIES = {
     "flexi": Flexi(score=Sketch(fit_tokens=CODE)),
     "flexi minmax": Flexi(score=MinMax()),
     "quest": Quest(score=Sketch(fit_tokens=CODE)),
+    "index_cache": IndexCache(score=Sketch(fit_tokens=CODE)),
 }
 SAMPLING = flexijax.Sampling(logprobs=True)
 
