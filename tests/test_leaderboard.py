@@ -12,6 +12,8 @@ from tests.planted import words_tokenizer
 from tests.test_closeness import comparison
 from tests.tiny_models import tiny_model
 
+pytestmark = pytest.mark.any_jax
+
 
 @pytest.fixture(scope="module")
 def lm():

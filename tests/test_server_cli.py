@@ -14,6 +14,8 @@ import flexijax
 from flexijax.cli import main as cli
 from tests.server_kit import httpx, openai, served_model
 
+pytestmark = pytest.mark.any_jax
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

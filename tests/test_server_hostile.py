@@ -12,7 +12,7 @@ import pytest
 import flexijax
 from tests.server_kit import ROWS, engine_of, httpx, openai, served_model, serving
 
-pytestmark = pytest.mark.usefixtures("short_chunks")
+pytestmark = [pytest.mark.any_jax, pytest.mark.usefixtures("short_chunks")]
 
 PROMPT = [7, 20, 31, 8, 90, 14, 3]
 

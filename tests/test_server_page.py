@@ -10,7 +10,7 @@ import pytest
 from flexijax.engine.sampling import Sampling
 from tests.server_kit import engine_of, httpx, served_model, serving
 
-pytestmark = pytest.mark.usefixtures("short_chunks")
+pytestmark = [pytest.mark.any_jax, pytest.mark.usefixtures("short_chunks")]
 
 ASK = {"prompt": [7] * 40, "max_tokens": 80, "ignore_eos": True}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -10,6 +10,8 @@ import pytest
 from flexijax.engine.sampling import Sampling
 from tests.server_kit import CONTEXT, SIMPLE, engine_of, httpx, openai, served_model, serving
 
+pytestmark = pytest.mark.any_jax
+
 TEXT = {"model": "tiny", "prompt": "the quick brown fox", "max_tokens": 4}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}

@@ -5,6 +5,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.server_kit import EVERYTHING, SIMPLE, engine_of, httpx, served_model, serving
 
+pytestmark = pytest.mark.any_jax
+
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 
 ROUTES = (
