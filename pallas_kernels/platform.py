@@ -10,18 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    use_abstract_mesh,
-)
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from flexijax.pallas_kernels.placing import placed as placed
+from flexijax.pallas_kernels.placing import put as put
+from flexijax.pallas_kernels.placing import sharding as sharding
 
 JAX_VERSION = tuple(int(part) for part in re.findall(r"\d+", jax.__version__)[:3])
 
@@ -155,31 +151,6 @@ _PREFILL_SIZES = {"cpu": (256, 64, 2, 1), "gpu": (1024, 128, 7, 4)}
 def prefill_sizes() -> tuple[int, int, int, int]:
     """(chunk, tail, tails, key lengths): see `flexijax.cache.prefill_kv.PrefillSpec`."""
     return _PREFILL_SIZES[device_kind()]
-
-
-def sharding(memory_kind: str = "device") -> NamedSharding:
-    """A replicated sharding over the first device in `memory_kind` ("device", "pinned_host").
-
-    A NamedSharding, since abstract values keep their memory space only with one.
-    """
-    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
-    return NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
-
-
-def placed(tree: Any, memory_kind: str = "device") -> Any:
-    """The leaves as `jax.ShapeDtypeStruct`s that lie in `memory_kind`."""
-    where = sharding(memory_kind)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree
-    )
-
-
-def put(tree: Any) -> Any:
-    """The leaves on the device, placed as a program's results are, and as `placed` says.
-
-    A program that is called with what is placed otherwise is compiled once more.
-    """
-    return jax.device_put(tree, sharding())
 
 
 def float32_precision() -> lax.PrecisionLike:
