@@ -6,9 +6,12 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 
+from jax.sharding import Mesh
+
 from flexijax.config import CacheConfig
 from flexijax.engine.core import Answering, EngineCore
 from flexijax.engine.entry import new_entry
+from flexijax.engine.mesh import check_mesh, model_of
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import PrefillResult
 from flexijax.engine.program import BOUNDARY_STEPS, Program, Progress
@@ -35,12 +38,15 @@ def generate(
     stream: Callable[[int, str], None] | None = None,
     progress: Progress | None = None,
     max_batch: int | None = None,
+    mesh: Mesh | None = None,
 ) -> list[Generation]:
     """Continues every prompt; those that do not fit at once run in waves.
 
     prompts: texts, or token ids. max_new_tokens: each. cache: default `CacheConfig()`. sampling:
     one for all or one each; default greedy. stream: called with (index, piece of text). progress:
     called with (stage, done, total). max_batch: most requests decoded together.
+    mesh: of one axis, over whose devices the KV heads are divided; weights are moved there for this
+    call, an `Engine` keeps them there.
     Returns one `Generation` per prompt, in order. Where `cache.profile` is "auto" and was measured,
     pass the result's `profile` on to measure only once. Warns with `StaleProfileWarning` when the
     profile does not describe a text, see `profiles.staleness`.
@@ -53,6 +59,7 @@ def generate(
     requests = make_requests(lm, [prompts] if single else prompts, max_new_tokens, sampling)
     if max_batch is not None:
         max_batch = check_int("max_batch", max_batch, minimum=1)
+    mesh = check_mesh(lm, mesh)
     check_callable("stream", stream)
     check_callable("progress", progress)
     if not requests:
@@ -67,7 +74,9 @@ def generate(
         batch=_batch(len(requests), max_batch or MAX_BATCH),
         sampling=[r.sampling for r in requests],
         boundary_steps=BOUNDARY_STEPS,
+        mesh=mesh,
     )
+    lm = model_of(lm, program)
     results = run_requests(lm, program, requests, stream, cache, choice, progress=progress)
     _warn_if_stale(results)
     return results

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from flexijax.models.config import ModelConfig
-from flexijax.models.layers import Linear, RMSNorm, project, rope_tables, rotate
+from flexijax.models.layers import Linear, RMSNorm, over_devices, project, rope_tables, rotate
 
 Params: TypeAlias = Any
 # attention_fn(layer, q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], state)
@@ -114,11 +114,13 @@ class Layer(nnx.Module):
         state: Any,
         *,
         only: jax.Array | None = None,
+        axis: str | None = None,
     ) -> tuple[jax.Array, jax.Array, Any]:
         """x [B, T, D] -> (x, parts, state); with `only` named, of that token alone: [B, 1, D].
 
         parts: float32[S, B, T, D], what the layer adds to x, in parts that are added up with the
-        next norm: as given of the layer before, None for the first, as returned of this one.
+        next norm: as given of the layer before, None for the first, as returned of this one. axis:
+        see `Decoder`.
         """
         c = self.config
         x, normed = self.attention_norm.after_sum(x, parts)
@@ -131,9 +133,9 @@ class Layer(nnx.Module):
         out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim).astype(x.dtype)
         if only is not None:
             x, out = (lax.dynamic_slice_in_dim(each, only, 1, axis=1) for each in (x, out))
-        x, normed = self.mlp_norm.after_sum(x, self.out.parts(out))
+        x, normed = self.mlp_norm.after_sum(x, over_devices(self.out.parts(out), axis))
         gate, up = jnp.split(self.gate_up(normed), 2, axis=-1)
-        return x, self.down.parts(nnx.silu(gate) * up), state
+        return x, over_devices(self.down.parts(nnx.silu(gate) * up), axis), state
 
 
 class Embedding(nnx.Module):
@@ -214,9 +216,13 @@ class Decoder(DecoderLike):
     "lm_head": {"kernel"}}`, without lm_head where the embedding is the head: kernels [out, in], the
     embedding [V, D]. The layers are separate subtrees, and a step's layer loop is Python's, because
     a scan over stacked weights copies each layer's slice (3.5 times slower decode on a CPU).
+
+    axis: the name of a mesh's axis where this is one device's part of a model, see `shards.py`;
+    config is that of the part then.
     """
 
     config: ModelConfig
+    axis: str | None = None
 
     def embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         """See `DecoderLike.embed`."""
@@ -240,7 +246,7 @@ class Decoder(DecoderLike):
         """See `DecoderLike.layer`."""
         rope = rope_tables(positions, self.config)
         made = nnx.merge(_graphs(self.config)["layer"], weights)
-        x, parts, state = made(layer, x, None, rope, attention_fn, state, only=only)
+        x, parts, state = made(layer, x, None, rope, attention_fn, state, only=only, axis=self.axis)
         return x + parts.sum(0).astype(x.dtype), state
 
     def norm(self, params: Params, x: jax.Array) -> jax.Array:
@@ -264,7 +270,7 @@ class Decoder(DecoderLike):
         x, parts = self.embed(params, tokens), None
         for index, weights in enumerate(params["layers"]):
             layer = nnx.merge(graphs["layer"], weights)
-            x, parts, state = layer(index, x, parts, rope, attention_fn, state)
+            x, parts, state = layer(index, x, parts, rope, attention_fn, state, axis=self.axis)
         return nnx.merge(graphs["norm"], params["norm"]).after_sum(x, parts)[1], state
 
     def logits(self, params: Params, x: jax.Array) -> jax.Array:
@@ -272,7 +278,12 @@ class Decoder(DecoderLike):
         graphs = _graphs(self.config)
         if self.config.tie_embeddings:
             return nnx.merge(graphs["embed"], params["embed"]).attend(x)
-        return nnx.merge(graphs["lm_head"], params["lm_head"])(x)
+        scores = nnx.merge(graphs["lm_head"], params["lm_head"])(x)
+        if self.axis is None:
+            return scores
+        # Of each device those of some tokens, the last filled up.
+        every = lax.all_gather(scores, self.axis, axis=scores.ndim - 1, tiled=True)
+        return every[..., : self.config.vocab_size]
 
     def init(self, key: jax.Array, *, dtype: Any) -> Params:
         """Random params in dtype from one PRNG key, scaled so that activations stay near one."""

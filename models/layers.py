@@ -101,6 +101,11 @@ def _in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.transpose(1, 0, 2).reshape(*x.shape[:2], -1)
 
 
+def over_devices(parts: jax.Array, axis: str | None) -> jax.Array:
+    """Parts [S, ...] of a sum as one part, that of all devices of a mesh's axis; None: as it is."""
+    return parts if axis is None else jax.lax.psum(parts.sum(0), axis)[None]
+
+
 class Linear(nnx.Module):
     """y = x W^T (+ b), accumulated in float32, result in x's dtype."""
 

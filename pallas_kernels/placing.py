@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The mesh over whose devices arrays are placed in this context; None: the first device alone.
@@ -54,17 +55,43 @@ def put(tree: Any) -> Any:
     A program that is called with what is placed otherwise is compiled once more. Over a mesh each
     device has a copy.
     """
+    mesh = _mesh.get()
+    if mesh is not None and has_other_processes(mesh):
+        return jax.tree.map(lambda leaf: cut(np.asarray(leaf), None), tree)
     return jax.device_put(tree, sharding())
 
 
-def cut(array: np.ndarray, axis: int | None) -> jax.Array:
+def has_other_processes(mesh: Mesh) -> bool:
+    """Whether some of its devices are another process's."""
+    return len(mesh.local_devices) < mesh.size
+
+
+def from_first_process(array: np.ndarray) -> np.ndarray:
+    """Process 0's array, of the same shape and dtype in each; all processes must ask for it."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def fetched(tree: Any) -> Any:
+    """The leaves as NumPy arrays, those too of which other processes hold a part.
+
+    All processes must ask for those, and at the same time.
+    """
+
+    def fetch(leaf: jax.Array) -> Any:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return leaf
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(fetch, tree))
+
+
+def cut(array: np.ndarray, axis: int | None, memory_kind: str = "device") -> jax.Array:
     """An array of this machine over the devices of `over`, an equal part of `axis` on each.
 
     None: all of it on each. Each process has all of the array, and places what is its own.
     """
-    return jax.make_array_from_callback(
-        array.shape, sharding(axis=axis), lambda index: array[index]
-    )
+    where = sharding(memory_kind, axis)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def on_shards(

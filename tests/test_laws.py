@@ -205,7 +205,8 @@ def test_the_mover_is_given_promoted_pages_alone(cache, lm, monkeypatch):
         cache = after_steps(cache, [0], written, (standing,))
         for at, queries in enumerate(end.queries):
             layer = cache.layer(at, 0)
-            made, given = end_chunk(program.groups[at], layer, end.end, queries, jnp.int32(at))
+            of_layer = decode.BankEnd(end.end, queries)
+            made, given = end_chunk(program.groups[at], layer, of_layer, jnp.int32(at))
             named = sum(int((load >= 0).sum()) for load in given)
             assert len(given) == 1 and named == promoted(made) - promoted(layer)
             cache = cache.with_layer(at, 0, made)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.cache.layout import CacheSizes, GroupProgram
+from flexijax.cache.over_mesh import heads_in
 from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.filled import filled_pages, in_full_pages
 from flexijax.policies.base import PolicyState
@@ -63,6 +64,7 @@ class Chunk(ChunkEnd):
     queries: jax.Array | None  # [W, B, K, G, H], the group's last W; None where it wants none
 
 
+@heads_in(k=0, v=0, queries=1, observed=0)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:

@@ -13,9 +13,10 @@ from flexijax.cache.arrays import Step, replaced
 from flexijax.cache.banks import apart, by_block, by_row, side_by_side, together
 from flexijax.cache.cache import kind
 from flexijax.cache.layout import CacheLayout, GroupProgram, without_heads
+from flexijax.cache.spread import row_program, step_of
 from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.queries import HeadQueries
-from flexijax.pallas_kernels.stores import AnyStore, BankedStore, SlotStore
+from flexijax.pallas_kernels.stores import AnyStore, BankedStore, SlotStore, of_heads
 from flexijax.policies.base import HeadGroup, Policy
 
 
@@ -32,6 +33,7 @@ class DecodeState:
     # Of each layer done so far, of each group: the pages int32[B, K, n] that it attends to, or None
     # where it attends to all that it has.
     pages: tuple[tuple[jax.Array | None, ...], ...] = ()
+    shared: tuple[Any, ...] = ()  # head groups: what lies by block of layers that have places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,11 @@ class DecodeAttention:
             rows, k, v = jnp.split(kept, [heads, heads + shape.num_kv_heads], axis=1)
         grouped = rows.reshape(len(rows), shape.num_kv_heads, shape.group_size, shape.head_dim)
         groups, stores = self.layout.groups[layer], []
+        if groups[0].places:
+            made, state = self._over_places(layer, grouped, k, v, state)
+            pages = (*state.pages, (None,) * len(groups))
+            queries = (*state.queries, kept)
+            return made.reshape(q.shape), dataclasses.replace(state, queries=queries, pages=pages)
         for group, arrays in zip(groups, state.layers[layer], strict=True):
             program = GroupProgram(
                 sizes, without_heads(group), self.policy, self.implementation, None
@@ -99,6 +106,46 @@ class DecodeAttention:
             if chosen is not None
         }
         return jnp.stack([by_head[head] for head in heads], axis=1)
+
+    def _over_places(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, state: DecodeState
+    ) -> tuple[jax.Array, DecodeState]:
+        """As `__call__` of a layer whose groups have places: q [B, K, G, H] -> out alike.
+
+        Of the places that stand for one head all but one are empty, and what they give is 0.
+        """
+        out, layers, shared = jnp.zeros_like(q), [], []
+        parts = zip(self.layout.groups[layer], state.layers[layer], state.shared, strict=True)
+        for group, banks, pool in parts:
+            first, places = banks[0].first, len(group.heads)
+            assert first is not None
+            program = GroupProgram(
+                self.layout.sizes, without_heads(group), self.policy, self.implementation, None
+            )
+            program, step = row_program(program, places), step_of(first, state.step)
+
+            def rows(x: jax.Array, heads: tuple[int, ...] = group.heads) -> jax.Array:
+                return of_heads(x, heads).reshape(-1, 1, *x.shape[2:])
+
+            banks = tuple(together(bank, pool) for bank in banks)
+            store = _store(program, banks, (0,), rows(q)[:, 0], step, None)
+            of_group, [store], _ = dispatch.decode_attention(
+                rows(q),
+                rows(k),
+                rows(v),
+                (store,),
+                scale=program.sizes.shape.scale,
+                implementation=self.implementation,
+            )
+            made = _after_step(program.group, banks, store, step)
+            shared.append(dataclasses.replace(by_block(made[0]), first=None))
+            layers.append(tuple(map(by_row, made)))
+            before = group.heads[0]
+            around = (0, 0), (before, q.shape[1] - before - places), (0, 0), (0, 0)
+            out = out + jnp.pad(of_group.reshape(len(q), places, *q.shape[2:]), around)
+        return out, dataclasses.replace(
+            state, layers=replaced(state.layers, layer, tuple(layers)), shared=tuple(shared)
+        )
 
 
 def _store(

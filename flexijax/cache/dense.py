@@ -21,13 +21,14 @@ from flexijax.policies.base import PolicyState
 class DenseGroup:
     """Keys stand with the channel before the token: scoring them is one plain matrix product."""
 
-    BY_BLOCK: ClassVar[tuple[str, ...]] = ()
-    READ: ClassVar[tuple[str, ...]] = ()
+    BY_BLOCK: ClassVar[tuple[str, ...]] = ("first",)
+    READ: ClassVar[tuple[str, ...]] = ("first",)
     WRITTEN: ClassVar[tuple[str, ...]] = ("k", "v")
 
     k: jax.Array  # [B, K, H, P, page]
     v: jax.Array  # [B, K, P, page, H]
     state: PolicyState  # leaves [B, K, ...]
+    first: jax.Array | None = None  # int32[1, K], where it has places: see `spread.py`
 
 
 def empty(program: GroupProgram, heads: int) -> tuple[DenseGroup, None]:

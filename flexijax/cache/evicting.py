@@ -27,8 +27,8 @@ from flexijax.policies.base import PolicyState, Tokens
 class EvictingGroup:
     """T = S * page places a head; what stands at and beyond `count` is not read."""
 
-    BY_BLOCK: ClassVar[tuple[str, ...]] = ()
-    READ: ClassVar[tuple[str, ...]] = ()
+    BY_BLOCK: ClassVar[tuple[str, ...]] = ("first",)
+    READ: ClassVar[tuple[str, ...]] = ("first",)
     WRITTEN: ClassVar[tuple[str, ...]] = ("k", "v", "position", "count")
 
     k: jax.Array  # [B, K, H, S, page]
@@ -36,6 +36,7 @@ class EvictingGroup:
     position: jax.Array  # int32[B, K, T], of each token in the text
     count: jax.Array  # int32[B, K]
     state: PolicyState  # leaves [B, K, T, ...] of tokens, [B, K, ...] of heads
+    first: jax.Array | None = None  # int32[1, K], where it has places: see `spread.py`
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
+from flexijax.cache.head_split import LayerSplit
 from flexijax.models.config import AttentionShape
 from flexijax.policies.base import HeadGroup, Policy
 from flexijax.policies.page_score import PageScore, PageShape
@@ -59,10 +60,14 @@ class CacheSizes:
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """Sizes and, per layer, the head groups; hashable, so programs are compiled once per layout."""
+    """Sizes and, per layer, the head groups; hashable, so programs are compiled once per layout.
+
+    splits: where this is the layout of each shard of a mesh, which heads of the model each has.
+    """
 
     sizes: CacheSizes
     groups: tuple[tuple[HeadGroup, ...], ...]
+    splits: tuple[LayerSplit, ...] | None = None
 
     def of_rows(self, rows: int) -> CacheLayout:
         """The same of so many rows: what a program over some of the banks is compiled for."""

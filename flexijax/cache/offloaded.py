@@ -38,8 +38,8 @@ class RerankSchedule:
 class OffloadedGroup:
     """Keys stand with the channel before the token: scoring them is one plain matrix product."""
 
-    BY_BLOCK: ClassVar[tuple[str, ...]] = ("summaries",)
-    READ: ClassVar[tuple[str, ...]] = ("slot_page",)
+    BY_BLOCK: ClassVar[tuple[str, ...]] = ("summaries", "first")
+    READ: ClassVar[tuple[str, ...]] = ("slot_page", "first")
     WRITTEN: ClassVar[tuple[str, ...]] = ("k", "v")
 
     k: jax.Array  # [B, K, H, S, page]
@@ -48,6 +48,7 @@ class OffloadedGroup:
     summaries: Any  # leaves [blocks, K, ...]
     score_state: Any  # leaves [B, K, ...]
     schedule: RerankSchedule | None  # None: all are reranked after every chunk
+    first: jax.Array | None = None  # int32[1, K], where it has places: see `spread.py`
 
 
 def empty(program: GroupProgram, heads: int) -> tuple[OffloadedGroup, RerankStats]:

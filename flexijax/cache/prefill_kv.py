@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ from jax import lax
 from flexijax.cache.arrays import zeros
 from flexijax.cache.memory import nbytes
 from flexijax.cache.observe import observe_all
+from flexijax.cache.over_mesh import heads_in, made
 from flexijax.models.config import AttentionShape
-from flexijax.pallas_kernels import dispatch
+from flexijax.pallas_kernels import dispatch, placing
 from flexijax.policies.base import Policy, PolicyState
 
 
@@ -68,6 +71,7 @@ def pieces(spec: PrefillSpec, length: int, start: int = 0) -> Iterator[Piece]:
         start = end
 
 
+@heads_in(k=0, v=0, queries=1, observed=0)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillKV:
@@ -97,14 +101,18 @@ def room(tokens: int, *, chunk: int, tail: int, tails: int) -> int:
 
 
 def empty_prefill_kv(spec: PrefillSpec) -> PrefillKV:
-    """Room for one layer of a prompt of up to `spec.tokens` tokens."""
+    """Room for one layer of a prompt of up to `spec.tokens` tokens; over a mesh in shards."""
+    return made(_empty, spec)
+
+
+def _empty(spec: PrefillSpec) -> PrefillKV:
     shape = spec.shape
     heads, width = shape.num_kv_heads, shape.head_dim
     return PrefillKV(
         zeros((heads, width, spec.tokens), spec.dtype),
         zeros((heads, spec.tokens, width), spec.dtype),
         zeros((spec.window, heads, shape.group_size, width), spec.dtype),
-        nothing_observed(spec),
+        _nothing_observed(spec),
     )
 
 
@@ -113,12 +121,26 @@ def prefill_bytes(spec: PrefillSpec, *, width: int, layers: int = 1) -> int:
 
     width: bytes of what a token is between two layers. layers: of which keys and values are held.
     """
-    kv = jax.eval_shape(lambda: empty_prefill_kv(spec))
-    return spec.tokens * width + layers * nbytes(kv)
+    return spec.tokens * width + layers * nbytes(abstract_prefill_kv(spec))
+
+
+def abstract_prefill_kv(spec: PrefillSpec) -> PrefillKV:
+    """The shapes of `empty_prefill_kv`, of one shard where the spec is of one."""
+    with placing.over(None):
+        return jax.eval_shape(functools.partial(_empty, spec))
 
 
 def nothing_observed(spec: PrefillSpec) -> tuple[PolicyState, ...]:
     """What each observer knows of a layer before it has seen any query."""
+    return made(_observed_alone, spec).observed
+
+
+def _observed_alone(spec: PrefillSpec) -> PrefillKV:
+    nothing: Any = None
+    return PrefillKV(nothing, nothing, nothing, _nothing_observed(spec))
+
+
+def _nothing_observed(spec: PrefillSpec) -> tuple[PolicyState, ...]:
 
     def state(policy: Policy) -> PolicyState:
         return jax.tree.map(

@@ -22,6 +22,7 @@ from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import state_bytes
 from flexijax.cache.offloaded import OffloadedGroup
 from flexijax.cache.selected import SelectedGroup, scatter
+from flexijax.cache.spread import row_program
 from flexijax.cache.tiers import HostPages, promote
 
 
@@ -80,9 +81,22 @@ def refit_layer(
     groups, row = [], Row(at, block_table[at], lengths[at])
     for program, group, host in zip(programs, layer_cache.groups, layer_cache.host, strict=True):
         if program.group.score is not None:
-            group = _refitted(program, group, _full_pages(program, group, host, row), row)
+            group = _with_row(program, group, host, row)
         groups.append(group)
     return dataclasses.replace(layer_cache, groups=tuple(groups))
+
+
+def _with_row(program: GroupProgram, group: Any, host: HostPages | None, row: Row) -> Any:
+    if group.first is None:
+        return _refitted(program, group, _full_pages(program, group, host, row), row)
+    places = group.first.shape[1]
+    for place in range(places):
+        begins = group.first[0, place]
+        length = jnp.where(begins < 0, 0, row.length)
+        mine = Row(row.at * places + place, row.blocks + jnp.maximum(begins, 0), length)
+        rows = row_program(program, places)
+        group = _refitted(rows, group, _full_pages(rows, group, host, mine), mine)
+    return group
 
 
 def _refitted(program: GroupProgram, group: Any, k_pages: jax.Array, row: Row) -> Any:

@@ -21,14 +21,15 @@ from flexijax.policies.page_score import FilledPages, PageTable
 class SelectedGroup:
     """Pages lie by block, read through the block table."""
 
-    BY_BLOCK: ClassVar[tuple[str, ...]] = ("k", "v", "summaries")
-    READ: ClassVar[tuple[str, ...]] = ("summaries", "score_state")
+    BY_BLOCK: ClassVar[tuple[str, ...]] = ("k", "v", "summaries", "first")
+    READ: ClassVar[tuple[str, ...]] = ("summaries", "score_state", "first")
     WRITTEN: ClassVar[tuple[str, ...]] = ("k", "v")
 
     k: jax.Array  # [blocks, K, page, H]
     v: jax.Array  # [blocks, K, page, H]
     summaries: Any  # leaves [blocks, K, ...]
     score_state: Any  # leaves [B, K, ...]
+    first: jax.Array | None = None  # int32[1, K], where it has places: see `spread.py`
 
 
 def empty(program: GroupProgram, heads: int) -> tuple[SelectedGroup, None]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from flexijax.cache.layout import CacheSizes
-from flexijax.pallas_kernels import dispatch, dispatch_rerank, platform
+from flexijax.pallas_kernels import dispatch, dispatch_rerank, placing, platform
 from flexijax.pallas_kernels.filled import find_slots
 
 
@@ -29,11 +29,14 @@ class HostPages:
 
 
 def empty_host(sizes: CacheSizes, heads: int) -> HostPages:
-    """Host pages of so many heads, unwritten."""
-    where = platform.sharding("pinned_host")
+    """Host pages of so many heads, unwritten; over a mesh of so many a device, local to each."""
+    where, mesh = platform.sharding("pinned_host"), placing.current_mesh()
 
     def unwritten(page: jax.ShapeDtypeStruct) -> jax.Array:
         # NumPy's zeros take no memory until they are copied; jax cannot fill a host array itself.
+        if mesh is not None:
+            shape = (page.shape[0], page.shape[1] * mesh.size, *page.shape[2:])
+            return placing.cut(np.zeros(shape, page.dtype), 1, "pinned_host")
         return jax.device_put(np.zeros(page.shape, page.dtype), where)
 
     return jax.tree.map(unwritten, abstract_host(sizes, heads))

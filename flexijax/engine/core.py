@@ -11,7 +11,9 @@ from flexijax.engine.entry import Entry
 from flexijax.engine.execute import compile_calls
 from flexijax.engine.inventory import all_calls
 from flexijax.engine.measured import EngineTotals, metrics, no_metrics
+from flexijax.engine.mesh import of_several_processes
 from flexijax.engine.model_runner import ModelRunner
+from flexijax.engine.processes import Processes, reading_budget
 from flexijax.engine.program import Program, Progress
 from flexijax.engine.prompting import Prompting
 from flexijax.engine.sampling import Sampling
@@ -20,11 +22,9 @@ from flexijax.engine.sequence import Sequence
 from flexijax.engine.shared_prefixes import SharedPrefixes
 from flexijax.engine.stream import EngineError, Token
 from flexijax.models.language_model import LanguageModel
+from flexijax.pallas_kernels import placing
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.results import Generation
-
-# Seconds of reading after which others are looked at, where nothing decodes.
-_READING_S = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,7 @@ class EngineCore:
         self._prefixes = SharedPrefixes(program, enabled=prefix_caching)
         self.pool = self._prefixes.index
         self.entries: dict[int, Entry] = {}
+        self._processes = Processes(self.limits) if of_several_processes(program) else None
         self._reading: Prompting | None = None
         self._prefill_first = prefill_first
         self.totals = EngineTotals()
@@ -73,8 +74,9 @@ class EngineCore:
     def compile(self, sampling: Sampling) -> int:
         """Compiles all that requests with such `sampling` can come to run; how many programs."""
         self.runner.serve(sampling)
-        calls = all_calls(self.runner.program, self.lm.params)
-        return compile_calls(self.runner.runner, calls)
+        with placing.over(self.runner.program.mesh):
+            calls = all_calls(self.runner.program, self.lm.params)
+            return compile_calls(self.runner.runner, calls)
 
     def add(self, entry: Entry) -> None:
         """A request that waits from now on; its key is new."""
@@ -95,7 +97,8 @@ class EngineCore:
         if not self.entries:
             return False
         try:
-            self._boundary()
+            with placing.over(self.runner.program.mesh):
+                self._boundary()
         except Exception as error:
             self._fail(error)
         except BaseException as error:
@@ -120,6 +123,8 @@ class EngineCore:
         plan = schedule(
             State(requests=states, now=time.monotonic(), readings=readings), self.limits
         )
+        if self._processes is not None:
+            plan = self._processes.agreed(plan, {state.key: state for state in states})
         held = dict(self.entries)
         for state in apply(plan, states, self.pool, self.limits):
             held.pop(state.key)
@@ -184,8 +189,9 @@ class EngineCore:
         Returns the seconds that it took.
         """
         started = self.clock()
-        budget = decoded_s * share / (1 - share) if decoded_s else _READING_S
+        budget, processes, pieces = reading_budget(decoded_s, share), self._processes, 0
         while (reading := self._reading) is not None:
+            pieces += 1
             if self.runner.advance(reading):
                 self._reading = None
                 entry = next(e for e in self.entries.values() if e.sequence is reading.sequence)
@@ -193,8 +199,12 @@ class EngineCore:
                 self.totals.prompt_tokens += len(entry.request.tokens)
                 self._prefixes.remember(entry)
                 self._take(entry)
-            if self.clock() - started >= budget:
+            took = self.clock() - started
+            if took >= budget if processes is None else pieces >= processes.pieces:
                 break
+        if processes is not None:
+            processes.decoded(decoded_s)
+            processes.has_read(pieces, self.clock() - started)
         return self.clock() - started
 
     def _take(self, entry: Entry) -> None:

@@ -15,6 +15,7 @@ from flexijax.cache.banks import apart, by_block, by_row, only, side_by_side, to
 from flexijax.cache.cache import LayerCache, Standing, kind
 from flexijax.cache.decode_attention import DecodeAttention, DecodeState
 from flexijax.cache.layout import GroupProgram
+from flexijax.cache.over_mesh import heads_in
 from flexijax.engine.batch import BatchState, SampledTokens, nothing_sampled
 from flexijax.engine.program import Program
 from flexijax.engine.sampling import most_likely, sample, step_keys
@@ -25,11 +26,12 @@ from flexijax.pallas_kernels.filled import in_full_pages
 Queries: TypeAlias = tuple[tuple[jax.Array | None, ...], ...]
 
 
+@heads_in(queries=2)
 class BankEnd(NamedTuple):
     """What follows on some steps of a bank, where a chunk of its rows ends with them."""
 
     end: ChunkEnd
-    queries: Queries
+    queries: Any  # Queries, or those of one layer
 
 
 # Of each layer [..., B, M, H], see `DecodeAttention`; None where no group asks for queries.
@@ -39,11 +41,16 @@ _Kept: TypeAlias = tuple[jax.Array | None, ...]
 Groups: TypeAlias = tuple[tuple[Any, ...], ...]
 
 
+@heads_in(pools=1, banks=1, shared=1)
 class Held(NamedTuple):
-    """Head groups of a cache: what lies by block, and what lies by row of some of its banks."""
+    """Head groups of a cache: what lies by block, and what lies by row of some of its banks.
+
+    shared: what lies by block of all layers whose groups have places, see `cache.spread`.
+    """
 
     pools: Groups
     banks: tuple[Groups, ...]
+    shared: tuple[Any, ...] = ()
 
 
 def decode_steps(
@@ -152,21 +159,20 @@ def _bank_ends(
 def end_chunk_layer(
     programs: tuple[GroupProgram, ...],
     layer_cache: LayerCache,
-    end: ChunkEnd,
-    queries: tuple[jax.Array | None, ...],
+    of: BankEnd,
     layer: jax.Array,
 ) -> LayerCache:
     """What each head group of a layer does after R steps: offload, rerank, observe, evict.
 
-    layer_cache: donated. queries: of `decode_steps`. layer: int32[].
+    layer_cache: donated. of: of `decode_steps`, with the queries of this layer. layer: int32[].
     """
     groups, hosts, counts = [], [], []
     for program, group, host, stats, mine in zip(
-        programs, layer_cache.groups, layer_cache.host, layer_cache.stats, queries, strict=True
+        programs, layer_cache.groups, layer_cache.host, layer_cache.stats, of.queries, strict=True
     ):
         made = (group, host, stats)
         if kind(program.group).has_chunk_end(program):
-            chunk = Chunk(**vars(end), layer=layer, queries=mine)
+            chunk = Chunk(**vars(of.end), layer=layer, queries=mine)
             made = kind(program.group).end_chunk(program, group, host, stats, chunk)
         for parts, part in zip((groups, hosts, counts), made, strict=True):
             parts.append(part)
@@ -194,7 +200,8 @@ def _step(
     attention_fn = DecodeAttention(program.layout, program.policy, program.implementation)
     # One for all layers: each leaves it as it was.
     arrivals = jnp.zeros((len(tokens), program.layout.sizes.shape.num_kv_heads), jnp.int32)
-    state = DecodeState(_layers(seen, held), step, (), arrivals)
+    shared = tuple(map(together, seen.shared, held.shared))
+    state = DecodeState(_layers(seen, held), step, (), arrivals, shared)
     x, state = program.decoder.hidden(
         params, tokens[:, None], lengths[:, None], attention_fn, state
     )
@@ -202,7 +209,7 @@ def _step(
     for kept, count in zip(state.queries, _num_queries(program), strict=True):
         last.append(kept if count == 1 else None)
         every.append(kept if count > 1 else None)
-    made = _held(state.layers)
+    made = _held(state.layers, state.shared)
     return made, program.decoder.logits(params, x[:, 0]), (tuple(last), tuple(every))
 
 
@@ -223,7 +230,7 @@ def _layers(seen: Held, held: Held) -> tuple[tuple[tuple[Any, ...], ...], ...]:
     return tuple(layers)
 
 
-def _held(layers: tuple[tuple[tuple[Any, ...], ...], ...]) -> Held:
+def _held(layers: tuple[tuple[tuple[Any, ...], ...], ...], shared: tuple[Any, ...]) -> Held:
     """What has been written of them."""
 
     def written(bank: int, lies: Callable[[Any], Any]) -> Groups:
@@ -233,7 +240,8 @@ def _held(layers: tuple[tuple[tuple[Any, ...], ...], ...]) -> Held:
         )
 
     banks = range(len(layers[0][0]))
-    return Held(written(0, by_block), tuple(written(bank, by_row) for bank in banks))
+    pooled = tuple(by_block(only(group, group.WRITTEN)) for group in shared)
+    return Held(written(0, by_block), tuple(written(bank, by_row) for bank in banks), pooled)
 
 
 def _num_queries(program: Program) -> list[int]:

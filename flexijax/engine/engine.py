@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import cast
 
+from jax.sharding import Mesh
+
 from flexijax.config import CacheConfig
 from flexijax.engine.core import Answering, EngineCore
 from flexijax.engine.entry import Entry, new_entry
 from flexijax.engine.measured import EngineTotals
+from flexijax.engine.mesh import check_mesh, model_of
 from flexijax.engine.occupancy import Occupancy, occupancy
 from flexijax.engine.plan import find_profile, origin_of
 from flexijax.engine.plan_engine import make_engine_program
@@ -52,6 +55,7 @@ class Engine:
         prefix_caching: bool = True,
         prefill_first: bool = False,
         progress: Progress | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """Counts what fits; arrays are made when the first request comes.
 
@@ -64,12 +68,14 @@ class Engine:
         begin alike share what they begin with. prefill_first: whether everybody waits while a
         prompt is read, which makes the most tokens a second of prompts that are all there and the
         longest gaps; else reading takes at most half of the time while anything decodes. progress:
-        called with (stage, done, total).
+        called with (stage, done, total). mesh: of one axis, over whose devices the KV heads and the
+        weights are divided; device_bytes and host_bytes are of each device then.
         Raises ValueError naming the argument, with the arithmetic where not even one request fits.
         """
         cache = CacheConfig() if cache is None else cache
         check_cache(lm, cache)
         check_callable("progress", progress)
+        mesh = check_mesh(lm, mesh)
         max_requests = check_int("max_requests", max_requests, minimum=1)
         if max_context is None:
             max_context = lm.max_context
@@ -95,10 +101,11 @@ class Engine:
             device_bytes=device_bytes,
             host_bytes=host_bytes,
             boundary_steps=BOUNDARY_STEPS,
+            mesh=mesh,
         )
         answering = Answering(cache, profile, origin)
         self._core = EngineCore(
-            lm,
+            model_of(lm, program),
             program,
             answering,
             progress=progress,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from flexijax.cache.arrays import Prompt
 from flexijax.cache.banks import together
@@ -28,7 +29,7 @@ from flexijax.engine.inventory import ProgramCall, step_arrays
 from flexijax.engine.prefill import commit_layer, head_arrays, load_prefix
 from flexijax.engine.program import Program, Runner
 from flexijax.models.decoder import Params
-from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels import placing, platform
 
 
 class Place(NamedTuple):
@@ -60,7 +61,7 @@ def run_load_prefix(
 ) -> PrefillKV:
     """The tokens of a prompt that are in the cache already, of one layer; kv is donated."""
     heads = head_arrays(program.layout, layer)
-    args = (cache.pools[layer], heads, place.blocks, place.start, kv)
+    args = (cache.pool(layer), heads, place.blocks, place.start, kv)
     groups = program.groups[layer]
     return runner.run("prefix", load_prefix, groups, args, donate=(4,))
 
@@ -171,7 +172,10 @@ def after_steps(
     made = list(cache.banks)
     for bank, groups, stands in zip(banks, held.banks, standing, strict=True):
         made[bank] = Bank(_with_groups(made[bank].layers, groups), stands)
-    return Cache(_with_groups(cache.pools, held.pools), tuple(made))
+    shared = cache.shared
+    if shared is not None:
+        [shared] = _with_groups((shared,), (held.shared,))
+    return Cache(_with_groups(cache.pools, held.pools), tuple(made), shared)
 
 
 def _with_groups(layers: tuple[LayerCache, ...], groups: Groups) -> tuple[LayerCache, ...]:
@@ -184,14 +188,18 @@ def _with_groups(layers: tuple[LayerCache, ...], groups: Groups) -> tuple[LayerC
 def _end_chunk(runner: Runner, program: Program, cache: Cache, bank: int, of: BankEnd) -> Cache:
     """The cache, donated, after what the ends of a bank's chunks bring."""
     for layer in program.chunk_ends:
-        args = (cache.layer(layer, bank), of.end, of.queries[layer], as_index(layer))
+        args = (cache.layer(layer, bank), BankEnd(of.end, of.queries[layer]), as_index(layer))
         name = "end of a chunk"
         made = runner.run(name, end_chunk_layer, program.groups[layer], args, donate=(0,))
         cache = cache.with_layer(layer, bank, made)
     return cache
 
 
-@functools.lru_cache(maxsize=65536)
 def as_index(number: int) -> jax.Array:
     """int32[], placed as a program's results are: what differs in that is compiled twice."""
+    return _as_index(number, placing.current_mesh())
+
+
+@functools.lru_cache(maxsize=65536)
+def _as_index(number: int, mesh: Mesh | None) -> jax.Array:
     return platform.put(np.int32(number))

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from flexijax.cache.arrays import Prompt, chunk_end
 from flexijax.cache.banks import only
 from flexijax.cache.cache import Cache, LayerCache, Standing, abstract, keeps_all_by_block, kind
-from flexijax.cache.prefill_kv import empty_prefill_kv, last_pieces, pieces
+from flexijax.cache.over_mesh import placed
+from flexijax.cache.prefill_kv import abstract_prefill_kv, last_pieces, pieces
 from flexijax.cache.refit import refit_layer
 from flexijax.engine.batch import empty_batch
-from flexijax.engine.decode import Groups, Held, Queries, decode_steps, end_chunk_layer
+from flexijax.engine.decode import BankEnd, Groups, Held, Queries, decode_steps, end_chunk_layer
 from flexijax.engine.first_token import FirstToken, first_token
 from flexijax.engine.jit_cache import jitted
 from flexijax.engine.prefill import (
@@ -71,7 +72,7 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
     """
     spec, sizes = program.prefill_spec(), program.layout.sizes
     decoder, scalar = program.decoder, _like(jnp.int32)
-    kv = platform.placed(jax.eval_shape(lambda: empty_prefill_kv(spec)))
+    kv = placed(abstract_prefill_kv(spec))
     tokens = (params, _like(jnp.int32, spec.tokens))
     yield ProgramCall("prefill", embed_prompt, decoder, tokens)
     stream = platform.placed(jax.eval_shape(functools.partial(embed_prompt, decoder), *tokens))
@@ -88,7 +89,7 @@ def prompt_calls(program: Program, params: Params) -> Iterator[ProgramCall]:
         last_chunks.append(call)
     yield from _distinct(chunks)
     yield from _distinct(last_chunks)
-    cache, blocks = abstract(program.layout, program.policy), _like(jnp.int32, sizes.pages)
+    cache, blocks = _abstract_cache(program), _like(jnp.int32, sizes.pages)
     commits = []
     for layer, groups in enumerate(program.groups):
         observed = () if program.policy not in spec.observers else kv.observed[0]
@@ -108,12 +109,12 @@ def prefix_calls(program: Program) -> Iterator[ProgramCall]:
     """What it takes to go on from tokens that are in the cache, where they can be shared."""
     if not keeps_all_by_block(program.layout):
         return
-    cache, scalar = abstract(program.layout, program.policy), _like(jnp.int32)
-    kv = platform.placed(jax.eval_shape(lambda: empty_prefill_kv(program.prefill_spec())))
+    cache, scalar = _abstract_cache(program), _like(jnp.int32)
+    kv = placed(abstract_prefill_kv(program.prefill_spec()))
     blocks, calls = _like(jnp.int32, program.layout.sizes.pages), []
     for layer, groups in enumerate(program.groups):
         heads = platform.placed(head_arrays(program.layout, layer))
-        args = (cache.pools[layer], heads, blocks, scalar, kv)
+        args = (cache.pool(layer), heads, blocks, scalar, kv)
         calls.append(ProgramCall("prefix", load_prefix, groups, args, donate=(4,)))
     yield from _distinct(calls)
 
@@ -125,7 +126,7 @@ def decode_calls(
 
     rows: steps of so many only; None: of each of `Program.row_counts`.
     """
-    cache, sizes = abstract(program.layout, program.policy), program.layout.sizes
+    cache, sizes = _abstract_cache(program), program.layout.sizes
     [bank, *_] = cache.banks
     for count in program.row_counts if rows is None else (rows,):
         batch = platform.placed(jax.eval_shape(functools.partial(empty_batch, count)))
@@ -137,14 +138,13 @@ def decode_calls(
     flags = _like(jnp.bool_, sizes.bank_rows)
     at = (bank.standing.block_table, lengths, lengths, flags, flags)
     end = jax.eval_shape(functools.partial(chunk_end, sizes), *at)
-    end = platform.placed(end)
     yield from _distinct(
         [
             ProgramCall(
                 "end of a chunk",
                 end_chunk_layer,
                 program.groups[layer],
-                (cache.layer(layer, 0), end, queries[layer], _like(jnp.int32)),
+                (cache.layer(layer, 0), placed(BankEnd(end, queries[layer])), _like(jnp.int32)),
                 donate=(0,),
             )
             for layer in program.chunk_ends
@@ -163,7 +163,8 @@ def step_arrays(cache: Cache, banks: Sequence[int]) -> tuple[Held, Held, tuple[S
                 for layer in layers
             )
 
-        return Held(of(cache.pools), tuple(of(bank.layers) for bank in mine))
+        shared = () if cache.shared is None else of((cache.shared,))[0]
+        return Held(of(cache.pools), tuple(of(bank.layers) for bank in mine), shared)
 
     return held("READ"), held("WRITTEN"), tuple(bank.standing for bank in mine)
 
@@ -172,7 +173,7 @@ def refit_calls(program: Program) -> Iterator[ProgramCall]:
     """What fitting a request's score states anew takes, where it can come to that."""
     if program.refit_rule is None:
         return
-    cache = abstract(program.layout, program.policy)
+    cache = _abstract_cache(program)
     standing = cache.banks[0].standing
     row = (_like(jnp.int32), standing.block_table, standing.lengths)
     yield from _distinct(
@@ -181,6 +182,11 @@ def refit_calls(program: Program) -> Iterator[ProgramCall]:
             for layer, groups in enumerate(program.groups)
         ]
     )
+
+
+def _abstract_cache(program: Program) -> Cache:
+    cache = abstract(program.layout, program.policy)
+    return cache if program.mesh is None else placed(cache)
 
 
 def _abstract_queries(program: Program) -> Queries:

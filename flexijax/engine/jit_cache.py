@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
+from flexijax.cache.over_mesh import on_shards
 from flexijax.pallas_kernels import platform
 
 # Of the memory maps that Linux gives a process; see `make_room`.
@@ -29,25 +31,32 @@ running: contextvars.ContextVar[Compiling | None] = contextvars.ContextVar("runn
 _programs: OrderedDict[Any, Any] = OrderedDict()
 
 
-def jitted(function: Callable[..., Any], static: Any, donate: tuple[int, ...]) -> Any:
+def jitted(
+    function: Callable[..., Any], static: Any, donate: tuple[int, ...], mesh: Mesh | None = None
+) -> Any:
     """`jax.jit` of function(static, *args), the same object for the same static part.
 
-    static: hashable. donate: indices into args. What a report or a test compiles for another device
+    static: hashable. donate: indices into args. mesh: over whose devices it runs, each on its
+    shards; None: on one. What a report or a test compiles for another device
     comes from here too, so that it is what runs.
     """
-    key = (function, static, donate, platform.device_kind())
+    key = (function, static, donate, platform.device_kind(), mesh)
     if key not in _programs:
-        _programs[key] = _jit(function, static, donate)
+        _programs[key] = _jit(function, static, donate, mesh)
     _programs.move_to_end(key)
     return _programs[key]
 
 
-def _jit(function: Callable[..., Any], static: Any, donate: tuple[int, ...]) -> Any:
+def _jit(
+    function: Callable[..., Any], static: Any, donate: tuple[int, ...], mesh: Mesh | None
+) -> Any:
     # A function of its own each time, since jax keeps what it compiled for as long as that lives.
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
         if (runner := running.get()) is not None:
             runner.begin_compiling()
+        if mesh is not None:
+            return on_shards(functools.partial(function, static), mesh, args)
         return function(static, *args)
 
     return jax.jit(traced, donate_argnums=donate, compiler_options=platform.compiler_options())

@@ -100,7 +100,7 @@ def metrics(
     new_tokens: that the caller gets. profile: that was used, None where the policy asks for none;
     origin: in words, where it came from.
     """
-    request, layout = sequence.request, runner.program.layout
+    request, layout = sequence.request, runner.program.model_layout
     kept, stats = request_bytes(layout, sequence.held), runner.stats(sequence)
     page_bytes = layout.sizes.page_bytes
     reranked = [head for head in stats.heads if head.reranks]

@@ -45,7 +45,7 @@ class ModelRunner:
 
     def __init__(self, lm: LanguageModel, program: Program, *, progress: Progress | None) -> None:
         self.lm, self.program = lm, program
-        self.runner = Runner(progress)
+        self.runner = Runner(progress, program.mesh)
         sizes = program.layout.sizes
         # Made when the first request comes, since compiling takes memory that it then can have: for
         # SmolLM2 as much as the cache of 8 thousand tokens, and half of that is free again.

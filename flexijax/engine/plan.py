@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flexijax.cache.layout import CacheLayout, CacheSizes
 from flexijax.cache.memory import available_bytes, cache_bytes
 from flexijax.cache.prefill_kv import prefill_bytes
 from flexijax.config import CacheConfig
+from flexijax.engine.mesh import over_mesh, sharing_host
 from flexijax.engine.program import Program
 from flexijax.engine.sampling import METHODS, Sampling, method_of
 from flexijax.models.config import AttentionShape
@@ -31,6 +33,7 @@ def make_program(
     sampling: Sequence[Sampling] = (),
     boundary_steps: int | None = None,
     shared_reading: bool = False,
+    mesh: Mesh | None = None,
 ) -> Program:
     """The static part of a run: policy, and a layout of bucketed sizes that fits the memory.
 
@@ -38,6 +41,7 @@ def make_program(
     batch: requests wanted at once; fewer where memory is short.
     sampling: of the requests, by which the decode program is chosen. boundary_steps: see `Program`.
     shared_reading: whether all layers of a prompt are kept, to be committed to several caches.
+    mesh: over whose devices it runs; None: on one.
     A profile that is not measured yet ("auto") must have been, see `profiling.choose`.
     Raises ValueError when not even one request fits, or the profile is missing or of another model.
     """
@@ -57,7 +61,7 @@ def make_program(
         )
 
     def program(batch: int) -> Program:
-        return Program(
+        made = Program(
             lm.decoder,
             layout(batch),
             policy,
@@ -66,10 +70,11 @@ def make_program(
             sampling=max(map(method_of, sampling), key=METHODS.index, default=METHODS[0]),
             boundary_steps=boundary_steps,
         )
+        return over_mesh(made, mesh)
 
     layers = lm.attention.num_layers if shared_reading else 1
     batch = 1 << (batch - 1).bit_length()
-    while not _fits(needed := _needed(lm, made := program(batch), layers)):
+    while not _fits(needed := _needed(lm, made := program(batch), layers), sharing_host(made)):
         if batch == 1:
             raise ValueError(_too_little(needed, max_tokens))
         batch //= 2
@@ -188,12 +193,13 @@ def token_bytes(lm: LanguageModel) -> int:
     return x.shape[-1] * x.dtype.itemsize
 
 
-def _fits(needed: tuple[int, int]) -> bool:
+def _fits(needed: tuple[int, int], devices: int) -> bool:
+    """Whether so many devices of this machine have what each needs."""
     device, host = needed
     free_device, free_host = available_bytes()
     if free_device == free_host:  # one memory
-        return device + host <= 0.9 * free_device
-    return device <= 0.9 * free_device and host <= 0.9 * free_host
+        return devices * (device + host) <= 0.9 * free_device
+    return device <= 0.9 * free_device and devices * host <= 0.9 * free_host
 
 
 def _too_little(needed: tuple[int, int], max_tokens: int) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flexijax.cache.layout import CacheLayout
 from flexijax.cache.memory import available_bytes, cache_bytes
 from flexijax.cache.prefill_kv import prefill_bytes
 from flexijax.config import CacheConfig
 from flexijax.engine.byte_counts import byte_count, in_words
+from flexijax.engine.mesh import over_mesh, sharing_host
 from flexijax.engine.plan import find_profile, make_layout, token_bytes
 from flexijax.engine.pool_sizes import TierBytes, pool_sizes
 from flexijax.engine.program import Program
@@ -28,6 +30,7 @@ def make_engine_program(
     device_bytes: int | str | None,
     host_bytes: int | str | None,
     boundary_steps: int,
+    mesh: Mesh | None = None,
 ) -> Program:
     """The program of an engine; arguments as of `Engine`, which see.
 
@@ -35,7 +38,7 @@ def make_engine_program(
     machine has less than them.
     """
     profile = find_profile(lm, cache) if cache.find_policy().needs_profile else None
-    make = functools.partial(
+    make_whole = functools.partial(
         make_layout,
         cache,
         lm.attention,
@@ -47,19 +50,22 @@ def make_engine_program(
         bank=platform.bank_rows(cache.implementation, max_requests),
     )
 
-    def program(layout: CacheLayout) -> Program:
-        return Program(
+    def make(batch: int, blocks: int | None = None) -> Program:
+        program = Program(
             lm.decoder,
-            layout,
+            make_whole(batch=batch, blocks=blocks),
             cache.find_policy(),
             cache.implementation,
             cache.transfer,
             boundary_steps=boundary_steps,
         )
+        return over_mesh(program, mesh)
 
-    one = program(make(batch=1))
+    one = make(batch=1)
     reading = prefill_bytes(one.prefill_spec(), width=token_bytes(lm))
-    device, host = tier_bytes(make(batch=1, blocks=1), make(batch=2, blocks=1), one, reading)
+    device, host = tier_bytes(
+        make(batch=1, blocks=1).layout, make(batch=2, blocks=1).layout, one, reading
+    )
     pages = one.layout.sizes.pages
     most = max_requests * pages
     budgets = (
@@ -76,8 +82,9 @@ def make_engine_program(
         usual_context=usual_context,
         page_size=cache.page_size,
     )
-    _check_there_is(sizes.device_bytes, sizes.host_bytes)
-    return program(make(batch=sizes.rows, blocks=min(sizes.blocks, sizes.rows * pages)))
+    made = make(batch=sizes.rows, blocks=min(sizes.blocks, sizes.rows * pages))
+    _check_there_is(sizes.device_bytes, sizes.host_bytes, sharing_host(made))
+    return made
 
 
 def tier_bytes(
@@ -105,10 +112,15 @@ def _budget(name: str, given: int | str | None, otherwise: int) -> int:
     return otherwise if given is None else byte_count(name, given)
 
 
-def _check_there_is(device: int, host: int) -> None:
-    """Raises ValueError, with the arithmetic, where this machine has less than is asked for."""
+def _check_there_is(device: int, host: int, devices: int) -> None:
+    """Raises ValueError, with the arithmetic, where this machine has less than is asked for.
+
+    devices: of this machine, of which each is to have so much.
+    """
     free_device, free_host = available_bytes()
+    host *= devices
     if free_device == free_host:  # one memory
+        device *= devices
         if device + host > 0.9 * free_device:
             raise ValueError(
                 f"the engine would take {in_words(device)} for the device's tier and "

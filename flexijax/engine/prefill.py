@@ -132,6 +132,10 @@ def load_prefix(
         pages = lax.div(length, program.sizes.page_size)
         of_group = kind(program.group).read_pages(program, group, host, blocks, pages)
         room, rows = program.sizes.max_tokens, slice(None) if mine is None else mine
+        if group.first is not None:
+            there = (group.first[0] >= 0)[:, None, None]
+            known = (k[rows, :, :room], v[rows, :room])
+            of_group = tuple(jnp.where(there, *of) for of in zip(of_group, known, strict=True))
         k = k.at[rows, :, :room].set(of_group[0])
         v = v.at[rows, :room].set(of_group[1])
     return dataclasses.replace(kv, k=k, v=v)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+from jax.sharding import Mesh
 
 from flexijax.cache.cache import group_programs, kind
 from flexijax.cache.layout import CacheLayout, GroupProgram
@@ -55,7 +56,9 @@ class Program:
 
     suppress_ids: tokens that are never generated. sampling: what decode steps can do, see
     `sampling.METHODS`. alternatives: how many likeliest tokens they find. boundary_steps: at most
-    so many decode steps run at a time; None: whole chunks.
+    so many decode steps run at a time; None: whole chunks. mesh: over whose devices it runs;
+    decoder and layout are those of each device then, and whole is the layout of the model. None: on
+    one device.
     """
 
     decoder: DecoderLike
@@ -67,6 +70,8 @@ class Program:
     sampling: str = METHODS[0]
     alternatives: int = 0
     boundary_steps: int | None = None
+    mesh: Mesh | None = None
+    whole: CacheLayout | None = None
 
     @property
     def steps(self) -> int:
@@ -74,6 +79,11 @@ class Program:
         if self.boundary_steps is None or self.observes_chunks:
             return self.chunk_steps
         return largest_divisor(self.chunk_steps, self.boundary_steps)
+
+    @property
+    def model_layout(self) -> CacheLayout:
+        """The layout of all heads of the model, whoever has them."""
+        return self.layout if self.whole is None else self.whole
 
     def of_rows(self, rows: int) -> Program:
         """What decode steps of so many of its rows are compiled for."""
@@ -196,10 +206,11 @@ class Runner:
     """Runs jitted functions and counts what compiling them took.
 
     seconds: spent tracing and compiling. programs: how many were compiled. Executables are shared
-    by all instances, so a second call with the same shapes compiles nothing.
+    by all instances, so a second call with the same shapes compiles nothing. mesh: see `jitted`.
     """
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress | None, mesh: Mesh | None = None) -> None:
+        self.mesh = mesh
         self.seconds = 0.0
         self.programs = 0
         self.progress = progress
@@ -216,7 +227,7 @@ class Runner:
         donate: tuple[int, ...] = (),
     ) -> Any:
         """function(static, *args), compiled if need be. stage: for progress."""
-        return self._watched(stage, jitted(function, static, donate), args)
+        return self._watched(stage, jitted(function, static, donate, self.mesh), args)
 
     def compile(
         self,
@@ -227,7 +238,7 @@ class Runner:
         donate: tuple[int, ...] = (),
     ) -> jax.stages.Compiled:
         """Compiles what `run` would, which then need not; args: of shapes, where not there yet."""
-        program = jitted(function, static, donate)
+        program = jitted(function, static, donate, self.mesh)
         return self._watched(stage, lambda *args: program.lower(*args).compile(), args)
 
     def begin_compiling(self) -> None:

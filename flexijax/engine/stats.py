@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
-
 from flexijax.cache.cache import Cache
 from flexijax.cache.evicting import EvictionStats
 from flexijax.cache.layout import CacheLayout
 from flexijax.cache.offloaded import RerankStats
+from flexijax.cache.shard_layout import places_of
+from flexijax.pallas_kernels import placing
 
 
 class HeadStats(NamedTuple):
@@ -42,26 +42,28 @@ def sequence_stats(layout: CacheLayout, cache: Cache, *, row: int) -> SequenceSt
     bank, row = divmod(row, layout.sizes.bank_rows)
     mine = cache.banks[bank]
     counted = (mine.standing.chunks, [layer.stats for layer in mine.layers])
-    chunks, layers = jax.device_get(counted)
+    chunks, layers = placing.fetched(counted)
     promoted = offloaded = evicted = 0
     heads = []
-    for layer, at, group in layout.all_groups():
+    for layer, at, _ in layout.all_groups():
         stats = layers[layer][at]
-        if isinstance(stats, EvictionStats):
-            evicted += int(stats.evicted[row].sum())
-        if not isinstance(stats, RerankStats):
-            continue
-        promoted += int(stats.promoted[row].sum())
-        offloaded += int(stats.offloaded[row].sum())
-        heads += [
-            HeadStats(
-                layer,
-                head,
-                int(stats.reranks[row, index]),
-                float(stats.overlap[row, index]),
-                float(stats.rco[row, index]),
-                int(stats.choices[row, index]),
+        for head, place in places_of(layout, layer, at, row):
+            if isinstance(stats, EvictionStats):
+                evicted += int(stats.evicted[place])
+            if not isinstance(stats, RerankStats):
+                continue
+            promoted += int(stats.promoted[place])
+            offloaded += int(stats.offloaded[place])
+            heads.append(
+                HeadStats(
+                    layer,
+                    head,
+                    int(stats.reranks[place]),
+                    float(stats.overlap[place]),
+                    float(stats.rco[place]),
+                    int(stats.choices[place]),
+                )
             )
-            for index, head in enumerate(group.heads)
-        ]
+    if layout.splits is not None:
+        heads.sort(key=lambda head: head[:2])
     return SequenceStats(int(chunks[row]), promoted, offloaded, evicted, tuple(heads))

@@ -42,7 +42,8 @@ class HeadGroup:
     is generated fills the rest of the room; None fills all of it. schedule: each head is reranked
     in an interval of its own; None reranks all after every chunk of decode steps. source: an
     earlier layer, and of each head here the head there whose chosen pages it attends to; it has no
-    score then.
+    score then. places: not for policies: of a group that shards of a mesh hold different numbers
+    of, see `cache/spread.py`.
 
     | ladder | unit | attends | kept as |
     |---|---|---|---|
@@ -62,6 +63,7 @@ class HeadGroup:
     prompt_room: int | None = None
     schedule: Adaptive | None = None
     source: tuple[int, tuple[int, ...]] | None = None
+    places: int = 0
 
     def __post_init__(self) -> None:
         if list(self.heads) != sorted(set(self.heads)) or min(self.heads, default=0) < 0:
