@@ -85,6 +85,14 @@ def param_axis(path: Sequence[Any]) -> int | None:
     return _CUT.get(keys[-2:])
 
 
+def shard_bytes(params: Params, shards: int) -> int:
+    """Bytes of one device's part of a whole model's weights, but for what fills up parts."""
+    return sum(
+        leaf.nbytes // (1 if param_axis(path) is None else shards)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    )
+
+
 def _equal_parts(path: Sequence[Any], leaf: jax.Array, count: int) -> jax.Array:
     """A weight outside of the layers over the devices."""
     axis, whole = param_axis(path), np.asarray(leaf)

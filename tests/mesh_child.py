@@ -7,6 +7,7 @@ a number.
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -14,15 +15,19 @@ import sys
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 import flexijax
+from flexijax.cache.over_mesh import on_shards
 from flexijax.cache.selected import SelectedGroup
 from flexijax.engine import model_runner
 from flexijax.engine.jit_cache import jitted
 from flexijax.engine.program import Runner
-from flexijax.pallas_kernels import platform
+from flexijax.models.dense import dense_attend
+from flexijax.models.shards import shard_decoder, shard_params
+from flexijax.pallas_kernels import placing, platform
 from flexijax.policies.flexi import Flexi
 from flexijax.policies.sketch import Sketch
 from tests.tiny_models import tiny_model
@@ -158,6 +163,28 @@ def of_smollm2(lm, policy, mesh):
     return {"answers": [answer_of(made)]}
 
 
+def of_models(lm, policy, mesh):
+    """Of a tiny model of each kind, how far logits of whole texts are from those of one device."""
+    heads, errors = [[(1,), (0,)], [(0,), (1,)]], {}
+    for name in ("llama", "llama-tied", "qwen2", "qwen3"):
+        lm = tiny_model(name, intermediate_size=81)
+        config, local = lm.decoder.config, shard_decoder(lm.decoder, 2, "heads")
+        with placing.over(mesh):
+            params = shard_params(config, lm.params, heads)
+        alone = jax.jit(functools.partial(dense_logits, lm.decoder))(lm.params)
+        of_part = functools.partial(dense_logits, local)
+        several = jax.jit(lambda params, of=of_part: on_shards(of, mesh, (params,)))(params)
+        errors[name] = [float(abs(alone - several).max()), float(abs(alone).max())]
+    return {"errors": errors}
+
+
+def dense_logits(decoder, params):
+    tokens = jnp.asarray([prompt_of(20)])
+    positions = jnp.arange(20)[None]
+    attention_fn = dense_attend(decoder.config.attention_shape)
+    return decoder.logits(params, decoder.hidden(params, tokens, positions, attention_fn, None)[0])
+
+
 def main(cases):
     platform._PREFILL_SIZES = {"cpu": (32, 8, 1), "gpu": (32, 8, 4)}
     lm, found = model(), []
@@ -166,6 +193,7 @@ def main(cases):
         model_runner.Runner = Watched if case.get("watched") else Runner
         run = of_engine if case.get("engine") else of_generate
         run = of_smollm2 if case.get("real") else run
+        run = of_models if case["policy"] == "dense" else run
         made = run(lm, case["policy"], mesh_of(case["devices"]))
         found.append({**case, **made, "programs": Watched.found})
     print(json.dumps(found))

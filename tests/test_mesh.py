@@ -33,6 +33,7 @@ CASES = [
     {"policy": "full", "devices": 4, "watched": True},
     {"policy": "h2o", "devices": 1},
     {"policy": "h2o", "devices": 2, "watched": True},
+    {"policy": "dense", "devices": 2},
 ]
 
 
@@ -79,7 +80,11 @@ def found():
     return {(case["policy"], case["devices"]): case for case in cases}
 
 
-SEVERAL = [(case["policy"], case["devices"]) for case in CASES if case["devices"] > 1]
+SEVERAL = [
+    (case["policy"], case["devices"])
+    for case in CASES
+    if case["devices"] > 1 and case["policy"] != "dense"
+]
 WATCHED = [(case["policy"], case["devices"]) for case in CASES if case.get("watched")]
 
 
@@ -98,6 +103,13 @@ def test_tokens_and_moves_are_those_of_one_device(policy, devices, found):
 
 def _numbers(value):
     return np.array(value, float)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3"])
+def test_logits_are_those_of_one_device_whoever_has_which_heads(name, found):
+    """With biases and norms of heads, an MLP and a head that two do not divide."""
+    error, size = found["dense", 2]["errors"][name]
+    assert error < 1e-5 * size
 
 
 @pytest.mark.parametrize(("policy", "devices"), WATCHED)

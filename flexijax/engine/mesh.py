@@ -10,7 +10,7 @@ from flexijax.cache.shard_layout import shard_layout
 from flexijax.engine.program import Program
 from flexijax.models.decoder import Decoder
 from flexijax.models.language_model import LanguageModel
-from flexijax.models.shards import shard_decoder, shard_params
+from flexijax.models.shards import shard_bytes, shard_decoder, shard_params
 from flexijax.pallas_kernels import placing
 
 
@@ -61,6 +61,11 @@ def model_of(lm: LanguageModel, program: Program) -> LanguageModel:
     with placing.over(program.mesh):
         params = shard_params(lm.decoder.config, lm.params, heads)
     return dataclasses.replace(lm, params=params)
+
+
+def weight_bytes(lm: LanguageModel, program: Program) -> int:
+    """Of each device, what `model_of` is still to bring there: 0 without a mesh."""
+    return 0 if program.mesh is None else shard_bytes(lm.params, program.mesh.size)
 
 
 def of_several_processes(program: Program) -> bool:

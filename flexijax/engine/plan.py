@@ -12,7 +12,7 @@ from flexijax.cache.layout import CacheLayout, CacheSizes
 from flexijax.cache.memory import available_bytes, cache_bytes
 from flexijax.cache.prefill_kv import prefill_bytes
 from flexijax.config import CacheConfig
-from flexijax.engine.mesh import over_mesh, sharing_host
+from flexijax.engine.mesh import over_mesh, sharing_host, weight_bytes
 from flexijax.engine.program import Program
 from flexijax.engine.sampling import METHODS, Sampling, method_of
 from flexijax.models.config import AttentionShape
@@ -182,6 +182,7 @@ def bucket(pages: int) -> int:
 def _needed(lm: LanguageModel, program: Program, layers: int) -> tuple[int, int]:
     """(device bytes, host bytes) of a cache and a prompt of which so many layers are held."""
     device, host = cache_bytes(program.layout, program.policy)
+    device += weight_bytes(lm, program)
     width = token_bytes(lm)
     return device + prefill_bytes(program.prefill_spec(), width=width, layers=layers), host
 

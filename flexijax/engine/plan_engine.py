@@ -12,7 +12,7 @@ from flexijax.cache.memory import available_bytes, cache_bytes
 from flexijax.cache.prefill_kv import prefill_bytes
 from flexijax.config import CacheConfig
 from flexijax.engine.byte_counts import byte_count, in_words
-from flexijax.engine.mesh import over_mesh, sharing_host
+from flexijax.engine.mesh import over_mesh, sharing_host, weight_bytes
 from flexijax.engine.plan import find_profile, make_layout, token_bytes
 from flexijax.engine.pool_sizes import TierBytes, pool_sizes
 from flexijax.engine.program import Program
@@ -83,7 +83,8 @@ def make_engine_program(
         page_size=cache.page_size,
     )
     made = make(batch=sizes.rows, blocks=min(sizes.blocks, sizes.rows * pages))
-    _check_there_is(sizes.device_bytes, sizes.host_bytes, sharing_host(made))
+    device_bytes = sizes.device_bytes + weight_bytes(lm, made)
+    _check_there_is(device_bytes, sizes.host_bytes, sharing_host(made))
     return made
 
 
