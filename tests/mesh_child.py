@@ -25,6 +25,7 @@ from flexijax.cache.selected import SelectedGroup
 from flexijax.engine import model_runner
 from flexijax.engine.jit_cache import jitted
 from flexijax.engine.program import Runner
+from flexijax.models.decoder import Decoder
 from flexijax.models.dense import dense_attend
 from flexijax.models.shards import shard_decoder, shard_params
 from flexijax.pallas_kernels import placing, platform
@@ -168,6 +169,7 @@ def of_models(lm, policy, mesh):
     heads, errors = [[(1,), (0,)], [(0,), (1,)]], {}
     for name in ("llama", "llama-tied", "qwen2", "qwen3"):
         lm = tiny_model(name, intermediate_size=81)
+        assert isinstance(lm.decoder, Decoder)
         config, local = lm.decoder.config, shard_decoder(lm.decoder, 2, "heads")
         with placing.over(mesh):
             params = shard_params(config, lm.params, heads)
