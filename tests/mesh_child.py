@@ -188,7 +188,7 @@ def dense_logits(decoder, params):
 
 
 def main(cases):
-    platform._PREFILL_SIZES = {"cpu": (32, 8, 1), "gpu": (32, 8, 4)}
+    platform._PREFILL_SIZES = {"cpu": (32, 8, 3, 1), "gpu": (32, 8, 3, 4)}
     lm, found = model(), []
     for case in cases:
         Watched.found, Watched.seen = [], set()

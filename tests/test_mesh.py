@@ -19,6 +19,7 @@ from flexijax.engine.plan import make_layout
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels import placing
 from flexijax.policies.base import HeadGroup, Policy, Tier
+from flexijax.policies.index_cache import IndexCache
 from tests import mesh_child
 from tests.conftest import REPOSITORY
 from tests.test_head_split import PUBLISHED
@@ -248,6 +249,36 @@ def test_groups_that_cannot_be_divided_are_refused_with_the_reason():
     config = flexijax.CacheConfig(policy=InThree(), page_size=4, budget_tokens=16)
     with pytest.raises(ValueError, match=r"3 groups of \[1, 1, 2\], which 2 shards cannot"):
         flexijax.Engine(lm, cache=config, mesh=mesh)
+
+
+def test_what_heads_of_other_devices_would_be_asked_for_is_refused():
+    lm = tiny_model(num_kv_heads=4, num_heads=4)
+    mesh = Mesh(np.array([*jax.devices()[:1]] * 2), ("heads",))
+    with pytest.raises(ValueError, match="policy='compresskv' ranks .* by what all heads of its"):
+        flexijax.Engine(lm, cache=small_cache("compresskv"), mesh=mesh)
+    crossed = IndexCache(choosing=(0,), heads=((), (3, 2, 1, 0)))
+    with pytest.raises(ValueError, match="heads of layer 1 attend to pages that heads of layer 0"):
+        flexijax.Engine(lm, cache=small_cache(crossed), mesh=mesh)
+
+
+def test_heads_of_one_device_may_take_pages_from_each_other():
+    lm = tiny_model(num_kv_heads=4, num_heads=4)
+    policy = IndexCache(choosing=(0,), heads=((), (1, 0, 3, 2)))
+    whole = make_layout(
+        small_cache(policy),
+        lm.attention,
+        profile=None,
+        dtype="float32",
+        max_tokens=64,
+        max_new_tokens=16,
+        batch=1,
+    )
+    [_, [group]] = shard_layout(whole, 2).groups
+    assert group.source == (0, (1, 0)) and group.heads == (0, 1)
+
+
+def small_cache(policy):
+    return flexijax.CacheConfig(policy=policy, page_size=4, budget_tokens=16)
 
 
 def test_outside_of_a_mesh_arrays_lie_on_one_device():

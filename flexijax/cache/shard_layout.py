@@ -38,11 +38,39 @@ def shard_layout(whole: CacheLayout, shards: int) -> CacheLayout:
     return CacheLayout(
         dataclasses.replace(whole.sizes, shape=shape),
         tuple(
-            _groups(groups, split, [0, 0] if split.even else places)
-            for groups, split in zip(whole.groups, splits, strict=True)
+            tuple(
+                _with_source(group, of_model, layer, splits)
+                for group, of_model in zip(
+                    _groups(groups, split, [0, 0] if split.even else places), groups, strict=True
+                )
+            )
+            for layer, (groups, split) in enumerate(zip(whole.groups, splits, strict=True))
         ),
         splits,
     )
+
+
+def _with_source(
+    group: HeadGroup, of_model: HeadGroup, layer: int, splits: tuple[LayerSplit, ...]
+) -> HeadGroup:
+    """The group of a shard, whose source names heads of the shard too; of_model: of all heads.
+
+    Raises ValueError where some of its heads take pages from a head of another shard.
+    """
+    if of_model.source is None:
+        return group
+    of, heads = of_model.source
+    takes, found = dict(zip(of_model.heads, heads, strict=True)), set()
+    if splits[layer].even and splits[of].even:
+        for mine, theirs in zip(splits[layer].heads, splits[of].heads, strict=True):
+            wanted = [takes[mine[head]] for head in group.heads]
+            found.add(tuple(map(theirs.index, wanted)) if set(wanted) <= set(theirs) else None)
+    if len(found) != 1 or None in found:
+        raise ValueError(
+            f"heads of layer {layer} attend to pages that heads of layer {of} choose, and "
+            f"{len(splits[of].heads)} devices of mesh do not all have both: leave mesh out"
+        )
+    return dataclasses.replace(group, source=(of, *found))
 
 
 def _groups(

@@ -201,7 +201,7 @@ def _step(
     # One for all layers: each leaves it as it was.
     arrivals = jnp.zeros((len(tokens), program.layout.sizes.shape.num_kv_heads), jnp.int32)
     shared = tuple(map(together, seen.shared, held.shared))
-    state = DecodeState(_layers(seen, held), step, (), arrivals, shared)
+    state = DecodeState(_layers(seen, held), step, (), arrivals, shared=shared)
     x, state = program.decoder.hidden(
         params, tokens[:, None], lengths[:, None], attention_fn, state
     )

@@ -12,6 +12,7 @@ from flexijax.models.decoder import Decoder
 from flexijax.models.language_model import LanguageModel
 from flexijax.models.shards import shard_bytes, shard_decoder, shard_params
 from flexijax.pallas_kernels import placing
+from flexijax.policies.base import Policy
 
 
 def check_mesh(lm: LanguageModel, mesh: Mesh | None) -> Mesh | None:
@@ -39,6 +40,12 @@ def over_mesh(program: Program, mesh: Mesh | None) -> Program:
     """
     if mesh is None:
         return program
+    policy = program.policy
+    if type(policy).across_heads is not Policy.across_heads:
+        raise ValueError(
+            f"policy={policy.name!r} ranks a head's tokens by what all heads of its layer saw, and "
+            "over mesh each device has some of them: leave mesh out, or use another policy"
+        )
     return dataclasses.replace(
         program,
         decoder=shard_decoder(program.decoder, mesh.size, mesh.axis_names[0]),

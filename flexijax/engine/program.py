@@ -97,7 +97,7 @@ class Program:
         if any(group.prompt_room is not None for *_, group in layout.all_groups()):
             layout = dataclasses.replace(layout, groups=_without_prompt_rooms(layout.groups))
         policy = _Steps(self.policy.observes_decode, self.policy.sink_pages)
-        return dataclasses.replace(self, layout=layout, policy=policy)
+        return dataclasses.replace(self, layout=layout, policy=policy, whole=None)
 
     @functools.cached_property
     def row_counts(self) -> tuple[int, ...]:
