@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from jax.sharding import Mesh
 
 from flexijax.config import CacheConfig
-from flexijax.engine.core import Answering, EngineCore
+from flexijax.engine.core import EngineCore
 from flexijax.engine.entry import new_entry
+from flexijax.engine.measured import Answering
 from flexijax.engine.mesh import check_mesh, model_of
 from flexijax.engine.plan import make_program
 from flexijax.engine.prefiller import PrefillResult

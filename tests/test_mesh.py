@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 import flexijax
+from flexijax.cache.memory import cache_bytes
 from flexijax.cache.shard_layout import shard_layout
 from flexijax.engine.plan import make_layout
 from flexijax.models.config import AttentionShape
@@ -196,6 +197,10 @@ def test_a_published_profile_takes_no_more_bytes_over_shards(name, shards):
         batch=1,
     )
     local = shard_layout(whole, shards)
+    host = [
+        cache_bytes(layout, flexijax.CacheConfig().find_policy())[1] for layout in (local, whole)
+    ]
+    assert shards * host[0] == host[1] > 0
     for kind in ("selected", "offloaded"):
         uneven = {of.places for *_, of in local.all_groups() if of.kind == kind and of.places}
         assert len(uneven) <= 1

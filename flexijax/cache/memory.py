@@ -35,7 +35,7 @@ class RequestBytes:
 def cache_bytes(layout: CacheLayout, policy: Policy) -> tuple[int, int]:
     """(device bytes, host bytes) of the arrays of a whole cache."""
     cache = abstract(layout, policy)
-    host = nbytes([layer.host for layer in cache.pools])
+    host = nbytes([layer.host for layer in cache.all_pools])
     return nbytes(cache) - host, host
 
 

@@ -58,6 +58,11 @@ class Cache:
     banks: tuple[Bank, ...]
     shared: LayerCache | None = None
 
+    @property
+    def all_pools(self) -> tuple[LayerCache, ...]:
+        """What lies by block, each array once."""
+        return self.pools if self.shared is None else (*self.pools, self.shared)
+
     def pool(self, layer: int) -> LayerCache:
         """What lies by block of one layer, shared with others or not."""
         mine = self.pools[layer]

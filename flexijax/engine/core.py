@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from flexijax.config import CacheConfig
 from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, State, apply
 from flexijax.engine.entry import Entry
 from flexijax.engine.execute import compile_calls
 from flexijax.engine.inventory import all_calls
-from flexijax.engine.measured import EngineTotals, metrics, no_metrics
+from flexijax.engine.measured import Answering, EngineTotals, metrics, no_metrics
 from flexijax.engine.mesh import of_several_processes
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.processes import Processes, reading_budget
@@ -23,17 +22,7 @@ from flexijax.engine.shared_prefixes import SharedPrefixes
 from flexijax.engine.stream import EngineError, Token
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import placing
-from flexijax.profiles.head_profile import HeadProfile
 from flexijax.results import Generation
-
-
-@dataclasses.dataclass(frozen=True)
-class Answering:
-    """What all requests of an engine are answered with. origin: in words, of the profile."""
-
-    cache: CacheConfig
-    profile: HeadProfile | None = None
-    origin: str | None = None
 
 
 class EngineCore:

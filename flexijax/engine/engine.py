@@ -13,9 +13,9 @@ from typing import cast
 from jax.sharding import Mesh
 
 from flexijax.config import CacheConfig
-from flexijax.engine.core import Answering, EngineCore
+from flexijax.engine.core import EngineCore
 from flexijax.engine.entry import Entry, new_entry
-from flexijax.engine.measured import EngineTotals
+from flexijax.engine.measured import Answering, EngineTotals
 from flexijax.engine.mesh import check_mesh, model_of
 from flexijax.engine.occupancy import Occupancy, occupancy
 from flexijax.engine.plan import find_profile, origin_of

@@ -16,6 +16,15 @@ from flexijax.profiles.staleness import HeadStability, ProfileFit, profile_fit
 from flexijax.results import Metrics
 
 
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """What all requests of an engine are answered with. origin: in words, of the profile."""
+
+    cache: CacheConfig
+    profile: HeadProfile | None = None
+    origin: str | None = None
+
+
 @dataclasses.dataclass
 class Times:
     """When a request's tokens came; seconds of `clock`, which leaves out what compiling took."""

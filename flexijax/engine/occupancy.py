@@ -20,7 +20,8 @@ class Occupancy:
 
     waiting, reading, running, paused: requests. blocks: of the pools;
     used_blocks: that requests hold; cached_blocks: whose tokens are known, held or not.
-    device_bytes, host_bytes: of the arrays of each tier; of them what requests fill: device_used,
+    device_bytes, host_bytes: of the arrays of each tier, over a mesh those of each device; of them
+    what requests fill: device_used,
     host_used, of what prompts share counted once. promoted_bytes, offloaded_bytes, evicted_tokens:
     so far, of requests that ended and of those that run. overlap: of the pages that those that run
     have chosen at reranks, the share that was on the device already; None before the first rerank.
@@ -106,7 +107,7 @@ class _Sizes:
 
 @functools.lru_cache(maxsize=8)
 def _sizes(layout: CacheLayout, policy: Policy) -> _Sizes:
-    pools, blocks = abstract(layout, policy).pools, layout.sizes.blocks
+    pools, blocks = abstract(layout, policy).all_pools, layout.sizes.blocks
     device, host = cache_bytes(layout, policy)
     by_block = nbytes([layer.groups for layer in pools])
     return _Sizes(device, host, by_block // blocks, host // blocks)
