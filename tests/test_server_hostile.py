@@ -92,6 +92,22 @@ def test_half_written_requests_hold_nothing_up(served, expected):
     served.quiet()
 
 
+def test_what_does_not_go_on_is_closed(served, monkeypatch, expected):
+    """A head that does not end without an answer, since nobody has asked; a body with one."""
+    monkeypatch.setattr("flexijax.server.serving._HEAD_S", 0.2)
+    monkeypatch.setattr("flexijax.server.gate._BODY_S", 0.2)
+    whole = raw(ask(5))
+    for cut in (0, 20):
+        with connect(served) as one:
+            one.sendall(whole[:cut])
+            assert one.recv(100) == b""
+    with connect(served) as one:
+        one.sendall(whole[:-1])
+        answer = one.recv(10_000)
+        assert answer.startswith(b"HTTP/1.1 408") and b"within 0 seconds" in answer
+    same(served, expected)
+
+
 def test_no_http_at_all(served, expected):
     for content in (b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\r\n" * 50, b"A" * 100_000):
         with connect(served) as one:
