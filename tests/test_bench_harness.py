@@ -52,7 +52,7 @@ def test_likelihoods_are_the_dense_models_where_all_is_kept(lm):
 
 
 def test_texts_are_cut_at_their_ends(lm):
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     from bench.harness.adapter import FlexijaxLM
 
