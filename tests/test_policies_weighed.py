@@ -23,7 +23,7 @@ from tests.policy_cases import SCALE, evicting, make_tokens, make_window, random
 ROOM, STEPS = 20, 24
 CASES = {
     "a2sf": (A2SF(forgetting=0.8, recent=5), judges.A2SFJudge),
-    "morphkv sum": (MorphKV(window=6), judges.MorphKVJudge),
+    "morphkv sum": (MorphKV(window=11), judges.MorphKVJudge),
     "morphkv max": (MorphKV(window=3, fuse="max"), judges.MorphKVJudge),
     "lazy_eviction": (LazyEviction(threshold=0.1, recent=4), judges.LazyEvictionJudge),
     "treekv": (TreeKV(sinks=2, window=9), judges.TreeKVJudge),
