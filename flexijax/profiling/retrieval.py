@@ -42,7 +42,7 @@ class RetrievalScores:
         for scores, share in ((self.induction, induction), (self.echo, echo)):
             order = np.argsort(-scores, axis=None, kind="stable")
             best[order[: math.ceil(share * scores.size)]] = True
-        grouped = best.reshape(len(self.echo), self.num_kv_heads, -1).any(axis=2)
+        grouped = best.reshape(len(self.echo), self.num_kv_heads, -1).max(axis=2)
         return tuple(tuple(np.flatnonzero(grouped[at]).tolist()) for at in range(len(grouped)))
 
 
