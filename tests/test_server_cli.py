@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--tensor-parallel-size", "2"], "one device"),
+        (["--tensor-parallel-size", "2"], "must be 1 to 1"),
+        (["--tensor-parallel-size", "0"], "must be 1 to 1"),
         (["--max-num-batched-tokens", "512"], "depend on the prompt alone"),
         (["--profile", "auto"], "flexijax profile"),
         (["--port", "70000"], "65535"),
@@ -61,19 +62,21 @@ def test_a_missing_extra_is_named(folder, capsys, monkeypatch):
 
 
 def test_a_signal_lets_requests_end(folder, tmp_path):
-    """The whole command: it serves, and on SIGTERM in the middle of an answer it goes on to the
-    end of it and then ends with 0."""
+    """The whole command, over two devices: it serves, and on SIGTERM in the middle of an answer it
+    goes on to the end of it and then ends with 0."""
     report = tmp_path / "totals.json"
     template = tmp_path / "short.jinja"
     template.write_text("{{ messages[0].content }}!")
     arguments = ["--model", str(folder), "--port", "0", "--policy", "full", "--page-size", "4"]
     arguments += ["--max-model-len", "256", "--max-num-seqs", "2", "--json", str(report)]
     arguments += ["--served-model-name", "tiny", "--chat-template", str(template)]
+    arguments += ["--tensor-parallel-size", "2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "flexijax", "serve", *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"FLEXIJAX_API_KEY": "k"},
+        env=os.environ
+        | {"FLEXIJAX_API_KEY": "k", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
     )
     limit = threading.Timer(120, process.kill)
     limit.start()

@@ -12,6 +12,10 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
 from flexijax.cli.cache_options import add_cache_options, cache_config
 from flexijax.cli.terminal import Progress, check_writable, environment, write_json
 from flexijax.config import DTYPES
@@ -89,7 +93,13 @@ def _add_engine(add) -> None:
         help="prompts that begin alike share what they begin with",
     )
     add("--seed", type=int, metavar="N", help="of requests that name none (anew each time)")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="1: there is no other yet")
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices, each with some KV heads (%(default)s)",
+    )
     add(
         "--max-num-batched-tokens",
         type=int,
@@ -128,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
             host_bytes=args.host_bytes,
             prefix_caching=args.enable_prefix_caching,
             progress=progress,
+            mesh=_mesh(args.tensor_parallel_size),
         )
         _check_engine(args, engine)
         # OpenAI's requests sample where they say nothing; filters are compiled when one asks.
@@ -163,9 +174,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that cannot be followed, and says why."""
-    if args.tensor_parallel_size != 1:
+    if not 1 <= args.tensor_parallel_size <= len(jax.devices()):
         raise ValueError(
-            f"--tensor-parallel-size={args.tensor_parallel_size}: the engine runs on one device"
+            f"--tensor-parallel-size={args.tensor_parallel_size} must be 1 to {len(jax.devices())},"
+            " the devices that are here"
         )
     if args.max_num_batched_tokens is not None:
         raise ValueError(
@@ -188,6 +200,13 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option}={getattr(args, name)} must be at least 0")
     if args.json is not None:
         check_writable(args.json)
+
+
+def _mesh(devices: int) -> Mesh | None:
+    """Over the first `devices` of those that are here; None for one."""
+    if devices == 1:
+        return None
+    return Mesh(np.array(jax.devices()[:devices]), ("heads",))
 
 
 def _check_engine(args: argparse.Namespace, engine: Engine) -> None:
