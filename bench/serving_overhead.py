@@ -91,8 +91,8 @@ class Served:
         process = context.Process(target=client, args=(self.url, prompt, rows, new, answers))
         first = totals.new_tokens
         process.start()
-        # From when all rows decode until the first may have ended.
-        while totals.new_tokens < first + 2 * rows:
+        # As alone, from when all prompts have been read.
+        while self.engine.occupancy().running < rows:
             time.sleep(0.002)
         began, started, loop = totals.new_tokens, time.perf_counter(), self.cpu_s()
         while totals.new_tokens < first + rows * new:
