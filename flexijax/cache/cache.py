@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
-from flexijax.cache import dense, evicting, offloaded, selected, spread
+from flexijax.cache import spread
 from flexijax.cache.arrays import zeros
+from flexijax.cache.kinds import KINDS
 from flexijax.cache.layout import CacheLayout, CacheSizes, GroupProgram, without_heads
 from flexijax.cache.over_mesh import made as made_of_each
 from flexijax.cache.parts import AllRows as AllRows
@@ -25,13 +26,6 @@ from flexijax.cache.tiers import HostPages, abstract_host, empty_host
 from flexijax.pallas_kernels import placing, platform
 from flexijax.policies.base import HOST, HeadGroup, Policy
 
-_KINDS: dict[str, ModuleType] = {
-    "dense": dense,
-    "selected": selected,
-    "offloaded": offloaded,
-    "evicting": evicting,
-}
-
 
 def kind(group: HeadGroup) -> ModuleType:
     """The functions over groups of that kind.
@@ -39,12 +33,12 @@ def kind(group: HeadGroup) -> ModuleType:
     empty, store, after_step, commit, end_chunk; of the last: has_chunk_end, num_queries. Of kinds
     whose pages all lie by block, and may be shared: read_pages.
     """
-    return spread if group.places else _KINDS[group.kind]
+    return spread if group.places else KINDS[group.kind]
 
 
 def keeps_all_by_block(layout: CacheLayout) -> bool:
     """Whether every page of a request can be read by its block id, so that blocks can be shared."""
-    return all(hasattr(_KINDS[group.kind], "read_pages") for *_, group in layout.all_groups())
+    return all(hasattr(KINDS[group.kind], "read_pages") for *_, group in layout.all_groups())
 
 
 def group_programs(

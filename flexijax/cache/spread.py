@@ -20,16 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexijax.cache import dense, evicting, offloaded, selected
 from flexijax.cache.arrays import Chunk, Prompt, Step
+from flexijax.cache.kinds import KINDS
 from flexijax.cache.layout import CacheLayout, GroupProgram
-
-_KINDS: dict[str, ModuleType] = {
-    "dense": dense,
-    "selected": selected,
-    "offloaded": offloaded,
-    "evicting": evicting,
-}
 
 
 def row_program(program: GroupProgram, places: int) -> GroupProgram:
@@ -159,7 +152,7 @@ def firsts(layout: CacheLayout) -> list[tuple[np.ndarray | None, ...]]:
 
 
 def _kind(program: GroupProgram) -> ModuleType:
-    return _KINDS[program.group.kind]
+    return KINDS[program.group.kind]
 
 
 def _rows(first: jax.Array, batch: int) -> jax.Array:

@@ -16,8 +16,8 @@ from flexijax.policies.base import (
     Tier,
     Tokens,
     Window,
-    attention,
 )
+from flexijax.policies.gathered import gathered, nothing_gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +72,11 @@ class TreeKV(Policy):
 
     def init_state(self, tokens: int) -> PolicyState:
         """Attention gathered, and queries that saw the token, float32[T] each: see `Policy`."""
-        nothing = jnp.zeros(tokens, jnp.float32)
-        return PolicyState(tokens={"sum": nothing, "queries": nothing})
+        return nothing_gathered(tokens)
 
     def observe(self, state: PolicyState, window: Window, tokens: Tokens) -> PolicyState:
         """Adds what the window's queries gave, and how many there were: see `Policy`."""
-        is_query = window.position >= 0
-        saw = (window.position[:, None] >= tokens.position) & is_query[:, None]
-        return PolicyState(
-            tokens={
-                "sum": state.tokens["sum"] + attention(window).sum(axis=(0, 1)),
-                "queries": state.tokens["queries"] + saw.sum(0).astype(jnp.float32),
-            }
-        )
+        return gathered(state, window, tokens)
 
     def rank_tokens(self, group: HeadGroup, state: PolicyState, tokens: Tokens) -> jax.Array:
         """1 for the best of each stretch of the tree, 0 for its others, else +inf: see `Policy`."""

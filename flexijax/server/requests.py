@@ -8,9 +8,10 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from flexijax.engine.batch import MAX_STOP_IDS
+from flexijax.engine.sampling import MAX_ALTERNATIVES
 from flexijax.server.fields import Body, Content, Prompts, Stops, only
 
-MAX_CHOICES, MAX_ALTERNATIVES = 128, 20
+MAX_CHOICES = 128
 _INT64 = 2**63
 _PENALTY = "penalties are not supported: the engine samples from the model's own probabilities"
 _TOOLS = "tools are not supported: the engine does not constrain what is generated"
