@@ -153,6 +153,16 @@ def prefill_sizes() -> tuple[int, int, int, int]:
     return _PREFILL_SIZES[device_kind()]
 
 
+def dispatches_ahead() -> bool:
+    """Whether decode steps are dispatched before the tokens of those before them are fetched.
+
+    A GPU would wait for Python at every boundary otherwise. What it costs: steps for nothing where
+    a request's last one was not known to be. On a CPU, where Python and the steps share the cores,
+    that is more than what is gained.
+    """
+    return is_gpu()
+
+
 def float32_precision() -> lax.PrecisionLike:
     """For float32 matrix products in kernels: on a GPU three TF32 products on tensor cores.
 

@@ -225,7 +225,7 @@ def test_who_stops_listening_ends_the_request(lm):
     run_out(engine)
 
 
-@pytest.mark.parametrize("where", ["begin", "advance", "step", "grow"])
+@pytest.mark.parametrize("where", ["begin", "advance", "dispatch", "collect", "grow"])
 @pytest.mark.parametrize("nth", [1, 2, 5])
 def test_a_program_that_fails_takes_only_what_ran_with_it(lm, monkeypatch, where, nth):
     """At every point of a request's life: others come after it, in new arrays, and are right."""

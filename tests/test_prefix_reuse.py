@@ -162,13 +162,13 @@ def test_what_was_shared_is_lost_with_the_arrays(lm, cache, monkeypatch):
     """A step that fails takes them along, and later requests begin in new ones."""
     engine = engine_of(lm, cache)
     [right] = answers(engine, PROMPTS[:1])
-    step = engine._core.runner.step
+    step = engine._core.runner.dispatch
 
     def failed(rows=None):
-        monkeypatch.setattr(engine._core.runner, "step", step)
+        monkeypatch.setattr(engine._core.runner, "dispatch", step)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(engine._core.runner, "step", failed)
+    monkeypatch.setattr(engine._core.runner, "dispatch", failed)
     with pytest.raises(flexijax.EngineError, match="no room"):
         answers(engine, PROMPTS[:1])
     [made] = answers(engine, PROMPTS[:1])

@@ -165,7 +165,7 @@ def test_an_allocation_that_fails_is_told_and_forgotten(lm, monkeypatch):
 
         right = create().choices[0].text
         runner, failing = engine._core.runner, threading.Event()
-        step = runner.step
+        step = runner.dispatch
 
         def failed(rows=None):
             if failing.is_set():
@@ -173,7 +173,7 @@ def test_an_allocation_that_fails_is_told_and_forgotten(lm, monkeypatch):
                 raise MemoryError("RESOURCE_EXHAUSTED: out of memory")
             return step(rows)
 
-        monkeypatch.setattr(runner, "step", failed)
+        monkeypatch.setattr(runner, "dispatch", failed)
         stream = create(stream=True)
         next(stream)
         failing.set()

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 
-from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, State, apply
+from flexijax.engine.answer import generation, token_of
+from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, apply
 from flexijax.engine.entry import Entry
 from flexijax.engine.execute import compile_calls
 from flexijax.engine.inventory import all_calls
-from flexijax.engine.measured import Answering, EngineTotals, metrics, no_metrics
+from flexijax.engine.measured import Answering, EngineTotals
 from flexijax.engine.mesh import of_several_processes
 from flexijax.engine.model_runner import ModelRunner
+from flexijax.engine.planner import Planner
 from flexijax.engine.processes import Processes, reading_budget
 from flexijax.engine.program import Program, Progress
 from flexijax.engine.prompting import Prompting
 from flexijax.engine.sampling import Sampling
-from flexijax.engine.scheduler import schedule
-from flexijax.engine.sequence import Sequence
 from flexijax.engine.shared_prefixes import SharedPrefixes
-from flexijax.engine.stream import EngineError, Token
+from flexijax.engine.stream import EngineError
 from flexijax.models.language_model import LanguageModel
-from flexijax.pallas_kernels import placing
-from flexijax.results import Generation
+from flexijax.pallas_kernels import placing, platform
 
 
 class EngineCore:
@@ -56,7 +56,10 @@ class EngineCore:
         self.pool = self._prefixes.index
         self.entries: dict[int, Entry] = {}
         self._processes = Processes(self.limits) if of_several_processes(program) else None
+        self._planner = Planner(self.limits, self._prefixes, self._processes)
         self._reading: Prompting | None = None
+        self._in_flight: collections.deque[list[Entry]] = collections.deque()
+        self._dispatch_ahead = platform.dispatches_ahead()
         self._prefill_first = prefill_first
         self.totals = EngineTotals()
 
@@ -105,16 +108,13 @@ class EngineCore:
         return time.perf_counter() - self.compile_s
 
     def _boundary(self) -> None:
-        if self._reading is None:
-            self._prefixes.look_up(self.entries.values(), self.limits)
-        states = tuple(entry.state for entry in self.entries.values())
-        readings = 0 if self._reading is not None else 1
-        plan = schedule(
-            State(requests=states, now=time.monotonic(), readings=readings), self.limits
-        )
-        if self._processes is not None:
-            plan = self._processes.agreed(plan, {state.key: state for state in states})
+        plan = self._planner.plan(self.entries, reading=self._reading is not None)
+        if self._in_flight and not self._only_goes_on(plan):
+            # What is to change depends on what was sampled.
+            self._decode([])
+            plan = self._planner.plan(self.entries, reading=False)
         held = dict(self.entries)
+        states = [entry.state for entry in held.values()]
         for state in apply(plan, states, self.pool, self.limits):
             held.pop(state.key)
             self.entries[state.key].state = state
@@ -125,6 +125,15 @@ class EngineCore:
             else:
                 self._leave(entry, plan.release[key].value)
         self._run(plan)
+        if not self.entries:  # and what is in flight is for nobody
+            self._in_flight.clear()
+            self.runner.in_flight.clear()
+
+    def _only_goes_on(self, plan: BoundaryPlan) -> bool:
+        """Whether the rows in flight go on and nothing else happens, but that they get blocks."""
+        changes = (plan.release, plan.refuse, plan.admit, plan.pause, plan.resume)
+        same = set(plan.decode) == {entry.state.key for entry in self._in_flight[-1]}
+        return same and not any(changes) and self.runner.in_flight[-1].goes_on(self.runner.program)
 
     def _run(self, plan: BoundaryPlan) -> None:
         """What was planned until the next boundary."""
@@ -138,39 +147,61 @@ class EngineCore:
         took = 0.0
         if not (self._prefill_first and self._reading is not None):
             took = self._decode([self.entries[key] for key in plan.decode])
+        rows = self._num_admitted()
         took_reading = self._read(took, plan.prefill_share)
-        totals, rows = self.totals, sum(of.state.admitted for of in self.entries.values())
-        totals.decode_s += took
-        totals.prefill_s += took_reading
-        totals.row_s += rows * (took + took_reading)
-        totals.stalled_s += took_reading if plan.decode else 0.0
+        self.totals.prefill_s += took_reading
+        self.totals.row_s += rows * took_reading
+        self.totals.stalled_s += took_reading if plan.decode else 0.0
 
     def _begin(self, entry: Entry) -> None:
         state = entry.state
         assert state.row is not None and self._reading is None
         entry.times.began = self.clock()
         self._reading = self.runner.begin(
-            entry.request,
-            state.row,
-            state.blocks,
-            entry.label,
-            entry.prompt,
-            start=state.tokens,
+            entry.request, state.row, state.blocks, entry.label, entry.prompt, start=state.tokens
         )
         self.totals.cached_tokens += state.tokens
         entry.times.cached_tokens = state.tokens
         entry.sequence = self._reading.sequence
 
     def _decode(self, entries: list[Entry]) -> float:
-        """The coming steps of these rows; the seconds that they took."""
-        if not entries:
+        """The coming steps of these rows, or none; the seconds that this took.
+
+        Where nothing else wants the device, their tokens are fetched when the steps after them have
+        been dispatched, so that the device does not wait for what Python does at a boundary.
+        """
+        if not entries and not self._in_flight:
             return 0.0
-        started = self.clock()
-        self.runner.step({entry.state.row for entry in entries if entry.state.row is not None})
+        started, rows, stay = self.clock(), self._num_admitted(), 0
+        if entries:
+            self.runner.dispatch({of.state.row for of in entries if of.state.row is not None})
+            self._in_flight.append(entries)
+            for entry in entries:
+                self._count_tokens(entry)
+            stay = int(self._dispatch_ahead and self._reading is None)
+        while len(self._in_flight) > stay:
+            self._collect()
         took = self.clock() - started
-        for entry in entries:
-            self._take(entry)
+        self.totals.decode_s += took
+        self.totals.row_s += rows * took
         return took
+
+    def _collect(self) -> None:
+        """Waits for the steps that were dispatched first, and takes their tokens."""
+        self.runner.collect()
+        for entry in self._in_flight.popleft():
+            if entry.state.key in self.entries:
+                self._take(entry)
+
+    def _num_admitted(self) -> int:
+        return sum(entry.state.admitted for entry in self.entries.values())
+
+    def _count_tokens(self, entry: Entry) -> None:
+        """What a request will hold at most when the steps in flight are done."""
+        assert entry.sequence is not None
+        coming = self.limits.boundary_steps * len(self._in_flight)
+        tokens = min(entry.sequence.held + coming, entry.state.total_tokens)
+        entry.state = dataclasses.replace(entry.state, tokens=tokens)
 
     def _read(self, decoded_s: float, share: float) -> float:
         """Reads on for its share of the time that began with the steps, or a while without any.
@@ -211,14 +242,14 @@ class EngineCore:
             token = sequence.tokens[at]
             if token in request.stop_ids:
                 break
-            entry.stream.put(text.push(token), _token(sequence, at))
+            entry.stream.put(text.push(token), token_of(sequence, at))
             if text.stopped:
                 del sequence.tokens[at + 1 :], sequence.logprobs[at + 1 :]
                 del sequence.alternatives[at + 1 :]
                 self.runner.stop(sequence)
                 break
         entry.shown = len(sequence.tokens)
-        entry.state = dataclasses.replace(entry.state, tokens=sequence.held)
+        self._count_tokens(entry)
         if not sequence.active:
             stopped = text.stopped or sequence.tokens[-1] in request.stop_ids
             self._release(entry, "stop" if stopped else "length")
@@ -234,7 +265,7 @@ class EngineCore:
         self.totals.ended += 1
         if reason is not None:
             entry.stream.put(entry.text.finish())
-            made = self._generation(entry, reason)
+            made = generation(self.runner, entry, self._answering, reason)
             self.totals.add_moves(made.metrics)
             entry.stream.end(made)
         if entry.sequence is None:
@@ -244,35 +275,6 @@ class EngineCore:
                 self._reading.reading.close()
             self._reading = None
         self.runner.leave(entry.sequence)
-
-    def _generation(self, entry: Entry, reason: str) -> Generation:
-        sequence, request = entry.sequence, entry.request
-        if sequence is None or not sequence.tokens:
-            tokens, logprobs, alternatives = [], [], []
-            measured = no_metrics(request, entry.times, compile_s=self.compile_s)
-        else:
-            ended = sequence.tokens[-1] in request.stop_ids
-            tokens = sequence.tokens[:-1] if ended else sequence.tokens
-            logprobs = sequence.logprobs[: len(tokens)]
-            alternatives = sequence.alternatives[: len(tokens)]
-            measured = metrics(
-                self.runner,
-                sequence,
-                entry.times,
-                new_tokens=len(tokens),
-                cache=self._answering.cache,
-                profile=self._answering.profile,
-                origin=self._answering.origin,
-            )
-        return Generation(
-            text=entry.text.text,
-            token_ids=tuple(tokens),
-            logprobs=tuple(logprobs) if request.sampling.logprobs else None,
-            alternatives=tuple(alternatives) if request.sampling.alternatives else None,
-            finish_reason=reason,
-            metrics=measured,
-            profile=self._answering.profile,
-        )
 
     def _fail(self, error: Exception) -> None:
         """A program had been given the arrays and did not give them back: what ran is lost."""
@@ -286,11 +288,6 @@ class EngineCore:
             failed.__cause__ = error
             entry.stream.fail(failed)
         self._reading = None
+        self._in_flight.clear()
         self.runner.reset()
         self.pool.forget_all()
-
-
-def _token(sequence: Sequence, at: int) -> Token:
-    asked = bool(sequence.request.sampling.alternatives)
-    alternatives = sequence.alternatives[at] if asked else ()
-    return Token(sequence.tokens[at], sequence.logprobs[at], alternatives)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
 import time
 from collections.abc import Collection
 
@@ -23,12 +23,13 @@ from flexijax.engine.execute import (
     run_refit,
 )
 from flexijax.engine.first_token import FirstToken, first_token
+from flexijax.engine.in_flight import InFlight, banks_of, rows_of
 from flexijax.engine.inventory import decode_calls
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner
 from flexijax.engine.prompting import Prompting
 from flexijax.engine.sampling import MAX_ALTERNATIVES, METHODS, Sampling, SamplingRows, method_of
-from flexijax.engine.sequence import Request, Sequence, add_sampled
+from flexijax.engine.sequence import Request, Sequence, add_sampled, enter
 from flexijax.engine.stats import SequenceStats, sequence_stats
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
@@ -40,7 +41,7 @@ class ModelRunner:
     It decides nothing: a caller says which request goes into which row and blocks, and when a piece
     of a prompt is read and when a few decode steps are run. `admit` and `release` do so for callers
     who have no plan of their own: each request gets a free row and all blocks it may come to need.
-    Only between these calls does Python look at anything.
+    Only between these calls does Python look at anything. in_flight: steps that are dispatched.
     """
 
     def __init__(self, lm: LanguageModel, program: Program, *, progress: Progress | None) -> None:
@@ -54,6 +55,9 @@ class ModelRunner:
         self._allocator = BlockAllocator(sizes.blocks)
         self.running: dict[int, Sequence] = {}
         self._batch = jax.tree.map(np.array, empty_batch(sizes.batch))
+        self._tables = np.zeros((sizes.batch, sizes.pages), np.int32)
+        self.in_flight: collections.deque[InFlight] = collections.deque()
+        self._collected = 0.0
 
     def blocks_of(self, request: Request) -> int:
         """Blocks that a request may come to need."""
@@ -98,7 +102,7 @@ class ModelRunner:
         `start` tokens already, whole chunks.
         """
         self.serve(request.sampling)
-        compiled, started = self.runner.seconds, time.perf_counter()
+        started = self._clock()
         if self.cache is None:
             if request.max_new_tokens > 1:
                 few = self.program.row_counts[0]
@@ -115,12 +119,12 @@ class ModelRunner:
             self.cache = prompt.commit(
                 self.runner, self.program, self.cache, row=row, blocks=blocks
             )
-        made.seconds += time.perf_counter() - started - (self.runner.seconds - compiled)
+        made.seconds += self._clock() - started
         return made
 
     def advance(self, prompting: Prompting) -> bool:
         """Reads a piece of the prompt, with the last one samples the first token; whether done."""
-        compiled, started = self.runner.seconds, time.perf_counter()
+        started = self._clock()
         reading = prompting.reading
         assert self.cache is not None
         if reading is not None and not reading.done:
@@ -135,14 +139,9 @@ class ModelRunner:
                 )
             layer = reading.advance()
             if layer is not None:
+                spec, place = self._prefiller.spec, prompting.place
                 self.cache = run_commit(
-                    self.runner,
-                    self.program,
-                    self._prefiller.spec,
-                    self.cache,
-                    layer,
-                    reading.kv,
-                    prompting.place,
+                    self.runner, self.program, spec, self.cache, layer, reading.kv, place
                 )
             # So that whoever shares out time knows what a piece takes.
             jax.block_until_ready(reading.kv.k)
@@ -152,14 +151,14 @@ class ModelRunner:
                 prompting.x = reading.x
                 self.cache = run_admit(self.cache, prompting.place)
             self._start(prompting)
-        prompting.seconds += time.perf_counter() - started - (self.runner.seconds - compiled)
+        prompting.seconds += self._clock() - started
         if done:
             prompting.sequence.prefill_s = prompting.seconds
         return done
 
     def _start(self, prompting: Prompting) -> None:
         """Samples the first token and enters the request into the batch of the next steps."""
-        request, sequence, batch = prompting.request, prompting.sequence, self._batch
+        request, sequence = prompting.request, prompting.sequence
         seeds, row = np.array([request.seed], np.uint32), sequence.row
         mine, seeds = platform.put((SamplingRows.of([request.sampling]), seeds))
         args = (self.lm.params, prompting.x, mine, seeds)
@@ -170,15 +169,9 @@ class ModelRunner:
         [token] = sequence.tokens
         ends = request.max_new_tokens == 1 or token in request.stop_ids
         sequence.active = not ends and sequence.error is None
-        batch.tokens[row] = token
-        batch.active[row] = sequence.active
-        batch.remaining[row] = request.max_new_tokens - 1
-        batch.generated[row] = 1
-        batch.seeds[row] = request.seed
-        batch.stop_ids[row] = -1
-        batch.stop_ids[row, : len(request.stop_ids)] = request.stop_ids
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            getattr(batch.sampling, name)[row] = getattr(mine, name)[0]
+        self._tables[row] = 0
+        self._tables[row, : len(sequence.blocks)] = sequence.blocks
+        enter(self._batch, row, request, mine, token, sequence.active)
 
     def serve(self, sampling: Sampling) -> None:
         """Makes the decode program one that can sample so, from now on."""
@@ -192,77 +185,88 @@ class ModelRunner:
         if not blocks:
             return
         assert self.cache is not None
+        size = self.program.layout.sizes.bank_rows
         for row, mine in blocks.items():
             self.running[row].blocks = tuple(mine)
-            bank, at = divmod(row, self.program.layout.sizes.bank_rows)
-            standing = self.cache.banks[bank].standing
-            table = np.array(standing.block_table)
-            table[at, : len(mine)] = mine
-            standing = standing._replace(block_table=platform.put(table))
+            self._tables[row, : len(mine)] = list(mine)
+        # From the host's own tables: to ask for the device's would wait for what runs there.
+        for bank in {row // size for row in blocks}:
+            table = platform.put(self._tables[bank * size : (bank + 1) * size].copy())
+            standing = self.cache.banks[bank].standing._replace(block_table=table)
             self.cache = self.cache.with_standing(bank, standing)
 
     def step(self, rows: Collection[int] | None = None) -> list[Sequence]:
-        """`program.steps` decode steps; the requests that generated tokens in them.
+        """`dispatch` and `collect`."""
+        self.dispatch(rows)
+        return self.collect()
+
+    def dispatch(self, rows: Collection[int] | None = None) -> None:
+        """Starts `program.steps` decode steps, whose tokens `collect` waits for.
 
         rows: that take part, None for all. Every R of its own steps a request's chunk ends,
-        whatever runs beside it.
+        whatever runs beside it. Where steps are in flight, the same rows go on from where those
+        leave them; see `InFlight.goes_on`.
         """
-        started, compiled = time.perf_counter(), self.runner.seconds
+        started, before = self._clock(), self.in_flight[-1] if self.in_flight else None
         assert self.cache is not None, "nothing has been admitted"
         took_part = [
             of for of in self.running.values() if of.active and (rows is None or of.row in rows)
         ]
+        banks = banks_of(self.program, {of.row for of in took_part})
+        numbers, ends = rows_of(self.program, banks), np.zeros_like(self._batch.active)
         self._batch.active[:] = False
-        due = np.zeros_like(self._batch.active)
         for sequence in took_part:
             self._batch.active[sequence.row] = True
             sequence.chunk_steps += self.program.steps
-            due[sequence.row] = sequence.chunk_steps == self.program.chunk_steps
-        banks = self._banks({of.row for of in took_part})
-        size = self.program.layout.sizes.bank_rows
-        rows = np.concatenate([np.arange(bank * size, (bank + 1) * size) for bank in banks])
+            if sequence.chunk_steps == self.program.chunk_steps:
+                ends[sequence.row], sequence.chunk_steps = True, 0
+        if before is None:
+            batch = platform.put(jax.tree.map(lambda leaf: leaf[numbers], self._batch))
+        else:
+            batch = before.batch
         self.cache, batch, sampled = run_decode(
             self.runner,
-            self.program.of_rows(len(rows)),
+            self.program.of_rows(len(numbers)),
             self.lm.params,
             self.cache,
             banks,
-            platform.put(jax.tree.map(lambda leaf: leaf[rows], self._batch)),
-            due[rows],
+            batch,
+            ends[numbers],
         )
-        batch, sampled = jax.device_get((batch, sampled))
+        self.in_flight.append(
+            InFlight(tuple(took_part), numbers, ends[numbers], batch, sampled, started)
+        )
+
+    def collect(self) -> list[Sequence]:
+        """Waits for the steps dispatched first; the requests that generated tokens in them."""
+        assert self.cache is not None
+        steps = self.in_flight.popleft()
+        batch, sampled = jax.device_get((steps.batch, steps.sampled))
         for leaf, made in zip(*map(jax.tree.leaves, (self._batch, batch)), strict=True):
-            leaf[rows] = made
-        took = time.perf_counter() - started - (self.runner.seconds - compiled)
-        place = {row: at for at, row in enumerate(rows.tolist())}
-        generated = [of for of in took_part if self._take(of, sampled, place[of.row], took)]
-        for sequence in generated:
-            if due[sequence.row]:
-                sequence.chunk_steps = 0
-                if sequence.active:
-                    self._refit(sequence, sequence.held - self.program.chunk_steps)
+            leaf[steps.rows] = made
+        now = self._clock()
+        took, self._collected = now - max(steps.started, self._collected), now
+        generated = []
+        for sequence in steps.sequences:
+            if self.running.get(sequence.row) is not sequence:
+                self._batch.active[sequence.row] = False  # it has been left meanwhile
+            elif self._take(sequence, sampled, steps.place(sequence), took):
+                generated.append(sequence)
+                if steps.due[steps.place(sequence)] and sequence.active:
+                    # Fits the scores' states anew, where the prompt was too short to.
+                    self.cache = run_refit(
+                        self.runner,
+                        self.program,
+                        self.cache,
+                        row=sequence.row,
+                        prompt=len(sequence.request.tokens),
+                        before=sequence.held - self.program.chunk_steps,
+                    )
         return generated
 
-    def _refit(self, sequence: Sequence, before: int) -> None:
-        """Fits the scores' states anew, where the prompt was too short to; before: tokens held."""
-        assert self.cache is not None
-        self.cache = run_refit(
-            self.runner,
-            self.program,
-            self.cache,
-            row=sequence.row,
-            prompt=len(sequence.request.tokens),
-            before=before,
-        )
-
-    def _banks(self, rows: set[int]) -> list[int]:
-        """The banks of these rows, and as many more as the smallest program that will do takes."""
-        sizes = self.program.layout.sizes
-        needed = sorted({row // sizes.bank_rows for row in rows})
-        others = (bank for bank in range(sizes.banks) if bank not in needed)
-        counts = (rows // sizes.bank_rows for rows in self.program.row_counts)
-        count = next(count for count in counts if count >= len(needed))
-        return sorted([*needed, *itertools.islice(others, count - len(needed))])
+    def _clock(self) -> float:
+        """Seconds, without those that compiling took."""
+        return time.perf_counter() - self.runner.seconds
 
     def _take(self, sequence: Sequence, sampled: SampledTokens, at: int, took: float) -> bool:
         """What was sampled at place `at` of the rows that ran."""
@@ -286,6 +290,7 @@ class ModelRunner:
         """Lets go of all arrays and requests, after a program failed that had been given them."""
         self.cache = None
         self.running.clear()
+        self.in_flight.clear()
         self._batch.active[:] = False
         self._prefiller.reset()
 

@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
-from flexijax.engine.batch import SampledTokens
-from flexijax.engine.sampling import Sampling
+from flexijax.engine.batch import BatchState, SampledTokens
+from flexijax.engine.sampling import Sampling, SamplingRows
 from flexijax.results import Alternatives
 
 
@@ -49,6 +49,24 @@ class Sequence:
     def held(self) -> int:
         """Tokens in the cache; the one sampled last is not."""
         return len(self.request.tokens) + len(self.tokens) - 1
+
+
+def enter(
+    batch: BatchState, row: int, request: Request, sampling: SamplingRows, token: int, active: bool
+) -> None:
+    """A request takes a row of a batch of NumPy arrays, its first token sampled.
+
+    sampling: of the request, one row.
+    """
+    batch.tokens[row] = token
+    batch.active[row] = active
+    batch.remaining[row] = request.max_new_tokens - 1
+    batch.generated[row] = 1
+    batch.seeds[row] = request.seed
+    batch.stop_ids[row] = -1
+    batch.stop_ids[row, : len(request.stop_ids)] = request.stop_ids
+    for name in ("temperature", "top_k", "top_p", "min_p"):
+        getattr(batch.sampling, name)[row] = getattr(sampling, name)[0]
 
 
 def not_finite(request: Request, logprobs: list[float]) -> FloatingPointError | None:
