@@ -139,11 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options += ["--max-num-seqs", str(args.max_requests), "--max-waiting", str(args.requests)]
         # Each prompt comes once at each rate, and is read each time.
         options += ["--no-enable-prefix-caching"]
-        with served(options, threads=args.threads) as url:
-            [alone] = asyncio.run(run(url, prompts[:1], args.new_tokens, [0.0]))
+        with served(options, threads=args.threads) as server:
+            [alone] = asyncio.run(run(server.url, prompts[:1], args.new_tokens, [0.0]))
             for rate in args.rates:
                 moments = arrivals(len(prompts), rate, seed=args.seed + turn)
-                timed = asyncio.run(run(url, prompts, args.new_tokens, moments))
+                timed = asyncio.run(run(server.url, prompts, args.new_tokens, moments))
                 if wrong := faults(timed, alone, args.new_tokens):
                     print(f"{policy} at {rate} a second: {wrong}: no numbers", file=sys.stderr)
                     return 1

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_the_whole_bench(url, monkeypatch, tmp_path, capsys):
     @contextlib.contextmanager
     def served(options, *, threads):
         started.append(options)
-        yield url
+        yield SimpleNamespace(url=url)
 
     monkeypatch.setattr(bench, "served", served)
     monkeypatch.setattr(bench, "prompts_of", lambda *_, count, **__: PROMPTS[:count])

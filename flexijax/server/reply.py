@@ -94,7 +94,8 @@ class Reply(abc.ABC, Generic[Whole]):
                 choice.add(update)
                 shows = update.tokens and (self.shown.logprobs or self.token_ids)
                 if update.text or shows or update.end is not None:
-                    yield _event(self.chunk(choice, update))
+                    usage = self._so_far(choice) if self.shown.usage_so_far else None
+                    yield _event(self.chunk(choice, update, usage))
             if self.shown.usage:
                 yield _event(self.last(self._counted(choices)))
         except ApiError as error:
@@ -108,7 +109,9 @@ class Reply(abc.ABC, Generic[Whole]):
         """Of all that came."""
 
     @abc.abstractmethod
-    def chunk(self, choice: Choice, update: Update) -> openai.BaseModel:
+    def chunk(
+        self, choice: Choice, update: Update, usage: CompletionUsage | None
+    ) -> openai.BaseModel:
         """An event of what came last."""
 
     @abc.abstractmethod
@@ -127,6 +130,14 @@ class Reply(abc.ABC, Generic[Whole]):
         each = self.job.choices
         echoes = [echo for echo in self.echoes for _ in range(each)]
         return [Choice(at, echo, shown=len(echo)) for at, echo in enumerate(echoes)]
+
+    def _so_far(self, choice: Choice) -> CompletionUsage:
+        """Of one choice, as vLLM's."""
+        prompt = len(self.job.prompts[choice.index // self.job.choices])
+        made = len(choice.tokens)
+        return CompletionUsage(
+            prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made
+        )
 
     def _counted(self, choices: list[Choice]) -> CompletionUsage:
         """A prompt counts once, however many choices there are."""
