@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_requests=args.rows,
             max_context=args.prompt_tokens + args.new_tokens,
         )
-        engine.compile()
+        engine.compile(flexijax.Sampling(temperature=1.0))  # as the server does
         ask = (prompt, args.rows, args.new_tokens)
         plain, through, crowded = [], [], []
         for turn in range(args.rounds):

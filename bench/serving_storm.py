@@ -28,9 +28,13 @@ from bench.storm_clients import Client, Crowd
 from bench.storm_wire import Asked, Wire, content_of
 from bench.timing import environment, table
 
-COLUMNS = ("when", "rss_mb", "files", "threads", "answers", "faults", "slowest_health_s")
-# What rounds after the first may add to the memory.
-_GROWTH_MB = 32.0
+COLUMNS = (
+    *("when", "rss_mb", "peak_mb", "files", "threads", "idle_share", "answers", "faults"),
+    "slowest_health_s",
+)
+# What rounds after the first may add to the memory; of a core, what a server may take that has
+# nothing to do.
+_GROWTH_MB, _IDLE_SHARE = 32.0, 0.01
 _WORDS = ("river", "stone", "letter", "seven", "garden", "winter", "engine", "quiet")
 
 
@@ -121,6 +125,21 @@ def usage(pid: int) -> dict[str, float]:
     return {"rss_mb": resident, "files": files, "threads": int(found["Threads"])}
 
 
+def idle(pid: int, seconds: float) -> dict[str, float]:
+    """`usage` after so long without a request, and the share of a core that was taken meanwhile."""
+
+    def taken() -> float:
+        # The program's name, which may hold spaces, ends with the only bracket.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    # The last connections are just being closed.
+    time.sleep(1)
+    before = taken()
+    time.sleep(seconds)
+    return usage(pid) | {"idle_share": (taken() - before) / seconds}
+
+
 def settled(url: str, seconds: float = 60.0) -> str | None:
     """Waits until the engine holds nothing; what it still holds after so long."""
     until, held = time.monotonic() + seconds, ["nothing is known"]
@@ -135,13 +154,15 @@ def settled(url: str, seconds: float = 60.0) -> str | None:
 
 
 def left_behind(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What grew from round to round; the first round may still bring what is kept from then on."""
+    """What goes on, or grew; the first round may still bring what is kept from then on."""
     before, *_, last = rows
     found = [
         f"{name}: {before[name]:.0f} before and {last[name]:.0f} after"
         for name, more in (("files", 0), ("threads", 4))
         if last[name] > before[name] + more
     ]
+    if last["idle_share"] > _IDLE_SHARE:
+        found.append(f"with nothing to do it takes {last['idle_share']:.1%} of a core")
     if len(rows) > 2 and last["rss_mb"] > rows[1]["rss_mb"] + _GROWTH_MB:
         found.append(f"memory: {rows[1]['rss_mb']:.0f} MB, then {last['rss_mb']:.0f} MB")
     return found
@@ -151,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.quick:
         args.connections, args.seconds, args.rounds, args.stall = 60, 4.0, 1, 2.0
-        args.shutdown_timeout = 3.0
+        args.shutdown_timeout, args.idle = 3.0, 2.0
     options = ["--model", args.model, "--max-model-len", str(args.max_model_len)]
     options += ["--max-waiting", str(args.max_waiting), "--policy", args.policy]
     options += ["--shutdown-timeout", str(args.shutdown_timeout)]
@@ -160,27 +181,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     seen: dict[str, int] = {}
     with served(options, threads=args.threads) as server:
         asked = asyncio.run(quiet(server.url, requests(12, args.new_tokens, seed=args.seed)))
-        time.sleep(1)
-        rows.append({"when": "before"} | usage(server.pid))
+        rows.append({"when": "before"} | idle(server.pid, args.idle))
         for turn in range(args.rounds + 1):
             last = turn == args.rounds
             crowd = _crowd(args, server.url, asked, turn)
-            end_after = args.seconds / 2 if last else None
-            row = asyncio.run(storm(server, crowd, args.seconds, end_after=end_after))
+            seconds, end_after = args.seconds, None
+            if last:
+                seconds, end_after = args.seconds / 2, args.seconds / 4
+            row = asyncio.run(storm(server, crowd, seconds, end_after=end_after))
             row["when"] = "ended" if last else f"round {turn + 1}"
             if not last:
                 if asyncio.run(quiet(server.url, asked)) != asked:
                     faults.append(f"round {turn + 1}: afterwards, texts are others than before")
                 if held := settled(server.url):
                     faults.append(f"round {turn + 1}: the engine still holds {held}")
-                # The last connections are just being closed.
-                time.sleep(1)
-                row |= usage(server.pid)
+                row |= idle(server.pid, args.idle)
             rows.append(row)
             faults += [f"{row['when']}: {fault}" for fault in crowd.faults]
             for name, count in crowd.seen.items():
                 seen[name] = seen.get(name, 0) + count
             print(f"{row['when']}: {row['answers']} answers", file=sys.stderr, flush=True)
+            _write(args, rows, seen, faults)
         try:
             code = server.wait(10)
         except subprocess.TimeoutExpired:
@@ -188,16 +209,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code != 0:
         faults.append(f"after SIGTERM the server's exit code is {code}: {server.lines[-5:]}")
     faults += left_behind(rows[:-1])
+    _write(args, rows, seen, faults)
     print(table(rows, COLUMNS))
     print("\n".join(f"{count:6} {name}" for name, count in sorted(seen.items())))
     print(f"ended {rows[-1]['ended_s']:.1f} s after SIGTERM; {len(faults)} faults")
     for fault in faults[:40]:
         print(fault, file=sys.stderr)
-    if args.json is not None:
-        content = {"rows": rows, "seen": seen, "faults": faults}
-        content["environment"] = environment(threads=args.threads)
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if faults else 0
+
+
+def _write(
+    args: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    seen: dict[str, int],
+    faults: list[str],
+) -> None:
+    """The JSON as far as it has come, so that an interrupted run is not lost."""
+    if args.json is None:
+        return
+    content = {"rows": rows, "seen": seen, "faults": faults}
+    content["environment"] = environment(threads=args.threads)
+    args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _crowd(args: argparse.Namespace, url: str, asked: list[Asked], turn: int) -> Crowd:
@@ -224,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=60.0, help="of a round")
     parser.add_argument("--rounds", type=int, default=2, help="before SIGTERM")
     parser.add_argument("--stall", type=float, default=40.0, help="at most, s")
+    parser.add_argument("--idle", type=float, default=10.0, help="watched after a round, s")
     parser.add_argument("--patience", type=float, default=120.0, help="for an answer, s")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--max-model-len", type=int, default=1024)

@@ -16,13 +16,15 @@ from bench.storm_wire import Asked, Fault, Wire, answered, post, told
 
 @dataclasses.dataclass
 class Client:
-    """One place in the crowd. stall_s: for how long one stops reading or writing, at most."""
+    """One place in the crowd. stall_s: for how long one stops reading or writing, at most; until:
+    seconds of `time.monotonic`, beyond which nobody does."""
 
     url: str
     asked: list[Asked]
     draw: random.Random
     stall_s: float
     oversized: int
+    until: float = float("inf")
 
     async def right(self) -> str:
         """Two requests, one after the other on the same connection."""
@@ -146,7 +148,8 @@ class Client:
         return found
 
     def _while(self) -> float:
-        return self.draw.uniform(0.2, 1) * self.stall_s
+        left = max(self.until - time.monotonic(), 0.1)
+        return min(self.draw.uniform(0.2, 1) * self.stall_s, left)
 
 
 # Of a hundred connections, how many are of each kind.
@@ -186,6 +189,7 @@ class Crowd:
         self, client: Client, kind: Callable[[Client], Awaitable[str]], until: float
     ) -> None:
         """One place in it; until: seconds of `time.monotonic`."""
+        client.until = until
         while time.monotonic() < until:
             try:
                 async with asyncio.timeout(self._patience_s):

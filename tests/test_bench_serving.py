@@ -98,6 +98,9 @@ def test_a_needle_is_in_its_haystack_once(tmp_path):
     for one in made:
         assert one["input"].count(one["answer"]) == 1
         assert 200 < len(one["input"].split()) < 300
+        assert sum(choice in one["input"] for choice in one["choices"]) == 1
+        assert one["answer"] in one["choices"] and len(set(one["choices"])) == 4
+    assert len({one["choices"].index(one["answer"]) for one in made}) > 1
     depths = [one["input"].index(one["answer"]) / len(one["input"]) for one in made]
     assert depths == sorted(depths) and depths[0] < 0.1 and depths[-1] > 0.9
     assert scores.holds_answer(made[0], [f"It is {made[0]['answer']}."]) == {"found": 1.0}
@@ -113,3 +116,4 @@ def test_leval_gives_its_first_questions(tmp_path):
         list(data.leval(path))
     assert scores.word_overlap({"answer": "the red fox"}, ["The fox!"]) == {"f1": 0.8}
     assert scores.word_overlap({"answer": ""}, [""]) == {"f1": 0.0}
+    assert scores.nats_a_letter({"answer": "four"}, [(-6.0, False)]) == {"nats_a_letter": 1.5}

@@ -64,9 +64,10 @@ async def _faults(said, kind):
     async def answer(reader, writer):
         await reader.read(100)
         writer.write(said)
-        if not said:
-            await asyncio.sleep(1)
-        writer.close()
+        try:
+            await asyncio.sleep(0 if said else 1)
+        finally:
+            writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         url = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
@@ -86,13 +87,14 @@ def test_wrong_answers_are_faults():
 
 
 def test_what_is_left_behind_is_found():
-    before = {"rss_mb": 900.0, "files": 20, "threads": 30}
-    later = {"rss_mb": 960.0, "files": 20, "threads": 32}
+    before = {"rss_mb": 900.0, "files": 20, "threads": 30, "idle_share": 0.0}
+    later = {"rss_mb": 960.0, "files": 20, "threads": 32, "idle_share": 0.002}
     assert bench.left_behind([before, later, later]) == []
     assert bench.left_behind([before, later, later | {"files": 21}]) == [
         "files: 20 before and 21 after"
     ]
     assert "threads" in bench.left_behind([before, later | {"threads": 40}])[0]
+    assert "5.0% of a core" in bench.left_behind([before, later | {"idle_share": 0.05}])[0]
     assert "memory" in bench.left_behind([before, later, later | {"rss_mb": 1000.0}])[0]
 
 

@@ -141,6 +141,10 @@ def run(args: argparse.Namespace) -> int:
             mesh=_mesh(args.tensor_parallel_size),
         )
         _check_engine(args, engine)
+        if not args.quiet:
+            kept = jax.config.jax_compilation_cache_dir
+            where = f"the programs are kept in {kept}" if kept else "the programs are not kept"
+            print(f"the first start compiles for minutes; {where}", file=sys.stderr, flush=True)
         # OpenAI's requests sample where they say nothing; filters are compiled when one asks.
         engine.compile(Sampling(temperature=1.0))
         progress.close()
