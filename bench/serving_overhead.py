@@ -38,16 +38,19 @@ def alone(
     new: int,
     at_boundary: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Milliseconds a step from the first time that all have a token to the end, and tokens."""
+    """Milliseconds a step while all rows run, and tokens."""
     sampling = flexijax.Sampling(ignore_eos=True)
     streams = [engine.submit(prompt, max_new_tokens=new, sampling=sampling) for _ in range(rows)]
     while not all(stream.tokens for stream in streams):
         engine.step()
     before, started = dataclasses.replace(engine.totals), time.perf_counter()
-    while engine.step():
+    while engine.totals.ended == before.ended:
+        engine.step()
         at_boundary()
     seconds = time.perf_counter() - started
     steps = (engine.totals.new_tokens - before.new_tokens) / rows
+    while engine.step():
+        pass
     return {"step_ms": 1e3 * seconds / steps, "tokens": [s.result().token_ids for s in streams]}
 
 
@@ -139,13 +142,13 @@ class Served:
         context = multiprocessing.get_context("spawn")
         answers, totals = context.Queue(), self.engine.totals
         process = context.Process(target=client, args=(self.url, prompt, rows, new, answers))
-        first, read = totals.new_tokens, totals.prompt_tokens
+        ended, read = totals.ended, totals.prompt_tokens
         process.start()
         # As alone, from when all prompts have been read; nothing here may hold up the engine.
         while totals.prompt_tokens < read + rows * len(prompt):
             time.sleep(0.005)
         began, started, loop = totals.new_tokens, time.perf_counter(), self.cpu_s()
-        while totals.new_tokens < first + rows * new:
+        while totals.ended == ended:
             time.sleep(0.005)
         seconds, spent = time.perf_counter() - started, self.cpu_s() - loop
         steps = (totals.new_tokens - began) / rows
@@ -174,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             lm,
             cache=flexijax.CacheConfig(policy=policy),
             max_requests=args.rows,
-            max_context=args.prompt_tokens + args.new_tokens,
+            max_context=args.max_context or args.prompt_tokens + args.new_tokens,
+            # Else the first rows have ended before the last prompt is read.
+            prefill_first=True,
         )
         engine.compile(flexijax.Sampling(temperature=1.0))  # as the server does
         ask = (prompt, args.rows, args.new_tokens)
@@ -215,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--max-context", type=int, help="of the engine (what they take)")
     parser.add_argument("--rounds", type=int, default=3)
     return parser
 
