@@ -17,7 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexijax.cli.cache_options import add_cache_options, cache_config
-from flexijax.cli.terminal import Progress, check_writable, environment, write_json
+from flexijax.cli.terminal import (
+    Progress,
+    check_writable,
+    compiled_folder,
+    environment,
+    write_json,
+)
 from flexijax.config import DTYPES
 from flexijax.engine.engine import Engine
 from flexijax.engine.sampling import Sampling
@@ -142,9 +148,9 @@ def run(args: argparse.Namespace) -> int:
         )
         _check_engine(args, engine)
         if not args.quiet:
-            kept = jax.config.jax_compilation_cache_dir
-            where = f"the programs are kept in {kept}" if kept else "the programs are not kept"
-            print(f"the first start compiles for minutes; {where}", file=sys.stderr, flush=True)
+            where = compiled_folder() or "no folder, and compiled each time"
+            told = f"the first start compiles for minutes; programs are kept in {where}"
+            print(told, file=sys.stderr, flush=True)
         # OpenAI's requests sample where they say nothing; filters are compiled when one asks.
         engine.compile(Sampling(temperature=1.0))
         progress.close()
