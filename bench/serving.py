@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for turn, policy in interleaved(args.policies, rounds=args.rounds):
         options = ["--model", args.model, "--served-model-name", "served", "--policy", policy]
         options += ["--budget-tokens", str(args.budget_tokens), "--device-bytes", args.device_bytes]
-        options += ["--max-model-len", str(longest + args.new_tokens)]
+        options += ["--max-model-len", str(args.max_model_len or longest + args.new_tokens)]
         options += ["--max-num-seqs", str(args.max_requests), "--max-waiting", str(args.requests)]
         # Each prompt comes once at each rate, and is read each time.
         options += ["--no-enable-prefix-caching"]
@@ -190,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[3000, 4000])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--device-bytes", default="1GiB", help="for each policy's engine")
+    parser.add_argument("--max-model-len", type=int, help="of each server (what prompts take)")
     parser.add_argument("--max-requests", type=int, default=8)
     parser.add_argument("--budget-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=1)

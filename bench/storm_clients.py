@@ -70,7 +70,7 @@ class Client:
             await wire.send(self.draw.choice(self.asked).raw(stream=self.draw.random() < 0.5))
             await asyncio.sleep(self.draw.expovariate(1.0))
             wire.reset()
-        return "left"
+        return await self._rested("left")
 
     async def half(self) -> str:
         """Half of a request; then its end much later, or nothing more until the server hangs up."""
@@ -143,8 +143,9 @@ class Client:
         return await self._rested(told(status, headers, body))
 
     async def _rested(self, found: str) -> str:
-        """After a pause: nobody asks again at once."""
-        await asyncio.sleep(self.draw.uniform(0.5, 1.5))
+        """After a pause: nobody asks again at once, and later where there was no room."""
+        least = min(4.0, self.stall_s) if " 429 " in f" {found} " else 0.5
+        await asyncio.sleep(self.draw.uniform(least, 2 * least))
         return found
 
     def _while(self) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from flexijax.cache.memory import trim_heap
 from flexijax.engine.inventory import ProgramCall
 from flexijax.engine.program import Runner
 
@@ -29,8 +30,10 @@ def compile_all(runner: Runner, calls: Sequence[ProgramCall]) -> int:
                 waiting.result()
                 compiled += 1
             waiting = compiler.submit(lowered.compile)
+            del lowered
         if waiting is not None:
             waiting.result()
+    trim_heap()
     if runner.progress is not None:
         runner.progress(stage, len(calls), len(calls))
     if runner.programs > before:

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Generic, TypeVar
 
 import openai
+import pydantic
 from openai.types import CompletionUsage
 from openai.types.completion_usage import PromptTokensDetails
 
@@ -158,7 +159,7 @@ def _event(content: openai.BaseModel) -> bytes:
     return b"data: " + body(content) + b"\n\n"
 
 
-def body(content: openai.BaseModel) -> bytes:
+def body(content: pydantic.BaseModel) -> bytes:
     """As JSON."""
     # Of a chunk, finish_reason is null until the end, which the type of a completion leaves out.
     return content.model_dump_json(exclude_unset=True, warnings=False).encode()
