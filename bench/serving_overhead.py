@@ -2,15 +2,15 @@
 
 Rows of the same prompt decode in `flexijax.Engine` by itself; through `flexijax serve`'s own
 classes, with a client in another process that streams each of them; and by itself again, beside a
-process that takes as much processor time at each boundary as the client did. Rounds take turns.
-What the server costs is the second against the third: a client on another machine takes nothing
-here. Also reported is the processor time of the event loop for each decode step. No number is shown
-unless all tokens are the same.
+process that takes as much processor time at each boundary as the client did. Rounds take turns, and
+times are medians of sixteen steps, since a shared machine is slow for seconds at a time. What the
+server costs is the second against the third: a client on another machine takes nothing here. Also
+reported is the processor time of the event loop for each decode step. No number is shown unless all
+tokens are the same.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import multiprocessing
 import sys
@@ -29,6 +29,39 @@ COLUMNS = (
     *("policy", "rows", "step_ms", "beside_step_ms", "served_step_ms", "loop_ms", "client_ms"),
     *("loop_share", "server_slower", "client_slower"),
 )
+# Steps from one rerank of a row to the next.
+CHUNK = 16
+
+
+class Watched:
+    """Notes when each call of `engine.step` ends, whoever calls it, and how many tokens it made."""
+
+    def __init__(self, engine: flexijax.Engine, at_boundary: Callable[[], object]) -> None:
+        self._engine, self._at_boundary = engine, at_boundary
+        self._step = engine.step
+        self._ends: list[tuple[float, int]] = []
+        engine.step = self.step
+
+    def step(self) -> bool:
+        """`Engine.step`."""
+        left = self._step()
+        self._at_boundary()
+        self._ends.append((time.perf_counter(), self._engine.totals.new_tokens))
+        return left
+
+    def close(self, rows: int, chunk: int) -> list[float]:
+        """Milliseconds a step of every chunk of so many steps in which all rows ran.
+
+        A chunk, since what comes at its end, such as a rerank, is in each of them once.
+        """
+        self._engine.step = self._step
+        steps = self._engine.boundary_steps
+        each = chunk // steps
+        pairs = zip(self._ends, self._ends[1:], strict=False)
+        took = [(t1 - t0) if n1 - n0 == rows * steps else None for (t0, n0), (t1, n1) in pairs]
+        chunks = (took[at : at + each] for at in range(0, len(took) - each + 1, each))
+        whole = [[t for t in of if t is not None] for of in chunks]
+        return [1e3 * sum(of) / chunk for of in whole if len(of) == each]
 
 
 def alone(
@@ -38,20 +71,14 @@ def alone(
     new: int,
     at_boundary: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
-    """Milliseconds a step while all rows run, and tokens."""
+    """step_ms: milliseconds a step while all rows run, of each chunk; tokens: of each row."""
     sampling = flexijax.Sampling(ignore_eos=True)
+    watched = Watched(engine, at_boundary)
     streams = [engine.submit(prompt, max_new_tokens=new, sampling=sampling) for _ in range(rows)]
-    while not all(stream.tokens for stream in streams):
-        engine.step()
-    before, started = dataclasses.replace(engine.totals), time.perf_counter()
-    while engine.totals.ended == before.ended:
-        engine.step()
-        at_boundary()
-    seconds = time.perf_counter() - started
-    steps = (engine.totals.new_tokens - before.new_tokens) / rows
     while engine.step():
         pass
-    return {"step_ms": 1e3 * seconds / steps, "tokens": [s.result().token_ids for s in streams]}
+    tokens = [list(stream.result().token_ids) for stream in streams]
+    return {"step_ms": watched.close(rows, CHUNK), "tokens": tokens}
 
 
 def busy(boundaries: Connection) -> None:
@@ -139,24 +166,21 @@ class Served:
 
     def measure(self, prompt: list[int], rows: int, new: int) -> dict[str, Any]:
         """As `alone`, and the milliseconds of the loop and of the client for each step."""
-        context = multiprocessing.get_context("spawn")
+        context, watched = multiprocessing.get_context("spawn"), Watched(self.engine, lambda: None)
         answers, totals = context.Queue(), self.engine.totals
         process = context.Process(target=client, args=(self.url, prompt, rows, new, answers))
-        ended, read = totals.ended, totals.prompt_tokens
+        read = totals.prompt_tokens
         process.start()
-        # As alone, from when all prompts have been read; nothing here may hold up the engine.
+        # Nothing here may hold up the engine.
         while totals.prompt_tokens < read + rows * len(prompt):
-            time.sleep(0.005)
-        began, started, loop = totals.new_tokens, time.perf_counter(), self.cpu_s()
-        while totals.ended == ended:
-            time.sleep(0.005)
-        seconds, spent = time.perf_counter() - started, self.cpu_s() - loop
-        steps = (totals.new_tokens - began) / rows
+            time.sleep(0.01)
+        began, loop = totals.new_tokens, self.cpu_s()
         tokens, boundary_s = answers.get()
+        steps = (totals.new_tokens - began) / rows
         process.join()
         return {
-            "step_ms": 1e3 * seconds / steps,
-            "loop_ms": 1e3 * spent / steps,
+            "step_ms": watched.close(rows, CHUNK),
+            "loop_ms": 1e3 * (self.cpu_s() - loop) / steps,
             "client_ms": 1e3 * boundary_s / self.engine.boundary_steps,
             "tokens": tokens,
         }
@@ -192,14 +216,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             boundary_ms = through[-1]["client_ms"] * engine.boundary_steps
             with beside(boundary_ms / 1e3) as at_boundary:
                 crowded.append(alone(engine, *ask, at_boundary))
-            found = [list(map(list, of[-1]["tokens"])) for of in (plain, through, crowded)]
+            found = [of[-1]["tokens"] for of in (plain, through, crowded)]
             if not found[0] == found[1] == found[2]:
                 print("tokens differ: nothing is reported", file=sys.stderr)
                 return 1
-            steps = [of[-1]["step_ms"] for of in (plain, crowded, through)]
+            steps = [median(of[-1]["step_ms"]) for of in (plain, crowded, through)]
             print(f"{policy}, round {turn + 1}: {steps} ms", file=sys.stderr, flush=True)
         step, near, served_step = (
-            median(one["step_ms"] for one in of) for of in (plain, crowded, through)
+            median(ms for one in of for ms in one["step_ms"]) for of in (plain, crowded, through)
         )
         loop, clients = (median(one[of] for one in through) for of in ("loop_ms", "client_ms"))
         row = {"policy": policy, "rows": args.rows, "step_ms": step, "served_step_ms": served_step}

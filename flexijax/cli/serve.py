@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import json
 import logging
@@ -176,6 +177,10 @@ def run(args: argparse.Namespace) -> int:
             shutdown_timeout=args.shutdown_timeout,
             started=started,
         )
+        # Programs and what made them stay. A collection that looks at all of it each time holds up
+        # every thread, and comes so seldom that much waits for it.
+        gc.collect()
+        gc.freeze()
         Server(Service(lm, engine, settings), transport).run([socket])
     if args.json is not None:
         write_json(args.json, {"totals": engine.totals, "environment": environment()})
