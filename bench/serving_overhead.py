@@ -55,13 +55,13 @@ class Watched:
         A chunk, since what comes at its end, such as a rerank, is in each of them once.
         """
         self._engine.step = self._step
-        steps = self._engine.boundary_steps
-        each = chunk // steps
-        pairs = zip(self._ends, self._ends[1:], strict=False)
-        took = [(t1 - t0) if n1 - n0 == rows * steps else None for (t0, n0), (t1, n1) in pairs]
-        chunks = (took[at : at + each] for at in range(0, len(took) - each + 1, each))
-        whole = [[t for t in of if t is not None] for of in chunks]
-        return [1e3 * sum(of) / chunk for of in whole if len(of) == each]
+        steps, found, together = self._engine.boundary_steps, [], []
+        for (before, made), (after, in_all) in zip(self._ends, self._ends[1:], strict=False):
+            together = [*together, after - before] if in_all - made == rows * steps else []
+            if len(together) * steps == chunk:
+                found.append(1e3 * sum(together) / chunk)
+                together = []
+        return found
 
 
 def alone(

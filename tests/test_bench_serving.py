@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bench import serving as bench
+from bench import serving_overhead as overhead
 from bench.harness import data
 from bench.harness.tasks import scores
 from tests.server_kit import SIMPLE, engine_of, served_model, serving
@@ -89,6 +90,30 @@ def test_wrong_answers_are_faults():
     assert bench.faults([right, short], right, 5) == "1 requests got fewer tokens than 5"
     assert bench.faults([other, right], right, 5) is not None
     assert right.tpot_s == 0.25
+
+
+def test_only_chunks_in_which_all_rows_run_are_timed(monkeypatch):
+    """Boundaries of 4 steps for 2 rows; the clock says how long each took, in seconds."""
+
+    class Fake:
+        boundary_steps = 4
+        totals = SimpleNamespace(new_tokens=0)
+
+        def step(self):
+            took, made = left.pop(0)
+            clock[0] += took
+            self.totals.new_tokens += made
+            return bool(left)
+
+    # Read, one row alone, all of them, one that waits, all of them, the last one alone.
+    left = [(9, 1), (5, 4), *[(0.1, 8)] * 8, (7, 4), *[(0.2, 8)] * 5, (3, 4)]
+    clock, engine, boundaries = [0.0], Fake(), []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    watched = overhead.Watched(engine, lambda: boundaries.append(clock[0]))
+    while engine.step():
+        pass
+    assert watched.close(rows=2, chunk=16) == pytest.approx([25.0, 25.0, 50.0])
+    assert len(boundaries) == 17 and engine.step.__self__ is engine
 
 
 def test_a_needle_is_in_its_haystack_once(tmp_path):
