@@ -58,7 +58,7 @@ class Client:
     async def unread(self) -> str:
         """An answer of megabytes, more than the system keeps, of which nothing is read."""
         async with await Wire.open(self.url) as wire:
-            body = {"prompt": "a b c " * 60_000, "return_token_strs": True}
+            body = {"prompt": "a b c " * 120_000, "return_token_strs": True}
             await wire.send(post("/tokenize", json.dumps(body).encode()))
             await asyncio.sleep(self._while())
             wire.reset()

@@ -156,7 +156,7 @@ def test_who_takes_no_answer_is_gone(lm, monkeypatch):
     """An answer of more bytes than the system keeps, of which nothing is read: let go of in time,
     whatever route it is of; one that is read slowly, but read, comes to its end."""
     monkeypatch.setattr("flexijax.server.serving._SEND_S", 0.5)
-    body = {"prompt": "a b c " * 60_000, "return_token_strs": True}
+    body = {"prompt": "a b c " * 120_000, "return_token_strs": True}
     with serving(lm, engine_of(lm)) as running:
         unread, slow = connect(running), connect(running)
         for one in (unread, slow):
