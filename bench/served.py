@@ -1,6 +1,7 @@
 """`flexijax serve` in a process of its own, for what measures it from outside."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -10,9 +11,31 @@ import threading
 from collections.abc import Iterator, Sequence
 
 
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A server that answers at `url`. lines: what it printed."""
+
+    url: str
+    process: subprocess.Popen[str]
+    lines: list[str]
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self.process.pid
+
+    def end(self) -> None:
+        """Asks it to end, with SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code. Raises subprocess.TimeoutExpired."""
+        return self.process.wait(seconds)
+
+
 @contextlib.contextmanager
-def served(options: Sequence[str], *, threads: int) -> Iterator[str]:
-    """Starts `flexijax serve OPTIONS` on a free port; the URL, once it answers.
+def served(options: Sequence[str], *, threads: int) -> Iterator[Served]:
+    """Starts `flexijax serve OPTIONS` on a free port, until it answers.
 
     What it prints is kept out of the way. Ends it with SIGTERM. Raises RuntimeError with the end of
     what it printed where it does not start.
@@ -38,9 +61,10 @@ def served(options: Sequence[str], *, threads: int) -> Iterator[str]:
         # A pipe that nobody reads fills up, and then whoever writes to it stands still.
         reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
         reader.start()
-        yield url
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
+        running = Served(url, process, lines)
+        yield running
+        running.end()
+        running.wait(120)
         reader.join(10)
     finally:
         process.kill()

@@ -135,15 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for turn, policy in interleaved(args.policies, rounds=args.rounds):
         options = ["--model", args.model, "--served-model-name", "served", "--policy", policy]
         options += ["--budget-tokens", str(args.budget_tokens), "--device-bytes", args.device_bytes]
-        options += ["--max-model-len", str(longest + args.new_tokens)]
+        options += ["--max-model-len", str(args.max_model_len or longest + args.new_tokens)]
         options += ["--max-num-seqs", str(args.max_requests), "--max-waiting", str(args.requests)]
         # Each prompt comes once at each rate, and is read each time.
         options += ["--no-enable-prefix-caching"]
-        with served(options, threads=args.threads) as url:
-            [alone] = asyncio.run(run(url, prompts[:1], args.new_tokens, [0.0]))
+        with served(options, threads=args.threads) as server:
+            [alone] = asyncio.run(run(server.url, prompts[:1], args.new_tokens, [0.0]))
             for rate in args.rates:
                 moments = arrivals(len(prompts), rate, seed=args.seed + turn)
-                timed = asyncio.run(run(url, prompts, args.new_tokens, moments))
+                timed = asyncio.run(run(server.url, prompts, args.new_tokens, moments))
                 if wrong := faults(timed, alone, args.new_tokens):
                     print(f"{policy} at {rate} a second: {wrong}: no numbers", file=sys.stderr)
                     return 1
@@ -190,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=[3000, 4000])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--device-bytes", default="1GiB", help="for each policy's engine")
+    parser.add_argument("--max-model-len", type=int, help="of each server (what prompts take)")
     parser.add_argument("--max-requests", type=int, default=8)
     parser.add_argument("--budget-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=1)

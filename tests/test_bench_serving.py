@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bench import serving as bench
+from bench import serving_overhead as overhead
 from bench.harness import data
 from bench.harness.tasks import scores
 from tests.server_kit import SIMPLE, engine_of, served_model, serving
@@ -63,7 +65,7 @@ def test_the_whole_bench(url, monkeypatch, tmp_path, capsys):
     @contextlib.contextmanager
     def served(options, *, threads):
         started.append(options)
-        yield url
+        yield SimpleNamespace(url=url)
 
     monkeypatch.setattr(bench, "served", served)
     monkeypatch.setattr(bench, "prompts_of", lambda *_, count, **__: PROMPTS[:count])
@@ -90,6 +92,30 @@ def test_wrong_answers_are_faults():
     assert right.tpot_s == 0.25
 
 
+def test_only_chunks_in_which_all_rows_run_are_timed(monkeypatch):
+    """Boundaries of 4 steps for 2 rows; the clock says how long each took, in seconds."""
+
+    class Fake:
+        boundary_steps = 4
+        totals = SimpleNamespace(new_tokens=0)
+
+        def step(self):
+            took, made = left.pop(0)
+            clock[0] += took
+            self.totals.new_tokens += made
+            return bool(left)
+
+    # Read, one row alone, all of them, one that waits, all of them, the last one alone.
+    left = [(9, 1), (5, 4), *[(0.1, 8)] * 8, (7, 4), *[(0.2, 8)] * 5, (3, 4)]
+    clock, engine, boundaries = [0.0], Fake(), []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    watched = overhead.Watched(engine, lambda: boundaries.append(clock[0]))
+    while engine.step():
+        pass
+    assert watched.close(rows=2, chunk=16) == pytest.approx([25.0, 25.0, 50.0])
+    assert len(boundaries) == 17 and engine.step.__self__ is engine
+
+
 def test_a_needle_is_in_its_haystack_once(tmp_path):
     path = tmp_path / "needle.jsonl"
     assert data.write(path, data.needles(5, 300, seed=1)) == 5
@@ -97,6 +123,9 @@ def test_a_needle_is_in_its_haystack_once(tmp_path):
     for one in made:
         assert one["input"].count(one["answer"]) == 1
         assert 200 < len(one["input"].split()) < 300
+        assert sum(choice in one["input"] for choice in one["choices"]) == 1
+        assert one["answer"] in one["choices"] and len(set(one["choices"])) == 4
+    assert len({one["choices"].index(one["answer"]) for one in made}) > 1
     depths = [one["input"].index(one["answer"]) / len(one["input"]) for one in made]
     assert depths == sorted(depths) and depths[0] < 0.1 and depths[-1] > 0.9
     assert scores.holds_answer(made[0], [f"It is {made[0]['answer']}."]) == {"found": 1.0}
@@ -112,3 +141,4 @@ def test_leval_gives_its_first_questions(tmp_path):
         list(data.leval(path))
     assert scores.word_overlap({"answer": "the red fox"}, ["The fox!"]) == {"f1": 0.8}
     assert scores.word_overlap({"answer": ""}, [""]) == {"f1": 0.0}
+    assert scores.nats_a_letter({"answer": "four"}, [(-6.0, False)]) == {"nats_a_letter": 1.5}

@@ -46,13 +46,23 @@ def test_nothing_compiles_once_all_has_been(lm, policy):
     """A hit, prompts of one token and of all the room, codes fitted late: all of it was there."""
     forget_compiled()
     cache = dataclasses.replace(SMALL, policy=POLICIES[policy])
-    engine, names = flexijax.Engine(lm, cache=cache, max_requests=2, max_context=CONTEXT), []
+    told, names = [], []
+    engine = flexijax.Engine(
+        lm,
+        cache=cache,
+        max_requests=2,
+        max_context=CONTEXT,
+        progress=lambda *of: told.append(of),
+    )
 
     def compiled(event, seconds, fun_name="", **_):
         if event.endswith("/backend_compile_duration"):
             names.append(fun_name)
 
     first = engine.compile(SAMPLING)
+    # The first is at the compiler while the second is traced.
+    counts = (0, *range(first - 1), first)
+    assert told == [(f"compiling {first} programs", count, first) for count in counts]
     assert first > 4 and engine.compile(SAMPLING) == 0
     jax.monitoring.register_event_duration_secs_listener(compiled)
     try:

@@ -72,6 +72,30 @@ def test_a_stream_joins_to_the_whole(client, alone):
     assert {part.id for part in chunks} == {last.id} and last.model == "alias"
 
 
+def test_each_piece_may_say_how_many_tokens_there_are(client):
+    """vLLM's: of its own choice; without it a piece says nothing of usage."""
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    ask = dict(model="tiny", max_tokens=9, stream=True, extra_body={"ignore_eos": True})
+    for create, more in (
+        (client.completions.create, {"prompt": PROMPTS[:2], "n": 2}),
+        (client.chat.completions.create, {"messages": CHAT, "n": 2}),
+    ):
+        *parts, last = create(**ask, **more, stream_options=usage)
+        counts: dict[int, list] = {}
+        for part in parts:
+            if part.usage is not None:
+                counts.setdefault(part.choices[0].index, []).append(part.usage)
+        for of in counts.values():
+            made = [one.completion_tokens for one in of]
+            assert made == sorted(made) and made[0] < made[-1] == 9
+            assert {one.total_tokens - one.completion_tokens for one in of} == {of[0].prompt_tokens}
+        prompts = [of[0].prompt_tokens for of in list(counts.values())[:: ask.get("n", 2)]]
+        assert sum(prompts) == last.usage.prompt_tokens
+        assert last.usage.completion_tokens == 9 * len(counts)
+        *parts, last = create(**ask, **more, stream_options={"include_usage": True})
+        assert all(part.usage is None for part in parts) and last.usage is not None
+
+
 def test_ids_are_a_prompt_too(client, lm, alone):
     ids = lm.tokenizer.encode(PROMPTS[1])
     made = client.completions.create(

@@ -152,6 +152,32 @@ def test_a_slow_reader_holds_up_nobody(served, expected):
     assert ids == expected
 
 
+def test_who_takes_no_answer_is_gone(lm, monkeypatch):
+    """An answer of more bytes than the system keeps, of which nothing is read: let go of in time,
+    whatever route it is of; one that is read slowly, but read, comes to its end."""
+    monkeypatch.setattr("flexijax.server.serving._SEND_S", 0.5)
+    body = {"prompt": "a b c " * 120_000, "return_token_strs": True}
+    with serving(lm, engine_of(lm)) as running:
+        unread, slow = connect(running), connect(running)
+        for one in (unread, slow):
+            one.sendall(raw(body, "/tokenize"))
+        assert slow.recv(15).startswith(b"HTTP/1.1 200")
+        length = 0
+        while part := slow.recv(1 << 18):
+            length += len(part)
+            time.sleep(0.1)
+            if part.endswith(b"}"):
+                break
+        assert length > 4 << 20, "the system may keep that much"
+        time.sleep(0.5)
+        got = 0
+        while part := unread.recv(1 << 20):
+            got += len(part)
+        assert 0 < got < length, "what the system had kept comes, and then the end"
+        for one in (unread, slow):
+            one.close()
+
+
 def test_an_allocation_that_fails_is_told_and_forgotten(lm, monkeypatch):
     """Those that had a row are told; later ones get their own tokens, and no block of what was
     lost."""

@@ -18,7 +18,7 @@ _WORDS_A_TOKEN = 0.8
 def needles(count: int, tokens: int, *, seed: int) -> Iterator[dict[str, Any]]:
     """Documents of about so many tokens, in each a number that is asked for.
 
-    The number stands at evenly spread depths.
+    The number stands at evenly spread depths. choices: it among others that stand nowhere.
     """
     draw = random.Random(seed)
     for at in range(count):
@@ -34,8 +34,15 @@ def needles(count: int, tokens: int, *, seed: int) -> Iterator[dict[str, Any]]:
         needle = f"The secret number of {name} at the {place} is {number}."
         lines.insert(round(depth * len(lines)), needle)
         question = f"What is the secret number of {name} at the {place}?"
-        made = {"input": " ".join(lines), "question": question, "answer": number, "depth": depth}
-        yield made
+        choices = [number, *(str(draw.randrange(10_000, 100_000)) for _ in range(3))]
+        draw.shuffle(choices)
+        yield {
+            "input": " ".join(lines),
+            "question": question,
+            "answer": number,
+            "choices": choices,
+            "depth": depth,
+        }
 
 
 def leval(path: Path) -> Iterator[dict[str, Any]]:

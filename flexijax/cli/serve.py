@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import json
 import logging
@@ -17,7 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexijax.cli.cache_options import add_cache_options, cache_config
-from flexijax.cli.terminal import Progress, check_writable, environment, write_json
+from flexijax.cli.terminal import (
+    Progress,
+    check_writable,
+    compiled_folder,
+    environment,
+    write_json,
+)
 from flexijax.config import DTYPES
 from flexijax.engine.engine import Engine
 from flexijax.engine.sampling import Sampling
@@ -141,6 +148,10 @@ def run(args: argparse.Namespace) -> int:
             mesh=_mesh(args.tensor_parallel_size),
         )
         _check_engine(args, engine)
+        if not args.quiet:
+            where = compiled_folder() or "no folder, and compiled each time"
+            told = f"the first start compiles for minutes; programs are kept in {where}"
+            print(told, file=sys.stderr, flush=True)
         # OpenAI's requests sample where they say nothing; filters are compiled when one asks.
         engine.compile(Sampling(temperature=1.0))
         progress.close()
@@ -166,6 +177,10 @@ def run(args: argparse.Namespace) -> int:
             shutdown_timeout=args.shutdown_timeout,
             started=started,
         )
+        # Programs and what made them stay. A collection that looks at all of it each time holds up
+        # every thread, and comes so seldom that much waits for it.
+        gc.collect()
+        gc.freeze()
         Server(Service(lm, engine, settings), transport).run([socket])
     if args.json is not None:
         write_json(args.json, {"totals": engine.totals, "environment": environment()})

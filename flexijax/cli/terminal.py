@@ -147,13 +147,19 @@ def use_compilation_cache() -> None:
     In FLEXIJAX_CACHE_DIR, empty for off; else in the user's cache folder. A folder that jax was
     already told of by its own JAX_COMPILATION_CACHE_DIR stays.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("FLEXIJAX_CACHE_DIR", str(Path(home) / "flexijax" / "compiled"))
+    folder = compiled_folder()
     if not folder or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_compilation_cache_max_size", 2 * 1024**3)
+
+
+def compiled_folder() -> str:
+    """Where `use_compilation_cache` keeps programs; empty for nowhere."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    ours = os.environ.get("FLEXIJAX_CACHE_DIR", str(Path(home) / "flexijax" / "compiled"))
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR", ours)
 
 
 def _plain(value: Any) -> Any:

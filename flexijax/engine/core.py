@@ -8,8 +8,8 @@ import time
 
 from flexijax.engine.answer import generation, token_of
 from flexijax.engine.boundary import BoundaryPlan, Limits, Stage, apply
+from flexijax.engine.compiling import compile_all
 from flexijax.engine.entry import Entry
-from flexijax.engine.execute import compile_calls
 from flexijax.engine.inventory import all_calls
 from flexijax.engine.measured import Answering, EngineTotals
 from flexijax.engine.mesh import of_several_processes
@@ -67,8 +67,8 @@ class EngineCore:
         """Compiles all that requests with such `sampling` can come to run; how many programs."""
         self.runner.serve(sampling)
         with placing.over(self.runner.program.mesh):
-            calls = all_calls(self.runner.program, self.lm.params)
-            return compile_calls(self.runner.runner, calls)
+            calls = list(all_calls(self.runner.program, self.lm.params))
+            return compile_all(self.runner.runner, calls)
 
     def add(self, entry: Entry) -> None:
         """A request that waits from now on; its key is new."""

@@ -241,6 +241,16 @@ class Runner:
         program = jitted(function, static, donate, self.mesh)
         return self._watched(stage, lambda *args: program.lower(*args).compile(), args)
 
+    def lower(
+        self,
+        function: Callable[..., Any],
+        static: Any,
+        args: tuple[Any, ...],
+        donate: tuple[int, ...] = (),
+    ) -> jax.stages.Lowered:
+        """Traces what `run` would; when `compile` of it has been called, `run` need not."""
+        return self._watched("", jitted(function, static, donate, self.mesh).lower, args)
+
     def begin_compiling(self) -> None:
         """Called while a function is traced, which is before it is compiled."""
         if self._began is not None:
@@ -249,7 +259,7 @@ class Runner:
         # What still runs would be timed as compiling otherwise.
         jax.block_until_ready([leaf for leaf in jax.tree.leaves(args) if _is_there(leaf)])
         self._began = self._ended = time.perf_counter()
-        if self.progress is not None:
+        if stage and self.progress is not None:
             self.progress(f"compiling {stage}", 0, 1)
 
     def end_compiling(self) -> None:
@@ -270,7 +280,7 @@ class Runner:
             self.programs += 1
             trim_heap()
             jit_cache.make_room()
-            if self.progress is not None:
+            if stage and self.progress is not None:
                 self.progress(f"compiling {stage}", 1, 1)
         return made
 

@@ -12,11 +12,12 @@ from flexijax.server.requests import ChatRequest, CompletionRequest, Sampled
 @dataclasses.dataclass(frozen=True)
 class Shown:
     """logprobs: whether each token's is. alternatives: how many likelier or less likely ones are,
-    too. usage: whether a stream ends with it."""
+    too. usage: whether a stream ends with it; usage_so_far: whether each piece has it, too."""
 
     logprobs: bool
     alternatives: int
     usage: bool
+    usage_so_far: bool
 
 
 def sampling_of(body: Sampled, shown: Shown, *, new_seed: int) -> Sampling:
@@ -62,4 +63,6 @@ def shown_of(body: CompletionRequest | ChatRequest) -> Shown:
             message = "logprobs are of generated tokens: those of an echoed prompt are not kept"
             raise ApiError(400, message, param="logprobs", code="unsupported")
     options = body.stream_options
-    return Shown(logprobs, alternatives, options is not None and bool(options.include_usage))
+    usage = options is not None and bool(options.include_usage)
+    so_far = usage and options is not None and bool(options.continuous_usage_stats)
+    return Shown(logprobs, alternatives, usage, so_far)

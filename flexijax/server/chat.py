@@ -36,9 +36,11 @@ class ChatReply(Reply[ChatCompletion]):
             usage=usage,
         )
 
-    def chunk(self, choice: Choice, update: Update) -> ChatCompletionChunk:
+    def chunk(
+        self, choice: Choice, update: Update, usage: CompletionUsage | None
+    ) -> ChatCompletionChunk:
         delta = ChoiceDelta(content=update.text) if update.text else ChoiceDelta()
-        return self._chunk([self._part(choice, delta, update.tokens)])
+        return self._chunk([self._part(choice, delta, update.tokens)], usage)
 
     def first(self, choices: list[Choice]) -> Iterator[ChatCompletionChunk]:
         for choice in choices:

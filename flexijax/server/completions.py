@@ -20,8 +20,8 @@ class CompletionReply(Reply[Completion]):
     def response(self, choices: list[Choice], usage: CompletionUsage) -> Completion:
         return self._completion([self._whole(choice) for choice in choices], usage)
 
-    def chunk(self, choice: Choice, update: Update) -> Completion:
-        return self._completion([self._choice(choice, update.text, update.tokens)])
+    def chunk(self, choice: Choice, update: Update, usage: CompletionUsage | None) -> Completion:
+        return self._completion([self._choice(choice, update.text, update.tokens)], usage)
 
     def first(self, choices: list[Choice]) -> Iterator[Completion]:
         for choice in choices:

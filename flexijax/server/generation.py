@@ -24,9 +24,8 @@ from flexijax.server.requests import ChatRequest, CompletionRequest
 from flexijax.server.service import Service
 
 _T = TypeVar("_T")
-# A comment every so often keeps proxies from closing a stream on which nothing comes; a client that
-# takes nothing for so long is gone.
-_PING_S, _SEND_S = 15, 120.0
+# A comment every so often keeps proxies from closing a stream on which nothing comes.
+_PING_S = 15
 
 
 class ModelList(BaseModel):
@@ -132,7 +131,7 @@ class _Events(EventSourceResponse):
     """Ends the job however the response ends, even before its first event."""
 
     def __init__(self, reply: Reply[Any]) -> None:
-        super().__init__(reply.events(), ping=_PING_S, sep="\n", send_timeout=_SEND_S)
+        super().__init__(reply.events(), ping=_PING_S, sep="\n")
         self._job: Job = reply.job
 
     @staticmethod

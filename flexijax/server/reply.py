@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Generic, TypeVar
 
 import openai
+import pydantic
 from openai.types import CompletionUsage
 from openai.types.completion_usage import PromptTokensDetails
 
@@ -94,7 +95,8 @@ class Reply(abc.ABC, Generic[Whole]):
                 choice.add(update)
                 shows = update.tokens and (self.shown.logprobs or self.token_ids)
                 if update.text or shows or update.end is not None:
-                    yield _event(self.chunk(choice, update))
+                    usage = self._so_far(choice) if self.shown.usage_so_far else None
+                    yield _event(self.chunk(choice, update, usage))
             if self.shown.usage:
                 yield _event(self.last(self._counted(choices)))
         except ApiError as error:
@@ -108,7 +110,9 @@ class Reply(abc.ABC, Generic[Whole]):
         """Of all that came."""
 
     @abc.abstractmethod
-    def chunk(self, choice: Choice, update: Update) -> openai.BaseModel:
+    def chunk(
+        self, choice: Choice, update: Update, usage: CompletionUsage | None
+    ) -> openai.BaseModel:
         """An event of what came last."""
 
     @abc.abstractmethod
@@ -127,6 +131,14 @@ class Reply(abc.ABC, Generic[Whole]):
         each = self.job.choices
         echoes = [echo for echo in self.echoes for _ in range(each)]
         return [Choice(at, echo, shown=len(echo)) for at, echo in enumerate(echoes)]
+
+    def _so_far(self, choice: Choice) -> CompletionUsage:
+        """Of one choice, as vLLM's."""
+        prompt = len(self.job.prompts[choice.index // self.job.choices])
+        made = len(choice.tokens)
+        return CompletionUsage(
+            prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made
+        )
 
     def _counted(self, choices: list[Choice]) -> CompletionUsage:
         """A prompt counts once, however many choices there are."""
@@ -147,7 +159,7 @@ def _event(content: openai.BaseModel) -> bytes:
     return b"data: " + body(content) + b"\n\n"
 
 
-def body(content: openai.BaseModel) -> bytes:
+def body(content: pydantic.BaseModel) -> bytes:
     """As JSON."""
     # Of a chunk, finish_reason is null until the end, which the type of a completion leaves out.
     return content.model_dump_json(exclude_unset=True, warnings=False).encode()

@@ -26,6 +26,8 @@ class StreamOptions(Body):
     """include_usage: whether one more chunk says how many tokens there were."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With include_usage, each chunk of a choice says how many that choice has so far."""
 
 
 class Sampled(Body):

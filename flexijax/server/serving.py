@@ -21,8 +21,9 @@ from flexijax.server.service import Service
 
 logger = logging.getLogger("flexijax.server")
 
-# From the first byte of a request to the end of its head; for responses to be written at the end.
-_HEAD_S, _CLOSING_S = 30.0, 5
+# From the first byte of a request to the end of its head; for responses to be written at the end. A
+# client that takes nothing of its answer for so long is gone.
+_HEAD_S, _CLOSING_S, _SEND_S = 30.0, 5, 120.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,9 +127,11 @@ class Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection on which the head of a request begins and does not end."""
+    """Closes a connection on which the head of a request begins and does not end, or whose client
+    takes no answer."""
 
     _limit: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
         super().connection_made(transport)
@@ -140,8 +143,18 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._limit is not None:
-            self._limit.cancel()
+        for timer in (self._limit, self._unread):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(_SEND_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def _watch(self) -> None:
         waiting = self.conn.their_state is h11.IDLE

@@ -17,3 +17,9 @@ def word_overlap(doc, results):
     shared = sum((ours & theirs).values())
     total = sum(ours.values()) + sum(theirs.values())
     return {"f1": 2 * shared / total if total else 0.0}
+
+
+def nats_a_letter(doc, results):
+    """How unlikely the answer is, by its length in characters."""
+    logprob, _ = results[0]
+    return {"nats_a_letter": -logprob / max(len(doc["answer"]), 1)}
