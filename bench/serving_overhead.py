@@ -8,7 +8,6 @@ the two times a step. No number is shown unless all tokens are the same.
 
 import argparse
 import dataclasses
-import json
 import multiprocessing
 import sys
 import threading
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import flexijax
-from bench.timing import environment, median, table
+from bench import results
+from bench.timing import median, table
 from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
 
 COLUMNS = ("policy", "rows", "step_ms", "served_step_ms", "loop_ms", "loop_share", "slower")
@@ -139,9 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row | {"loop_ms": loop, "loop_share": loop / step, "slower": served_step / step}
         )
     print(table(rows, COLUMNS))
-    if args.json is not None:
-        content = {"rows": rows, "environment": environment(threads=2)}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, "serving_overhead", args, rows=rows)
     return 0
 
 
