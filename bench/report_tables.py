@@ -168,8 +168,8 @@ def _place(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _rounds(content: Mapping[str, Any]) -> str:
-    rounds = {row["rounds"] for row in content["rows"]}
-    return f"medians of {min(rounds)} rounds that took turns"
+    rounds = min(row["rounds"] for row in content["rows"])
+    return "one round" if rounds == 1 else f"medians of {rounds} rounds that took turns"
 
 
 def _closeness(content: Mapping[str, Any]) -> str:
