@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 def project(
-    weights: dict[str, Tensor | None],
+    weights: dict[str, Any],
     x: Tensor,
     shape: tuple[int, int, int],
     eps: float,
@@ -52,7 +51,7 @@ def rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], scale, eps)
 
 
-def weights_of(layer: Any) -> dict[str, Tensor | None]:
+def weights_of(layer: Any) -> dict[str, Any]:
     """Of a decoder layer of transformers."""
     attention, mlp, found = layer.self_attn, layer.mlp, {}
     for name in "qkv":

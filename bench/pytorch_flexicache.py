@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bench.pytorch_decoder import after_attention, project, weights_of
 from bench.pytorch_groups import Settings, Stable, Unstable, by_head
 from bench.pytorch_scores import FIT_TOKENS, SCORES, choose, close_to_cut, page_ranks
-
-Tensor = torch.Tensor
 
 
 def can_compile() -> str | None:
@@ -225,7 +224,7 @@ def decode_layer(
     settings: Settings,
     shape: tuple[int, int, int],
     eps: float,
-    weights: dict[str, Tensor | None],
+    weights: dict[str, Any],
     groups: tuple[Unstable | None, Stable | None],
     x: Tensor,
     cos: Tensor,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

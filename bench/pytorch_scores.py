@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 # Best spacing of 4 evenly spaced levels for a Gaussian, in deviations: J. Max, 1960, table II.
 SPACING, LEVELS, LARGEST = 0.9957, 4, 31

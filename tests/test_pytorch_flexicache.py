@@ -13,15 +13,13 @@ from flexijax.policies.flexi import Flexi
 from flexijax.policies.minmax import MinMax
 from flexijax.policies.sketch import Sketch
 from tests import tiny_models
-from tests.tiny_runs import SMALL, prompt_of
+from tests.tiny_runs import PROFILE, SMALL, prompt_of
 
 torch = pytest.importorskip("torch", reason="the peer needs the torch extra")
 parity = pytest.importorskip("tests.test_models_parity", reason="needs the torch extra")
 
 from bench import pytorch_flexicache, pytorch_groups, pytorch_scores, same_pages  # noqa: E402
 
-# A layer with one head of each kind, one with stable heads only.
-PROFILE = SMALL.profile
 STEPS = 64
 
 
