@@ -1,1 +1,1 @@
-"""Measurements that a reader can repeat: `python -m bench.decode`, `python -m bench.agreement`."""
+"""Measurements that a reader can repeat: `python -m bench.compare`, `python -m bench.report`."""

@@ -20,10 +20,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from bench import results
 from bench.score_candidates import CANDIDATES
-from bench.timing import environment, table
+from bench.timing import table
 from flexijax import policies
-from flexijax.cli.terminal import Progress, use_compilation_cache, write_json
+from flexijax.cli.terminal import Progress, use_compilation_cache
 from flexijax.config import CacheConfig
 from flexijax.evaluate import evaluate
 from flexijax.evaluation import ConfigSummary, Evaluation
@@ -181,13 +182,8 @@ def evaluations(
 
 def _write(args: argparse.Namespace, found: Evaluation) -> None:
     """The JSON and the picture as far as they have come."""
-    if args.json is not None:
-        content = {
-            "rows": rows_of(found, args.base),
-            "documents": found.rows,
-            "environment": environment(threads=2),
-        }
-        write_json(args.json, content)
+    rows = rows_of(found, args.base)
+    results.write(args.json, "closeness", args, rows=rows, documents=found.rows)
     if args.plot is not None:
         draw(found.summary(), args.plot)
 

@@ -17,12 +17,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import results
 from bench.closeness import add_options, evaluations, parse
-from bench.timing import environment, table
+from bench.timing import table
 from flexijax import policies
 from flexijax.cache.memory import cache_bytes
 from flexijax.cache.prefill_kv import prefill_bytes
-from flexijax.cli.terminal import use_compilation_cache, write_json
+from flexijax.cli.terminal import use_compilation_cache
 from flexijax.config import CacheConfig
 from flexijax.engine.plan import make_program, token_bytes
 from flexijax.evaluation import Evaluation
@@ -113,9 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[dict] = []
     for found in evaluations(lm, configs, args):
         rows = rows_of(found, sizes)
-        if args.json is not None:
-            content = {"rows": rows, "without": without, "environment": environment(threads=2)}
-            write_json(args.json, content)
+        results.write(args.json, "leaderboard", args, rows=rows, without=without)
         if args.plot is not None:
             draw(rows, args.plot)
     print(table(rows, COLUMNS))

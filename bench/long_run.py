@@ -9,7 +9,6 @@ for is what a call leaves behind.
 """
 
 import argparse
-import json
 import random
 import sys
 import threading
@@ -21,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 import flexijax
-from bench.timing import environment, table
+from bench import results
+from bench.timing import table
 from flexijax.engine.jit_cache import memory_maps, num_compiled
 from flexijax.models.config import ModelConfig
 from flexijax.models.decoder import Decoder
@@ -135,9 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         | {name: max(row[name] for row in part) for name in COUNTED}
         for part in thirds
     ]
-    if args.json is not None:
-        content = {"rows": rows, "environment": environment(threads=2)}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, "long_run", args, rows=rows)
     print(table(summary, tuple(summary[0])))
     grew = [] if args.quick else not_level(rows)
     print(f"still growing: {', '.join(grew)}" if grew else "everything has levelled off")

@@ -6,14 +6,14 @@ answers were the same, to the bit, as those of an engine that shares nothing.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flexijax
-from bench.timing import environment, median, table
+from bench import results
+from bench.timing import median, table
 from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
 from flexijax.profiles.documents import read_documents
 
@@ -105,9 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     row = summary(prompts, answers) | {"policy": args.policy, "checked": len(checked)}
     columns = ("policy", "miss_s", "hit_s", "hit_to_miss", "computed", "checked")
     print(table([row], columns))
-    if args.json is not None:
-        content = {"rows": [row], "environment": environment(threads=2)}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, "prefix", args, rows=[row])
     return 0
 
 

@@ -5,7 +5,6 @@ first turn compiles and is not counted. No ratio is shown unless both said the s
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from bench.timing import environment, table
+from bench import results
+from bench.timing import table
 from flexijax.cli.terminal import use_compilation_cache
 from flexijax.config import CacheConfig
 from flexijax.engine.sampling import Sampling
@@ -70,9 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(measure_document(lm, document, settings))
         print(table(rows[-1:], COLUMNS), file=sys.stderr, flush=True)
     profile_s, full_s = (sum(row[name] for row in rows) for name in ("profile_s", "full_s"))
-    content = {"ratio": profile_s / full_s, "rows": rows, "environment": environment(threads=2)}
-    if args.json is not None:
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, "profile_cost", args, ratio=profile_s / full_s, rows=rows)
     print(table(rows, COLUMNS))
     print(f"all {len(rows)} documents: profiling takes {profile_s / full_s:.2f} times as long")
     return 0

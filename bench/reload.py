@@ -5,7 +5,6 @@ while the model attends to everything. The count comes from `flexi`, fed the sam
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.timing import environment, table
+from bench import results
+from bench.timing import table
 from flexijax.cli.terminal import use_compilation_cache
 from flexijax.config import CacheConfig
 from flexijax.engine.continuation import Continuation, read
@@ -124,9 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row = measure_document(lm, profile, document, settings, interval=args.interval)
             rows.append(row)
             print(table([row], COLUMNS), file=sys.stderr, flush=True)
-    if args.json is not None:
-        content = {"rows": rows, "environment": environment(threads=2)}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, "reload", args, rows=rows)
     print(table(rows, COLUMNS))
     total = sum(row["predicted_mb"] for row in rows) / sum(row["counted_mb"] for row in rows)
     print(f"all documents together: predicted / counted = {total:.2f}")

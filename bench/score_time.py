@@ -6,7 +6,6 @@ of each the median is shown; no time is shown before a score has passed its chec
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench import results
 from bench.score_candidates import CANDIDATES
-from bench.timing import environment, interleaved, median, table
+from bench.timing import interleaved, median, table
 from flexijax.models.config import AttentionShape
 from flexijax.pallas_kernels.page_scores import reference
 from flexijax.pallas_kernels.page_selection.xla import page_ranks
@@ -140,9 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = measure(
         args.scores, batch=args.batch, tokens=args.tokens, rounds=args.rounds, model="smollm2-135m"
     )
-    if args.json is not None:
-        content = {"rows": rows, "environment": environment(threads=2)}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, "score_time", args, rows=rows)
     print(table(rows, COLUMNS))
     return 0
 

@@ -10,7 +10,6 @@ tokens, and the first prompt those that it gets alone.
 import argparse
 import asyncio
 import dataclasses
-import json
 import math
 import random
 import sys
@@ -19,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import results
 from bench.served import served
 from bench.throughput import prompts_of
-from bench.timing import environment, interleaved, table
+from bench.timing import interleaved, table
 
 PERCENTILES = (50, 95, 99)
 COLUMNS = (
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return 1
                 runs.setdefault((policy, rate), []).append(timed)
                 print(f"round {turn + 1}: {policy}, {rate} a second", file=sys.stderr, flush=True)
-                _write(args, runs)
+                results.write(args.json, "serving", args, rows=_rows(runs))
     print(table(_rows(runs), COLUMNS))
     return 0
 
@@ -167,16 +167,6 @@ def faults(timed: Sequence[Timed], alone: Timed, new_tokens: int) -> str | None:
 def _rows(runs: dict[tuple[str, float], list[list[Timed]]]) -> list[dict[str, Any]]:
     rows = [{"policy": policy, "rate": rate} | summary(of) for (policy, rate), of in runs.items()]
     return sorted(rows, key=lambda row: row["rate"])
-
-
-def _write(args: argparse.Namespace, runs: dict[tuple[str, float], list[list[Timed]]]) -> None:
-    """The JSON as far as it has come, so that an interrupted run is not lost."""
-    if args.json is None:
-        return
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("json",)}
-    content = {"rows": _rows(runs), "settings": settings}
-    content["environment"] = environment(threads=args.threads)
-    args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ tokens are the same.
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import sys
 import threading
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import flexijax
-from bench.timing import environment, median, table
+from bench import results
+from bench.timing import median, table
 from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
 
 COLUMNS = (
@@ -231,9 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row |= {"loop_share": loop / step, "server_slower": served_step / near}
         rows.append(row | {"client_slower": near / step})
     print(table(rows, COLUMNS))
-    if args.json is not None:
-        content = {"rows": rows, "environment": environment(threads=2)}
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, "serving_overhead", args, rows=rows)
     return 0
 
 

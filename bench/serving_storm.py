@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import results
 from bench.served import Served, served
 from bench.storm_clients import Client, Crowd
 from bench.storm_wire import Asked, Wire, content_of
-from bench.timing import environment, table
+from bench.timing import table
 
 COLUMNS = (
     *("when", "rss_mb", "peak_mb", "files", "threads", "idle_share", "answers", "faults"),
@@ -225,11 +226,7 @@ def _write(
     faults: list[str],
 ) -> None:
     """The JSON as far as it has come, so that an interrupted run is not lost."""
-    if args.json is None:
-        return
-    content = {"rows": rows, "seen": seen, "faults": faults}
-    content["environment"] = environment(threads=args.threads)
-    args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    results.write(args.json, "serving_storm", args, rows=rows, seen=seen, faults=faults)
 
 
 def _crowd(args: argparse.Namespace, url: str, asked: list[Asked], turn: int) -> Crowd:

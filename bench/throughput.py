@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.timing import environment, in_fresh_process, interleaved, median, table
+from bench import results
+from bench.timing import in_fresh_process, interleaved, median, table
 from flexijax.models.load import load
 from flexijax.profiles.documents import read_documents
 
@@ -51,11 +52,11 @@ def prompts_of(
 def medians(runs: dict[tuple[str, int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """One row a policy and number of new tokens, with the median of every number."""
     rows = []
-    for (policy, new_tokens), results in runs.items():
+    for (policy, new_tokens), found in runs.items():
         row: dict[str, Any] = {"policy": policy, "new_tokens": new_tokens}
-        row |= {name: median([one[name] for one in results]) for name in _MEASURED}
-        row["ttft_s"] = median([seconds for one in results for seconds in one["ttft_s"]])
-        rows.append(row | {"rounds": len(results)})
+        row |= {name: median([one[name] for one in found]) for name in _MEASURED}
+        row["ttft_s"] = median([seconds for one in found for seconds in one["ttft_s"]])
+        rows.append(row | {"rounds": len(found)})
     return rows
 
 
@@ -120,20 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _write(args: argparse.Namespace, runs: dict[tuple[str, int], list[dict[str, Any]]]) -> None:
     """The JSON as far as it has come, so that an interrupted run is not lost."""
-    if args.json is None:
-        return
     rows = medians(runs)
-    content = {
-        "rows": rows,
-        "ratios": ratios(rows, args.policies[0]),
-        "environment": environment(threads=args.threads),
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items()
-            if name not in ("json", "data", "lock")
-        },
-    }
-    args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    of_base = ratios(rows, args.policies[0])
+    results.write(args.json, "throughput", args, rows=rows, ratios=of_base)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -65,14 +65,22 @@ def environment(*, threads: int) -> dict[str, Any]:
     }
 
 
-def answer_prompts(measure: Callable[..., dict[str, Any]]) -> None:
-    """The other side of `in_fresh_process`: prints measure(prompts=..., **rest of the SPEC).
+def answer_prompts(*functions: Callable[..., dict[str, Any]]) -> None:
+    """The other side of `in_fresh_process`: prints the JSON of function(**SPEC).
 
-    The SPEC names a file with the prompts, JSON lists of token ids, in "prompts_file".
+    The SPEC names the function in "call", else it is the first, and may name a file with the
+    prompts, JSON lists of token ids, in "prompts_file", which is given as prompts.
     """
-    spec = json.loads(sys.argv[1])
-    prompts = json.loads(Path(spec.pop("prompts_file")).read_text(encoding="utf-8"))
-    print(json.dumps(measure(prompts=prompts, **spec)))
+    print(json.dumps(answered(json.loads(sys.argv[1]), *functions)))
+
+
+def answered(spec: dict[str, Any], *functions: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """What `answer_prompts` prints."""
+    by_name = {function.__name__: function for function in functions}
+    call = by_name[spec.pop("call", functions[0].__name__)]
+    if "prompts_file" in spec:
+        spec["prompts"] = json.loads(Path(spec.pop("prompts_file")).read_text(encoding="utf-8"))
+    return call(**spec)
 
 
 def in_fresh_process(

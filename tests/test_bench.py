@@ -1,11 +1,11 @@
-"""The machinery of the benches: medians, turns, fresh processes, gates and ratios."""
+"""The machinery of the benches: medians, turns, fresh processes, what they write."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from bench import decode, timing
-from bench.decode import Bench, Cell
+from bench import results, timing
 
 pytestmark = pytest.mark.any_jax
 
@@ -48,102 +48,30 @@ def test_table_aligns():
     assert timing.table(rows, ("a", "b")) == "   a  b\n1.23  x\n1234  -"
 
 
-def row(system, *, ms, peak=100, batch=1):
-    values = {"prefill_s": 1.0, "decode_ms": ms, "peak_bytes": peak, "device_kv_bytes": 10}
-    return {"system": system, "context": 64, "batch": batch, **values}
+def test_what_is_asked_of_a_side(tmp_path):
+    def measure(*, prompts, steps=1):
+        return {"prompts": prompts, "steps": steps}
+
+    def other(*, steps):
+        return {"other": steps}
+
+    (tmp_path / "prompts").write_text("[[1, 2]]")
+    spec = {"prompts_file": str(tmp_path / "prompts"), "steps": 3}
+    assert timing.answered(spec, measure, other) == {"prompts": [[1, 2]], "steps": 3}
+    assert timing.answered({"call": "other", "steps": 4}, measure, other) == {"other": 4}
 
 
-def test_ratios_say_how_many_times_better():
-    rows = [row("flexi", ms=10.0, peak=50), row("transformers", ms=25.0), row("full", ms=20.0)]
-    found = {one["ratio"]: one["value"] for one in decode.ratios(rows)}
-    assert found["decode_ms: transformers / flexi"] == 2.5
-    assert found["decode_ms: full / flexi"] == 2.0
-    assert found["decode_ms: transformers / full"] == 1.25
-    assert found["peak_bytes: transformers / flexi"] == 2.0
-    assert not any("static" in name for name in found)
-
-
-def test_medians_over_rounds():
-    cell = Cell("flexi", 64, 1)
-    runs = {cell: [row("flexi", ms=ms) for ms in (3.0, 1.0, 2.0)]}
-    found = decode.medians(runs)[0]
-    assert (found["decode_ms"], found["rounds"], found["batch"]) == (2.0, 3, 1)
-
-
-class FakeBench(Bench):
-    """Says the same tokens for every system but one."""
-
-    def run(self, cell, *, steps=None):
-        return {"tokens": [[1, 2, 4 if cell.system == "quest" else 3]]}
-
-
-def test_the_gate_names_who_is_wrong(tmp_path):
-    bench = FakeBench(tmp_path, [], 16, 1024, 2, None)
-    assert decode.gate(bench, ("flexi", "full", "transformers")) == []
-    wrong = decode.gate(bench, ("flexi", "quest", "transformers"))
-    assert len(wrong) == 1
-    assert wrong[0].startswith("quest says")
-
-
-def test_wrong_tokens_show_no_number(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(decode, "in_fresh_process", lambda *_, **__: {"tokens": list(range(2000))})
-    monkeypatch.setattr(decode, "Bench", FakeBench)
-    code = decode.main(["--quick", "--systems", "flexi", "quest", "--json", str(tmp_path / "x")])
-    out = capsys.readouterr()
-    assert code == 1
-    assert "the tokens are wrong" in out.err
-    assert out.out == ""
-    assert not (tmp_path / "x").exists()
-
-
-class MeasuringBench(Bench):
-    """Every system takes one millisecond more than the one before it."""
-
-    def run(self, cell, *, steps=None):
-        found = row(cell.system, ms=1.0 + decode.SYSTEMS.index(cell.system), batch=cell.batch)
-        return {**found, "tokens": [[1]]}
-
-
-def test_rows_ratios_and_environment_are_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(decode, "in_fresh_process", lambda *_, **__: {"tokens": list(range(2000))})
-    monkeypatch.setattr(decode, "Bench", MeasuringBench)
-    path = tmp_path / "rows.json"
-    sizes = ["--contexts", "64", "--batches", "1", "4", "--rounds", "2"]
-    assert decode.main([*sizes, "--json", str(path)]) == 0
-    content = json.loads(path.read_text())
-    assert len(content["rows"]) == 2 * len(decode.SYSTEMS)
-    assert {one["rounds"] for one in content["rows"]} == {2}
-    assert {"system", "context", "batch", "prefill_s", "decode_ms", "peak_bytes"} <= set(
-        content["rows"][0]
-    )
-    ratios = {one["ratio"]: one["value"] for one in content["ratios"] if one["batch"] == 4}
-    assert ratios["decode_ms: transformers / flexi"] == 4.0
-    assert content["environment"]["threads"] == 2
-    assert "decode_ms: transformers / flexi" in capsys.readouterr().out
-
-
-def test_requests_begin_in_different_places(tmp_path, monkeypatch):
-    seen = {}
-
-    def remember(module, spec, *, threads, lock):
-        seen.update(spec, module=module)
-        return {}
-
-    monkeypatch.setattr(decode, "in_fresh_process", remember)
-    bench = Bench(tmp_path, list(range(100)), 16, 1024, 2, None)
-    bench.run(Cell("transformers_static", 40, 3))
-    assert seen["module"] == "bench.transformers_side"
-    assert seen["cache"] == "static"
-    prompts = json.loads((tmp_path / "40x3.json").read_text())
-    assert [prompt[0] for prompt in prompts] == [0, 20, 40]
-    assert {len(prompt) for prompt in prompts} == {40}
-    bench.run(Cell("flexi", 40, 3), steps=32)
-    assert (seen["module"], seen["policy"]) == ("bench.flexijax_side", "flexi")
-    assert seen["steps"] == 32
-
-
-def test_any_method_can_be_measured():
-    args = decode._parser().parse_args(["--systems", "snapkv", "transformers", "flexi"])
-    assert args.systems == ["snapkv", "transformers", "flexi"]
-    with pytest.raises(SystemExit):
-        decode._parser().parse_args(["--systems", "flexy"])
+def test_results_say_what_they_were_found_with(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--data", "/home/me/task.jsonl", "--rounds", "2"])
+    path = tmp_path / "found.json"
+    args = {"json": path, "data": [Path("/home/me/task.jsonl")], "rounds": 2}
+    results.write(path, "throughput", args, rows=[{"a": float("nan")}])
+    found = json.loads(path.read_text())
+    assert found["command"] == "python -m bench.throughput --data task.jsonl --rounds 2"
+    assert found["settings"] == {"data": ["task.jsonl"], "rounds": 2}
+    assert (found["bench"], found["rows"]) == ("throughput", [{"a": None}])
+    machine = found["environment"]
+    assert machine["packages"]["jax"] and machine["cpu"] and machine["memory_bytes"] > 2**28
+    assert machine["commit"] is None or len(machine["commit"].removesuffix("-dirty")) == 40
+    assert list(tmp_path.iterdir()) == [path]
+    results.write(None, "throughput", args, rows=[])

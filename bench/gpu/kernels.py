@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from bench.gpu import cases_attention, cases_rerank, cases_scores
+from bench.gpu import cases_attention, cases_norm, cases_rerank, cases_scores
 from bench.gpu.bandwidth import DEVICE
 from bench.gpu.cases import Case
 from bench.gpu.data import odd_lengths
@@ -27,6 +27,7 @@ READING: dict[str, Callable[..., Case]] = {
     "slot_encode": cases_rerank.slot_encode,
     "rerank": cases_rerank.rerank,
     "prefill_attention": cases_attention.prefill_attention,
+    "add_norm": cases_norm.add_norm,
 }
 # Those that read a pool, whose offsets pass 32 bits there.
 BIG = ("decode_attention", "sketch_scores", "page_scores", "paged_encode")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from bench.timing import environment, table
+from bench import results
+from bench.timing import table
 from flexijax.engine.program import Progress
 from flexijax.pallas_kernels import platform
 
@@ -148,32 +145,16 @@ def _reasons(record: dict[str, Any]) -> Iterable[str]:
 def machine() -> dict[str, Any]:
     """The machine, the device, versions and the commit behind a measurement."""
     device = jax.devices()[0]
-    return environment(threads=len(_cores())) | {
+    return results.machine() | {
         "device": {
             "kind": device.device_kind,
             "platform": device.platform,
             "version": getattr(device.client, "platform_version", ""),
             "free_bytes": platform.free_device_bytes(),
-            "driver": _said(
+            "driver": results.said(
                 "nvidia-smi",
                 "--query-gpu=driver_version,clocks.max.sm,power.limit",
                 "--format=csv,noheader",
             ),
         },
-        "commit": _said(*("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")),
     }
-
-
-def _cores() -> Sequence[int] | set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]
-
-
-def _said(*command: str) -> str | None:
-    """What a command of the system says; None where there is none, or it fails."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=20
-        )
-        if not done.returncode:
-            return done.stdout.strip()
-    return None
