@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.stores import AnyStore, BankedStore, PageStore
+from flexijax.pallas_kernels.codes import page_words
+from flexijax.pallas_kernels.stores import AnyStore, BankedStore, CodedStore, PageStore
 
 
 def check_paged_decode(
@@ -73,6 +74,18 @@ def check_decode_attention(
                 "block_table": (store.block_table, f"{rows} P"),
                 "held": (store.held, f"{rows}"),
             }
+        elif isinstance(store, CodedStore):
+            axes = {
+                "k": (store.tail.k, f"{rows} {heads} {width} T page"),
+                "v": (store.tail.v, f"{rows} {heads} T page {width}"),
+                "pages": (store.pages, f"{rows} {heads} n"),
+                "block_table": (store.block_table, f"{rows} P"),
+                "coded": (store.coded, f"{rows}"),
+                "held": (store.tail.held, f"{rows}"),
+            }
+            words = page_words(store.page_size, width, store.bits)
+            axis_sizes(codes=(store.codes, f"blocks {heads} {words}"))
+            check_dtype("codes", store.codes, jnp.uint32)
         else:
             if isinstance(store, BankedStore):
                 banks = list(zip(store.k, store.v, strict=True))

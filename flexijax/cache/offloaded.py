@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flexijax.cache import coded_host
 from flexijax.cache.arrays import Chunk, Prompt, Step, set_row, zeros
+from flexijax.cache.coded_host import CodedHost, commit_pages
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.selected import choose_pages, scatter
-from flexijax.cache.tiers import HostPages, offload, offload_pages, promote
+from flexijax.cache.tiers import AnyHost, HostPages, offload, offload_pages, promote
 from flexijax.pallas_kernels import dispatch_rerank
 from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.rerank import RerankStats, plan_rerank
 from flexijax.pallas_kernels.stores import SlotStore
+from flexijax.policies.codec import rotate
 from flexijax.policies.page_score import FilledPages, PageTable
 
 
@@ -87,10 +90,10 @@ def after_step(group: OffloadedGroup, store: SlotStore, step: Step) -> Offloaded
 def commit(
     program: GroupProgram,
     group: OffloadedGroup,
-    host: HostPages,
+    host: AnyHost,
     stats: RerankStats,
     prompt: Prompt,
-) -> tuple[OffloadedGroup, HostPages, RerankStats]:
+) -> tuple[OffloadedGroup, AnyHost, RerankStats]:
     """Full pages of a prompt to the host; the chosen ones and the newest straight into slots."""
     sizes, score = program.sizes, program.score
     heads, row, length = prompt.k.shape[0], prompt.row, prompt.length[None]
@@ -100,8 +103,12 @@ def commit(
     full = jnp.where(page < prompt.length // sizes.page_size, prompt.blocks, -1)
     new = jnp.where(page * sizes.page_size >= prompt.start, full, -1)
     every = jnp.broadcast_to(page[None, None], (1, heads, sizes.pages))
-    host = offload(host, k, v, new[None], every, transfer=program.transfer)
     k_pages = k[0].transpose(2, 0, 3, 1)  # [P, K, page, H]
+    if isinstance(host, CodedHost):
+        host, *coded = commit_pages(host, k[0], rotate(v[0]), full)
+        k, v = (x[None] for x in coded)
+    else:
+        host = offload(host, k, v, new[None], every, transfer=program.transfer)
     state = score.fit(k_pages, prompt.length)
     at = jnp.where(new >= 0, new, sizes.blocks)
     summaries = scatter(group.summaries, at, score.summarize(k_pages, state))
@@ -161,10 +168,10 @@ def has_chunk_end(program: GroupProgram) -> bool:
 def end_chunk(
     program: GroupProgram,
     group: OffloadedGroup,
-    host: HostPages,
+    host: AnyHost,
     stats: RerankStats,
     chunk: Chunk,
-) -> tuple[OffloadedGroup, HostPages, RerankStats]:
+) -> tuple[OffloadedGroup, AnyHost, RerankStats]:
     """Offloads the pages that filled up, then brings newly chosen ones into the slots.
 
     Heads that are not due keep what is in their slots; pages that filled up there are offloaded all
@@ -173,11 +180,15 @@ def end_chunk(
     sizes, score = program.sizes, program.score
     page_size, lengths, block_table = sizes.page_size, chunk.lengths, chunk.block_table
     filled = (group.slot_page, chunk.filled_page, chunk.filled_block)
-    host = offload_pages(host, group.k, group.v, *filled, transfer=program.transfer)
+    slots_k, slots_v = group.k, group.v
+    if isinstance(host, CodedHost):
+        host, slots_k, slots_v = coded_host.offload_pages(host, slots_k, slots_v, *filled)
+    else:
+        host = offload_pages(host, slots_k, slots_v, *filled, transfer=program.transfer)
     summaries = score.update(
         group.summaries,
         group.score_state,
-        FilledPages(group.k, *filled),
+        FilledPages(slots_k, *filled),
         implementation=program.implementation,
     )
     assert chunk.queries is not None
@@ -194,10 +205,10 @@ def end_chunk(
         chunk.filled_page,
         stats,
         page_size=page_size,
-        after=(host.k, host.v),
+        after=tuple(jax.tree.leaves(host)),
         implementation=program.implementation,
     )
-    slots_k, slots_v = promote(group.k, group.v, host, plan.load, transfer=program.transfer)
+    slots_k, slots_v = promote(slots_k, slots_v, host, plan.load, transfer=program.transfer)
     group = OffloadedGroup(
         k=slots_k,
         v=slots_v,

@@ -8,8 +8,9 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from flexijax.pallas_kernels.partials import merge
 from flexijax.pallas_kernels.sparse_decode import xla
-from flexijax.pallas_kernels.stores import AnyStore, PageStore, SlotStore, of_heads
+from flexijax.pallas_kernels.stores import AnyStore, CodedStore, PageStore, SlotStore, of_heads
 
 
 def decode_attention(
@@ -29,6 +30,8 @@ def decode_attention(
         if isinstance(store, PageStore):
             ids, counts = store.listed()
             out, _ = kernels.paged_decode(of_store, store.k, store.v, ids, counts, scale=scale)
+        elif isinstance(store, CodedStore):
+            out = _coded(of_store, store, scale=scale)
         elif isinstance(store, SlotStore):
             counts = store.counts()
             out, _ = kernels.slot_decode(of_store, store.k, store.v, counts, scale=scale)
@@ -40,3 +43,16 @@ def decode_attention(
     # Back from the stores' order of heads to the model's.
     place = tuple(heads.index(head) for head in range(len(heads)))
     return of_heads(jnp.concatenate(outs, axis=1), place), tuple(kept)
+
+
+def _coded(q: jax.Array, store: CodedStore, *, scale: float) -> jax.Array:
+    """Over the coded pages and over the tail, merged."""
+    tail, page = store.tail, store.page_size
+    parts = (
+        xla.coded_decode(
+            q, store.codes, store.listed(), page_size=page, bits=store.bits, scale=scale
+        ),
+        xla.slot_decode(q, tail.k, tail.v, tail.counts(), scale=scale),
+    )
+    outs, lses = (jnp.stack(of) for of in zip(*parts, strict=True))
+    return merge(outs, lses)[0]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.codes import decode
 
 # Queries of a head up to which they do better one at a time, but for one request of many keys.
 _FEW_QUERIES = 4
@@ -40,6 +41,29 @@ def paged_decode(
     counts = jnp.where(block_ids >= 0, token_counts, 0)
     scores = _product("BKGH,BKSH->BKGS", q, pages(k_pages))
     return _attend(q, scores, (pages(v_pages),), counts, page, scale)
+
+
+def coded_decode(
+    q: jax.Array,
+    codes: jax.Array,
+    block_ids: jax.Array,
+    *,
+    page_size: int,
+    bits: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """As `paged_decode` over full pages in codes uint32[blocks, K, words]; out still rotated."""
+    batch, heads, chosen = block_ids.shape
+    rows = jnp.maximum(block_ids, 0) * heads + jnp.arange(heads, dtype=block_ids.dtype)[:, None]
+    words = jnp.take(codes.reshape(-1, codes.shape[2]), rows, axis=0, mode="clip")
+    # A piece of one array, which XLA would otherwise gather once for each of its parts.
+    words = lax.optimization_barrier(words)
+    k, v = (
+        x.astype(q.dtype).reshape(batch, heads, chosen * page_size, -1)
+        for x in decode(words, page=page_size, width=q.shape[-1], bits=bits)
+    )
+    counts = jnp.where(block_ids >= 0, page_size, 0)
+    return _attend(q, _product("BKGH,BKSH->BKGS", q, k), (v,), counts, page_size, scale)
 
 
 def slot_decode(
