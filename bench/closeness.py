@@ -6,8 +6,9 @@ Every config is fed full attention's own greedy answer to real documents, see `f
 config is a method, then in any order a page score, a budget in tokens, and how it is reranked:
 "flexi", "h2o:512", "flexi:sketch2:1024", "quest:minmax8", "flexi:interval=32", "flexi:adaptive",
 "flexi:adaptive=0.6/0.3" (the RCO that doubles an interval, and the RCO that halves it), or what
-pages are kept in: "flexi:device=int4:host=int4". Two more methods give the scale: "all_stable", flexi without unstable heads, and "recent", the first and the
-newest pages alone. Scores are those of `bench.score_candidates`.
+pages are kept in: "flexi:device=int4:host=int4". Two more methods give the scale: "all_stable",
+flexi without unstable heads, and "recent", the first and the newest pages alone. Scores are those
+of `bench.score_candidates`.
 """
 
 import argparse

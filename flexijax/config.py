@@ -42,11 +42,11 @@ class CacheConfig:
     dtype: str | None = None
     """Of keys and values; None is the model's own."""
     device_codec: str | Codec | None = None
-    """What full pages of heads that choose at every step are kept in, "int8" or "int4"; None: in
-    the dtype."""
+    """What full pages of heads that choose at every step are kept in, "int8" or "int4", and slots of
+    the others where `host_codec` is the same; None: in the dtype."""
     host_codec: str | Codec | None = None
-    """The same of pages on the host, which then move in it; in the slots stands what the codes
-    stand for."""
+    """The same of pages on the host, which then move in it; slots that are not coded hold what the
+    codes stand for."""
     implementation: str | None = None
     """Of the kernels: "xla", "pallas" or "triton"; None lets each choose what suits the device."""
     transfer: str | None = None
@@ -111,7 +111,7 @@ class CacheConfig:
         }
 
     def as_full(self) -> CacheConfig:
-        """The same with dense attention over everything, which needs no profile and codes nothing."""
+        """The same with dense attention over everything, which needs no profile and no codec."""
         return dataclasses.replace(
             self, policy="full", profile=None, device_codec=None, host_codec=None
         )

@@ -145,9 +145,37 @@ class CodedStore:
         return jnp.where(listed, ids, -1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedSlotStore:
+    """As a `SlotStore` whose full pages are coded; the others stand in a tail, see `CodedStore`."""
+
+    slots: tuple[jax.Array, ...]  # uint32[b, K, S, words], of b rows each
+    slot_page: jax.Array  # int32[B, K, S], the page in each slot, -1 empty
+    tail: SlotStore
+    coded: jax.Array  # int32[B], tokens in coded pages; slots of others are passed over
+    heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of the model
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def page_size(self) -> int:
+        """Tokens."""
+        return self.tail.page_size
+
+    def append(self, k: jax.Array, v: jax.Array) -> CodedSlotStore:
+        """With the new token of each row that takes part: k, v [B, K, H]."""
+        return dataclasses.replace(self, tail=self.tail.append(k, v))
+
+    def counts(self) -> jax.Array:
+        """Token counts int32[B, K, S] of coded pages; 0 for an empty slot, and in free rows."""
+        coded = jnp.where(self.tail.held >= 0, self.coded, 0)[:, None, None]
+        there = (self.slot_page >= 0) & (self.slot_page * self.page_size < coded)
+        return jnp.where(there, self.page_size, 0)
+
+
 # What any implementation takes, and what XLA's does.
 Store: TypeAlias = PageStore | SlotStore
-AnyStore: TypeAlias = Store | BankedStore | CodedStore
+AnyStore: TypeAlias = Store | BankedStore | CodedStore | CodedSlotStore
 
 
 def of_heads(x: jax.Array, wanted: tuple[int, ...]) -> jax.Array:

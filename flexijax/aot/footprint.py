@@ -203,10 +203,14 @@ def _sizes(config: ModelConfig, program: Program) -> Sizes:
         arrays = cache.layer(layer, 0).groups[at]
         held = nbytes((arrays.k, arrays.v))
         if group.ladder[0].codec is not None:  # k and v are those of pages that are not full
-            pages += nbytes(arrays.codes) + banks * held
-        else:
-            pages += held if group.kind == "selected" else 0
-            slots += banks * held if group.kind != "selected" else 0
+            held *= banks
+            held += (
+                nbytes(arrays.codes) if group.kind == "selected" else banks * nbytes(arrays.slots)
+            )
+        elif group.kind != "selected":
+            held *= banks
+        pages += held if group.kind == "selected" else 0
+        slots += held if group.kind != "selected" else 0
         if group.score is not None:
             summaries += nbytes(arrays.summaries) + banks * nbytes(arrays.score_state)
     host = nbytes([layer.host for layer in cache.pools])
@@ -238,7 +242,7 @@ def step_bytes(program: Program) -> StepBytes:
             scoring += scored
         else:
             attended += heads * slots_of(group, sizes)
-            slots += heads * slots_of(group, sizes) * sizes.page_bytes
+            slots += heads * slots_of(group, sizes) * page_bytes(sizes, group.ladder[0].codec)
             scoring += scored / sizes.chunk_steps
     return StepBytes(
         pages=sizes.batch * pages,

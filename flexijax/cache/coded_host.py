@@ -1,8 +1,8 @@
-"""The host tier of a head group in codes, and moves between it and slots that are not.
+"""The host tier of a head group in codes, and moves between it and slots, coded or not.
 
-What moves is a page's row of words. Slots hold what the codes stand for, in the cache's dtype, from
-the moment on at which a page has been coded: so it makes no difference whether a page stayed on the
-device or came back. Moves are `staged`: see `tiers.py`.
+What moves is a page's row of words. Slots that are not coded hold what the codes stand for, in the
+cache's dtype, from the moment on at which a page has been coded: so it makes no difference whether
+a page stayed on the device or came back. Moves are `staged`: see `tiers.py`.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def offload_pages(
     page: jax.Array,
     block: jax.Array,
 ) -> tuple[CodedHost, jax.Array, jax.Array]:
-    """Codes pages that filled up in slots: as `tiers.offload_pages`, with the slots that come of it.
+    """Codes pages that filled up in slots: as `tiers.offload_pages`, and returns the slots too.
 
-    In the slots they are replaced by what their codes stand for.
+    There the pages are replaced by what their codes stand for.
     """
     slot_of = jnp.where(block[:, None] >= 0, find_slots(slot_page, page), -1)  # [B, K, E]
     moves, count = entries(slot_of)
@@ -86,19 +86,39 @@ def commit_pages(
     full, which come back as they are.
     """
     words = host.codec.encode(k.transpose(2, 0, 3, 1), v.swapaxes(0, 1))  # [P, K, words]
-    moves, count = entries(jnp.broadcast_to(block[:, None], words.shape[:2]))
-
-    def move(i: jax.Array, pool: jax.Array) -> jax.Array:
-        page, head = (of[i] for of in moves)
-        one = lax.dynamic_slice(words, (page, head, 0), (1, 1, words.shape[2]))
-        return lax.dynamic_update_slice(pool, to_host(one), to_host_index((block[page], head, 0)))
-
-    pool = lax.fori_loop(0, count, move, host.words)
+    host = offload_words(host, words[:, None], block[:, None, None])
     coded_k, coded_v = host.codec.decode(words, host.page)  # [P, K, page, H]
     full = (block >= 0)[:, None]
     k = jnp.where(full, coded_k.transpose(1, 3, 0, 2), k)
     v = jnp.where(full[..., None], coded_v.swapaxes(0, 1), v)
-    return dataclasses.replace(host, words=pool), k, v
+    return host, k, v
+
+
+def offload_words(host: CodedHost, words: jax.Array, block: jax.Array) -> CodedHost:
+    """Coded pages [E, B, K, words] into blocks int32[E, B, K or 1], -1 for none."""
+    block = jnp.broadcast_to(block, words.shape[:3])
+    moves, count = entries(block)
+
+    def move(i: jax.Array, pool: jax.Array) -> jax.Array:
+        at = entry, row, head = tuple(of[i] for of in moves)
+        one = lax.dynamic_slice(words, (*at, 0), (1, 1, 1, words.shape[3]))[0]
+        to = to_host_index((block[entry, row, head], head, 0))
+        return lax.dynamic_update_slice(pool, to_host(one), to)
+
+    return dataclasses.replace(host, words=lax.fori_loop(0, count, move, host.words))
+
+
+def promote_words(slots: jax.Array, host: CodedHost, load_block: jax.Array) -> jax.Array:
+    """Pages from the host into coded slots uint32[B, K, S, words]; load_block: as of `promote`."""
+    moves, count = entries(load_block)
+
+    def move(i: jax.Array, slots: jax.Array) -> jax.Array:
+        row, head, slot = (of[i] for of in moves)
+        at = to_host_index((load_block[row, head, slot], head, 0))
+        words = to_device(lax.dynamic_slice(host.words, at, (1, 1, host.words.shape[2])))
+        return lax.dynamic_update_slice(slots, words[None], (row, head, slot, 0))
+
+    return lax.fori_loop(0, count, move, slots)
 
 
 def _set_slot(

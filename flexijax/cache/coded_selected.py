@@ -1,8 +1,7 @@
 """Selected head groups whose full pages are coded: see `selected.py`, and `Codec`.
 
-Pages that are not full when a chunk begins stand in the tail, a few pages of each head's own in the
-cache's dtype. At the end of the chunk those that filled up are coded, once, into their block.
-Values are rotated, in the tail too: see `coded.py`.
+Pages that are not full when a chunk begins stand in a tail, see `tail.py`. At the end of the chunk
+those that filled up are coded, once, into their block. Values are rotated: see `coded.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flexijax.cache.arrays import Chunk, Prompt, Step, set_row, zeros
-from flexijax.cache.layout import GroupProgram, tail_pages
+from flexijax.cache.arrays import Chunk, Prompt, Step, set_row
+from flexijax.cache.layout import GroupProgram
 from flexijax.cache.selected import choose_pages, scatter
-from flexijax.pallas_kernels.filled import keys_in_slots, set_rows, values_in_slots
+from flexijax.cache.tail import begun, coded_pages, empty_tail, store_of
+from flexijax.pallas_kernels.filled import set_rows
 from flexijax.pallas_kernels.queries import HeadQueries
-from flexijax.pallas_kernels.stores import CodedStore, SlotStore
+from flexijax.pallas_kernels.stores import CodedStore
 from flexijax.policies.codec import Codec, rotate
 from flexijax.policies.page_score import FilledPages, PageTable
 
@@ -27,7 +27,7 @@ from flexijax.policies.page_score import FilledPages, PageTable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CodedGroup:
-    """Page p stands in slot p % T of the tail until it is coded, and from then on in its block."""
+    """Pages lie by block once they are coded, and until then in the tail."""
 
     BY_BLOCK: ClassVar[tuple[str, ...]] = ("codes", "summaries", "first")
     READ: ClassVar[tuple[str, ...]] = ("codes", "summaries", "score_state", "first")
@@ -44,11 +44,11 @@ class CodedGroup:
 def empty(program: GroupProgram, heads: int) -> tuple[CodedGroup, None]:
     """A group of so many heads that holds nothing; it has no statistics."""
     sizes, score = program.sizes, program.group.score
-    batch, page, width, tail = sizes.batch, sizes.page_size, sizes.shape.head_dim, tail_pages(sizes)
+    k, v = empty_tail(sizes, heads)
     group = CodedGroup(
         codes=_codec(program).empty(sizes.blocks, heads, sizes.page),
-        k=zeros((batch, heads, width, tail, page), sizes.dtype),
-        v=zeros((batch, heads, tail, page, width), sizes.dtype),
+        k=k,
+        v=v,
         summaries=() if score is None else score.empty(sizes.blocks, heads, sizes.page),
         score_state=() if score is None else score.empty_state(sizes.batch, heads, sizes.page),
     )
@@ -76,8 +76,7 @@ def store(
             count=program.group.attends,
             newer=-(-sizes.chunk_steps // sizes.page_size),
         )
-    slot_page = _slot_page(group, step.summarized, sizes.page_size)
-    tail = SlotStore(group.k, group.v, slot_page, step.held, heads)
+    tail = store_of(group.k, group.v, step.summarized, step.held, heads)
     bits = _codec(program).bits
     return CodedStore(group.codes, tail, pages, step.block_table, step.summarized, heads, bits)
 
@@ -100,15 +99,12 @@ def commit(
     v = rotate(prompt.v).reshape(heads, sizes.pages, sizes.page_size, -1)
     k_pages = k.transpose(2, 0, 3, 1)  # [P, K, page, H]
     coded = codec.encode(k_pages, v.swapaxes(0, 1))
-    slot = jnp.arange(group.v.shape[2], dtype=jnp.int32)
-    begun = (slot == lax.rem(full, len(slot)))[:, None, None]  # [T, 1, 1]
-    k_tail = lax.dynamic_slice_in_dim(k, full, 1, axis=2)  # [K, H, 1, page]
-    v_tail = lax.dynamic_slice_in_dim(v, full, 1, axis=1)  # [K, 1, page, H]
+    k_tail, v_tail = begun(k, v, full, group.v.shape[2])
     group = dataclasses.replace(
         group,
         codes=group.codes.at[table].set(coded, mode="drop"),
-        k=set_row(group.k, prompt.row, jnp.where(begun[:, :, 0], k_tail, 0)),
-        v=set_row(group.v, prompt.row, jnp.where(begun, v_tail, 0)),
+        k=set_row(group.k, prompt.row, k_tail),
+        v=set_row(group.v, prompt.row, v_tail),
     )
     if score is not None:
         state = score.fit(k_pages, prompt.length)
@@ -134,18 +130,15 @@ def end_chunk(
     program: GroupProgram, group: CodedGroup, host: None, stats: None, chunk: Chunk
 ) -> tuple[CodedGroup, None, None]:
     """Codes and summarises the pages that filled up, those of requests that ended too."""
-    sizes, score = program.sizes, program.group.score
-    slot_page = _slot_page(group, chunk.before, sizes.page_size)
-    filled = (slot_page, chunk.filled_page, chunk.filled_block)
-    keys, block = keys_in_slots(group.k, *filled)
-    values = values_in_slots(group.v, slot_page, chunk.filled_page)
-    codes = set_rows(group.codes, block, _codec(program).encode(keys, values))
+    score = program.group.score
+    made, block, slot_page = coded_pages(group.k, group.v, chunk, _codec(program))
+    codes = set_rows(group.codes, block, made)
     summaries = group.summaries
     if score is not None:
         summaries = score.update(
             summaries,
             group.score_state,
-            FilledPages(group.k, *filled),
+            FilledPages(group.k, slot_page, chunk.filled_page, chunk.filled_block),
             implementation=program.implementation,
         )
     return dataclasses.replace(group, codes=codes, summaries=summaries), None, None
@@ -154,15 +147,3 @@ def end_chunk(
 def _codec(program: GroupProgram) -> Codec:
     assert program.group.codec is not None
     return program.group.codec
-
-
-def _slot_page(group: CodedGroup, coded: jax.Array, page_size: int) -> jax.Array:
-    """int32[B, K, T]: the page in each slot of the tail, where int32[B] tokens are coded.
-
-    The first that is not coded, and those that follow it, begun or not.
-    """
-    batch, heads, tail = group.v.shape[:3]
-    first = lax.div(coded, page_size)[:, None]
-    slot = jnp.arange(tail, dtype=jnp.int32)
-    page = first + lax.rem(slot - lax.rem(first, tail) + tail, tail)
-    return jnp.broadcast_to(page[:, None], (batch, heads, tail))

@@ -17,7 +17,14 @@ from flexijax.cache.layout import CacheLayout, GroupProgram, without_heads
 from flexijax.cache.spread import row_program, step_of
 from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.queries import HeadQueries
-from flexijax.pallas_kernels.stores import AnyStore, BankedStore, CodedStore, SlotStore, of_heads
+from flexijax.pallas_kernels.stores import (
+    AnyStore,
+    BankedStore,
+    CodedSlotStore,
+    CodedStore,
+    SlotStore,
+    of_heads,
+)
 from flexijax.policies.base import HeadGroup, Policy
 
 
@@ -176,9 +183,22 @@ def _store(
         of_kind.store(program, bank, heads, HeadQueries(rows, heads, group_size), at)
         for bank, (rows, at) in parts
     ]
+    if isinstance(stores[0], CodedSlotStore):
+        return _coded_side_by_side(stores)
     slot_page, held = side_by_side([(store.slot_page, store.held) for store in stores])
     k, v = tuple(store.k for store in stores), tuple(store.v for store in stores)
     return BankedStore(k, v, slot_page, held, heads)
+
+
+def _coded_side_by_side(stores: list[Any]) -> CodedSlotStore:
+    """The stores of some banks as one: coded slots stay apart, tails of a few pages do not."""
+    first = stores[0]
+    rows = [(of.slot_page, of.coded, of.tail.k, of.tail.v, of.tail.held) for of in stores]
+    slot_page, coded, k, v, held = side_by_side(rows)
+    of_tail = side_by_side([store.tail.slot_page for store in stores])
+    tail = SlotStore(k, v, of_tail, held, first.heads)
+    slots = tuple(slot for store in stores for slot in store.slots)
+    return CodedSlotStore(slots, slot_page, tail, coded, first.heads, first.bits)
 
 
 def _after_step(
@@ -186,7 +206,7 @@ def _after_step(
 ) -> tuple[Any, ...]:
     """The banks of a group with the token in them."""
     of_kind = kind(group)
-    if isinstance(store, CodedStore):  # whose tails lie by row
+    if isinstance(store, CodedStore | CodedSlotStore):  # whose tails lie by row
         tails = [
             dataclasses.replace(store.tail, k=k, v=v)
             for k, v in apart((store.tail.k, store.tail.v), len(banks))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from flexijax.cache import coded_selected, dense, evicting, offloaded, selected
+from flexijax.cache import coded_offloaded, coded_selected, dense, evicting, offloaded, selected
 from flexijax.policies.base import HeadGroup
 
 KINDS: dict[str, ModuleType] = {
@@ -13,6 +13,7 @@ KINDS: dict[str, ModuleType] = {
     "offloaded": offloaded,
     "evicting": evicting,
 }
+_CODED: dict[str, ModuleType] = {"selected": coded_selected, "offloaded": coded_offloaded}
 
 
 def kind_of(group: HeadGroup) -> ModuleType:
@@ -20,6 +21,5 @@ def kind_of(group: HeadGroup) -> ModuleType:
 
     See `cache.kind`.
     """
-    if group.ladder[0].codec is not None:
-        return coded_selected
-    return KINDS[group.kind]
+    kinds = KINDS if group.ladder[0].codec is None else _CODED
+    return kinds[group.kind]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.cache.cache import LayerCache
+from flexijax.cache.coded_offloaded import CodedOffloadedGroup
 from flexijax.cache.coded_selected import CodedGroup
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import state_bytes
@@ -126,7 +127,7 @@ def _full_pages(program: GroupProgram, group: Any, host: AnyHost | None, row: Ro
     if isinstance(group, CodedGroup):
         assert program.group.codec is not None
         return program.group.codec.decode(group.codes[blocks], sizes.page)[0]
-    assert isinstance(group, OffloadedGroup) and host is not None
+    assert isinstance(group, OffloadedGroup | CodedOffloadedGroup) and host is not None
     heads, width, page = group.k.shape[1], sizes.shape.head_dim, sizes.page_size
     full = jnp.arange(count, dtype=jnp.int32) < row.length // page
     load = jnp.broadcast_to(jnp.where(full, blocks, -1), (1, heads, count))

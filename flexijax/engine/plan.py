@@ -125,10 +125,11 @@ def make_layout(
         groups.append(tuple(policy.groups(layer, run)))
         check_groups(groups[-1], num_kv_heads=shape.num_kv_heads, layer=layer)
     check_sources(tuple(groups))
-    for memory, codec in cache.codecs.items():
-        page = PageShape(cache.page_size, shape.head_dim, dtype)
-        codec.check(page, f"{memory}_codec")
     coded = with_codecs(tuple(groups), cache.codecs, policy=policy.name)
+    for tier in (tier for groups in coded for group in groups for tier in group.ladder):
+        if tier.codec is not None:
+            page = PageShape(cache.page_size, shape.head_dim, dtype)
+            tier.codec.check(page, f"{tier.memory}_codec")
     sizes = CacheSizes(
         shape=shape,
         batch=batch,

@@ -23,7 +23,7 @@ from flexijax.profiles.head_profile import HeadProfile
 DEVICE = "device"
 HOST = "host"
 # The tiers, and how their head group is kept, of which pages can be coded.
-CODED = ((DEVICE, "selected"), (HOST, "offloaded"))
+CODED = ((DEVICE, "selected"), (DEVICE, "offloaded"), (HOST, "offloaded"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class HeadGroup:
     | n on the device, all on the host | page | None | offloaded: reranked, new ones load |
     | n on the device | token | None | evicting: the lowest ranked are overwritten |
 
-    Only the device's pages of a selected group and the host's of an offloaded one may have a codec.
+    Pages of selected and offloaded groups may have a codec, slots only that of their host pages.
     Raises ValueError for any other combination.
     """
 
@@ -101,6 +101,8 @@ class HeadGroup:
                 raise ValueError(
                     f"the {tier.memory}'s pages of a head group that is kept {kind} have no codec"
                 )
+        if self.ladder[0].codec not in (None, self.ladder[-1].codec):
+            raise ValueError("slots of a head group may only have the codec of its host pages")
         if self.prompt_room is not None and self.prompt_room > (self.room or 0):
             raise ValueError(f"prompt_room={self.prompt_room} is more than room={self.room}")
 

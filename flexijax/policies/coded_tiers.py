@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from flexijax.policies.base import CODED, DEVICE, HeadGroup
+from flexijax.policies.base import CODED, DEVICE, HOST, HeadGroup
 from flexijax.policies.codec import Codec
 
 
@@ -26,20 +26,7 @@ def with_codecs(
                     f"{layer} {group.kind}; pages are coded where heads select some of them at "
                     "every step, as those of 'quest' and the unstable ones of 'flexi'"
                 )
-        found.append(
-            tuple(
-                dataclasses.replace(
-                    group,
-                    ladder=tuple(
-                        dataclasses.replace(tier, codec=codecs[tier.memory])
-                        if tier.memory in codecs and (tier.memory, group.kind) in CODED
-                        else tier
-                        for tier in group.ladder
-                    ),
-                )
-                for group in groups
-            )
-        )
+        found.append(tuple(_coded(group, codecs) for group in groups))
     used = {tier.memory for groups in found for of in groups for tier in of.ladder if tier.codec}
     for memory in set(codecs) - used:
         raise ValueError(
@@ -47,3 +34,12 @@ def with_codecs(
             "could be coded: leave it at None"
         )
     return tuple(found)
+
+
+def _coded(group: HeadGroup, codecs: Mapping[str, Codec]) -> HeadGroup:
+    """The group with what of it can be coded; slots are where the host has the same codec."""
+    mine = {memory: codecs[memory] for memory in codecs if (memory, group.kind) in CODED}
+    if group.kind == "offloaded" and mine.get(DEVICE) != mine.get(HOST):
+        mine.pop(DEVICE, None)
+    ladder = (dataclasses.replace(of, codec=mine.get(of.memory, of.codec)) for of in group.ladder)
+    return dataclasses.replace(group, ladder=tuple(ladder))

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 from flexijax.pallas_kernels.partials import merge
 from flexijax.pallas_kernels.sparse_decode import xla
-from flexijax.pallas_kernels.stores import AnyStore, CodedStore, PageStore, SlotStore, of_heads
+from flexijax.pallas_kernels.stores import (
+    AnyStore,
+    CodedSlotStore,
+    CodedStore,
+    PageStore,
+    SlotStore,
+    of_heads,
+)
 
 
 def decode_attention(
@@ -30,7 +37,7 @@ def decode_attention(
         if isinstance(store, PageStore):
             ids, counts = store.listed()
             out, _ = kernels.paged_decode(of_store, store.k, store.v, ids, counts, scale=scale)
-        elif isinstance(store, CodedStore):
+        elif isinstance(store, CodedStore | CodedSlotStore):
             out = _coded(of_store, store, scale=scale)
         elif isinstance(store, SlotStore):
             counts = store.counts()
@@ -45,14 +52,13 @@ def decode_attention(
     return of_heads(jnp.concatenate(outs, axis=1), place), tuple(kept)
 
 
-def _coded(q: jax.Array, store: CodedStore, *, scale: float) -> jax.Array:
+def _coded(q: jax.Array, store: CodedStore | CodedSlotStore, *, scale: float) -> jax.Array:
     """Over the coded pages and over the tail, merged."""
-    tail, page = store.tail, store.page_size
-    parts = (
-        xla.coded_decode(
-            q, store.codes, store.listed(), page_size=page, bits=store.bits, scale=scale
-        ),
-        xla.slot_decode(q, tail.k, tail.v, tail.counts(), scale=scale),
-    )
+    tail, of_pages = store.tail, dict(page_size=store.page_size, bits=store.bits, scale=scale)
+    if isinstance(store, CodedStore):
+        pages = xla.coded_decode(q, store.codes, store.listed(), **of_pages)
+    else:
+        pages = xla.coded_slot_decode(q, store.slots, store.counts(), **of_pages)
+    parts = (pages, xla.slot_decode(q, tail.k, tail.v, tail.counts(), scale=scale))
     outs, lses = (jnp.stack(of) for of in zip(*parts, strict=True))
     return merge(outs, lses)[0]

@@ -66,6 +66,27 @@ def coded_decode(
     return _attend(q, _product("BKGH,BKSH->BKGS", q, k), (v,), counts, page_size, scale)
 
 
+def coded_slot_decode(
+    q: jax.Array,
+    banks: tuple[jax.Array, ...],
+    token_counts: jax.Array,
+    *,
+    page_size: int,
+    bits: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """As `banked_slot_decode` over full pages in words uint32[b, K, S, words]; out still rotated."""
+    scores, values = [], []
+    for queries, words in zip(jnp.split(q, len(banks)), banks, strict=True):
+        k, v = (
+            x.astype(q.dtype).reshape(*words.shape[:2], -1, q.shape[-1])
+            for x in decode(words, page=page_size, width=q.shape[-1], bits=bits)
+        )
+        scores.append(_product("BKGH,BKSH->BKGS", queries, k))
+        values.append(v)
+    return _attend(q, jnp.concatenate(scores), tuple(values), token_counts, page_size, scale)
+
+
 def slot_decode(
     q: jax.Array,
     k_slots: jax.Array,
