@@ -42,8 +42,8 @@ class CacheConfig:
     dtype: str | None = None
     """Of keys and values; None is the model's own."""
     device_codec: str | Codec | None = None
-    """What full pages of heads that choose at every step are kept in, "int8" or "int4", and slots of
-    the others where `host_codec` is the same; None: in the dtype."""
+    """What full pages of heads that choose at every step are kept in, "int8" or "int4", and the
+    slots of others where `host_codec` is the same; None: in the dtype."""
     host_codec: str | Codec | None = None
     """The same of pages on the host, which then move in it; slots that are not coded hold what the
     codes stand for."""

@@ -203,10 +203,9 @@ def _sizes(config: ModelConfig, program: Program) -> Sizes:
         arrays = cache.layer(layer, 0).groups[at]
         held = nbytes((arrays.k, arrays.v))
         if group.ladder[0].codec is not None:  # k and v are those of pages that are not full
-            held *= banks
-            held += (
-                nbytes(arrays.codes) if group.kind == "selected" else banks * nbytes(arrays.slots)
-            )
+            selected = group.kind == "selected"
+            coded = nbytes(arrays.codes) if selected else banks * nbytes(arrays.slots)
+            held = banks * held + coded
         elif group.kind != "selected":
             held *= banks
         pages += held if group.kind == "selected" else 0

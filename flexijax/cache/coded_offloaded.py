@@ -152,7 +152,7 @@ def end_chunk(
     stats: RerankStats,
     chunk: Chunk,
 ) -> tuple[CodedOffloadedGroup, CodedHost, RerankStats]:
-    """Codes pages that filled up, into their slots and to the host, then reranks: `offloaded.py`."""
+    """Codes pages that filled up, for their slots and the host, then reranks: see `offloaded`."""
     sizes, score = program.sizes, program.score
     words, block, in_tail = coded_pages(group.k, group.v, chunk, _codec(program))
     host = offload_words(host, words, block)

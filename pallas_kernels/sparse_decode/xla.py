@@ -75,7 +75,7 @@ def coded_slot_decode(
     bits: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `banked_slot_decode` over full pages in words uint32[b, K, S, words]; out still rotated."""
+    """As `banked_slot_decode` over full pages, uint32[b, K, S, words]; out still rotated."""
     scores, values = [], []
     for queries, words in zip(jnp.split(q, len(banks)), banks, strict=True):
         k, v = (
