@@ -14,13 +14,21 @@ import pytest
 
 import flexijax
 from flexijax.cache.cache import all_rows
+from flexijax.cache.coded_offloaded import CodedOffloadedGroup
+from flexijax.cache.coded_selected import CodedGroup
 from flexijax.cache.memory import cache_bytes, request_bytes
 from flexijax.cache.offloaded import OffloadedGroup
+from flexijax.cache.selected import SelectedGroup
 from flexijax.engine.continuation import Continuation, read
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
+from flexijax.engine.requests import check_cache
+from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.page_codes import reference
+from flexijax.policies.base import HeadGroup, Tier
 from flexijax.policies.codec import Codec
+from flexijax.policies.coded_tiers import with_codecs
+from flexijax.policies.sketch import Sketch
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import PAGE, SMALL, STEPS, dense_qkv, prompt_of, request_of
 
@@ -30,7 +38,7 @@ WIDTH = 8
 CODED = {
     "int4": dataclasses.replace(SMALL, device_codec="int4", host_codec="int4"),
     "int8-on-host": dataclasses.replace(SMALL, host_codec="int8"),
-    "int8-on-device": dataclasses.replace(SMALL, device_codec="int8"),
+    "mixed": dataclasses.replace(SMALL, device_codec="int8", host_codec="int4"),
     "quest-int4": dataclasses.replace(SMALL, policy="quest", device_codec="int4"),
 }
 
@@ -93,23 +101,27 @@ def test_with_budget_for_all_logits_are_those_over_the_oracles_pages(name, lm):
 
 def copies_of(group, layer_cache, at, row, index, page, block):
     """[(keys, values, bits) ...]: a page of a head in each tier; values not rotated any more."""
-    arrays, host = layer_cache.groups[at], layer_cache.host[at]
-    found = []
-    if group.ladder[0].codec is not None:
-        words, bits = arrays.codes[block, index], group.codec.bits
-        found.append((*decoded(words, bits), bits))
-    elif isinstance(arrays, OffloadedGroup):
-        bits = 0
-        if group.codec is not None:
-            bits = group.codec.bits
-            found.append((*decoded(host.words[block, index], bits), bits))
-        else:
-            found.append((host.k[block, index], host.v[block, index], 0))
-        if page in (pages := arrays.slot_page[row, index].tolist()):
-            slot = pages.index(page)
+    arrays, host, codec = layer_cache.groups[at], layer_cache.host[at], group.codec
+    slot = None
+    if group.kind == "offloaded" and page in (pages := arrays.slot_page[row, index].tolist()):
+        slot = pages.index(page)
+    words, bits = [], 0 if codec is None else codec.bits
+    if isinstance(arrays, CodedGroup):
+        words = [arrays.codes[block, index]]
+    elif codec is not None:
+        words = [host.words[block, index]]
+    if slot is not None and isinstance(arrays, CodedOffloadedGroup):
+        words.append(arrays.slots[row, index, slot])
+    found = [(*decoded(of, bits), bits) for of in words]
+    for of in words:
+        np.testing.assert_array_equal(of, words[0])
+    if isinstance(arrays, SelectedGroup):
+        found = [(arrays.k[block, index], arrays.v[block, index], 0)]
+    if isinstance(arrays, OffloadedGroup):
+        if codec is None:
+            found = [(host.k[block, index], host.v[block, index], 0)]
+        if slot is not None:
             found.append((arrays.k[row, index, :, slot].T, arrays.v[row, index, slot], bits))
-    else:
-        found.append((arrays.k[block, index], arrays.v[block, index], 0))
     return found
 
 
@@ -203,8 +215,11 @@ def test_bytes_are_those_of_codes_ranges_and_the_tail(name, lm):
     stable, unstable = (0, 4) if cache.policy == "quest" else (3, 1)
     pages, slots = -(-(length + new - 1) // PAGE), 4 + 2
     tail = 3 * exact if cache.device_codec else 0  # what two pages of steps and a begun one take
+    slot, slot_tail = exact, 0
+    if cache.device_codec == cache.host_codec is not None:
+        slot, slot_tail = on_device, tail
     metrics = made.metrics
-    device = unstable * (pages * on_device + tail) + stable * slots * exact
+    device = unstable * (pages * on_device + tail) + stable * (slots * slot + slot_tail)
     assert metrics.device_kv_bytes - metrics.summary_bytes == device
     assert metrics.host_kv_bytes == stable * ((length + new - 1) // PAGE) * on_host
     assert metrics.promoted_bytes == metrics.promoted_pages * on_host
@@ -216,7 +231,8 @@ def test_bytes_are_those_of_codes_ranges_and_the_tail(name, lm):
     without = dataclasses.replace(cache, device_codec=None, host_codec=None)
     other = make_program(lm, without, max_tokens=length + new, max_new_tokens=new).layout
     (device, host), more = (cache_bytes(of, cache.find_policy()) for of in (layout, other))
-    assert more[0] - device == unstable * (sizes.blocks * (exact - on_device) - tail)
+    saved = unstable * (sizes.blocks * (exact - on_device) - tail)
+    assert more[0] - device == saved + stable * (slots * (exact - slot) - slot_tail)
     assert more[1] - host == stable * sizes.blocks * (exact - on_host)
 
 
@@ -248,3 +264,35 @@ def test_neighbours_and_earlier_requests_change_no_token(name, lm):
     assert again.logprobs == first.result().logprobs, "a second time the bits differ"
     # A prompt reads its own pages exactly; so it could not go on from another's.
     assert again.metrics.cached_tokens == 0
+
+
+# Law 8: what cannot be coded is refused by name; names and policies are in test_bad_input.py.
+
+
+def test_what_has_no_codes_yet_is_refused(lm):
+    cache = CODED["int4"]
+    mesh = jax.make_mesh((1,), ("heads",))
+    with pytest.raises(ValueError, match="device_codec and host_codec are for one device"):
+        flexijax.generate(lm, [[1, 2]], max_new_tokens=2, cache=cache, mesh=mesh)
+    with (
+        platform.compiling_for("gpu"),
+        pytest.raises(ValueError, match="device_codec='int4' has no kernels for a GPU yet"),
+    ):
+        check_cache(lm, cache)
+    odd = tiny_model("llama", head_dim=12)
+    with pytest.raises(ValueError, match="device_codec='int4' needs a head_dim that is a multiple"):
+        flexijax.generate(odd, [[1, 2]], max_new_tokens=2, cache=CODED["quest-int4"])
+
+
+def test_a_head_group_says_which_of_its_tiers_can_be_coded():
+    exact, coded = Tier(None), Tier(None, codec=Codec(4))
+    with pytest.raises(ValueError, match="device's pages of a head group that is kept dense"):
+        HeadGroup((0,), (coded,))
+    room, host = Tier(8, codec=Codec(8)), Tier(None, "host", codec=Codec(4))
+    with pytest.raises(ValueError, match="only have the codec of its host pages"):
+        HeadGroup((0,), (room, host), score=Sketch(2))
+    assert HeadGroup((0,), (Tier(8), host), score=Sketch(2)).codec == Codec(4)
+    groups = ((HeadGroup((0,), (exact,), attends=4, score=Sketch(2)),),)
+    assert with_codecs(groups, {}, policy="own") == groups
+    [[made]] = with_codecs(groups, {"device": Codec(4)}, policy="own")
+    assert made.ladder == (coded,)
