@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flexijax.aot.targets import Target
 from flexijax.cache.cache import abstract
-from flexijax.cache.layout import page_bytes, slots_of
+from flexijax.cache.layout import page_bytes, slots_of, tail_pages
 from flexijax.cache.memory import nbytes, summary_bytes
 from flexijax.cache.prefill_kv import empty_prefill_kv
 from flexijax.config import CacheConfig
@@ -234,14 +234,16 @@ def step_bytes(program: Program) -> StepBytes:
     for *_, group in layout.all_groups():
         heads = len(group.heads)
         scored = heads * sizes.pages * summary_bytes(layout, group)
+        codec = group.ladder[0].codec
+        tail = 0 if codec is None else heads * tail_pages(sizes) * sizes.page_bytes
         if group.kind == "selected":
             chosen = heads * min(group.attends or 0, sizes.pages)
             attended += chosen
-            pages += chosen * page_bytes(sizes, group.ladder[0].codec)
+            pages += chosen * page_bytes(sizes, codec) + tail
             scoring += scored
         else:
             attended += heads * slots_of(group, sizes)
-            slots += heads * slots_of(group, sizes) * page_bytes(sizes, group.ladder[0].codec)
+            slots += heads * slots_of(group, sizes) * page_bytes(sizes, codec) + tail
             scoring += scored / sizes.chunk_steps
     return StepBytes(
         pages=sizes.batch * pages,

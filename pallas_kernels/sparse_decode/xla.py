@@ -53,17 +53,13 @@ def coded_decode(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """As `paged_decode` over full pages in codes uint32[blocks, K, words]; out still rotated."""
-    batch, heads, chosen = block_ids.shape
+    heads = codes.shape[1]
     rows = jnp.maximum(block_ids, 0) * heads + jnp.arange(heads, dtype=block_ids.dtype)[:, None]
     words = jnp.take(codes.reshape(-1, codes.shape[2]), rows, axis=0, mode="clip")
     # A piece of one array, which XLA would otherwise gather once for each of its parts.
     words = lax.optimization_barrier(words)
-    k, v = (
-        x.astype(q.dtype).reshape(batch, heads, chosen * page_size, -1)
-        for x in decode(words, page=page_size, width=q.shape[-1], bits=bits)
-    )
     counts = jnp.where(block_ids >= 0, page_size, 0)
-    return _attend(q, _product("BKGH,BKSH->BKGS", q, k), (v,), counts, page_size, scale)
+    return coded_slot_decode(q, (words,), counts, page_size=page_size, bits=bits, scale=scale)
 
 
 def coded_slot_decode(
@@ -78,9 +74,10 @@ def coded_slot_decode(
     """As `banked_slot_decode` over full pages, uint32[b, K, S, words]; out still rotated."""
     scores, values = [], []
     for queries, words in zip(jnp.split(q, len(banks)), banks, strict=True):
-        k, v = (
-            x.astype(q.dtype).reshape(*words.shape[:2], -1, q.shape[-1])
-            for x in decode(words, page=page_size, width=q.shape[-1], bits=bits)
+        made = decode(words, page=page_size, width=q.shape[-1], bits=bits)
+        # Or each query's product would decode all of it anew, and take long to compile.
+        k, v = lax.optimization_barrier(
+            tuple(x.astype(q.dtype).reshape(*words.shape[:2], -1, q.shape[-1]) for x in made)
         )
         scores.append(_product("BKGH,BKSH->BKGS", queries, k))
         values.append(v)
