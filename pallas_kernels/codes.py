@@ -78,9 +78,13 @@ def _codes(x: jax.Array, axis: int, bits: int) -> tuple[jax.Array, jax.Array]:
     """Codes of x [..., page, H] in words [..., page, W], and ranges over `axis`, in words."""
     x = x.astype(jnp.float32)
     most = 2**bits - 1
-    low = _rounded(x.min(axis, keepdims=True), up=False)
+    low = _rounded_down(x.min(axis, keepdims=True))
     span = x.max(axis, keepdims=True) - low
-    step = jnp.where(span < TINY, 0.0, _rounded(span / most, up=True))
+    # The least number with which the levels reach the maximum, whichever way the quotient was
+    # rounded: the products are exact.
+    step = _rounded_down(span / most)
+    above = lax.bitcast_convert_type(_bits(step) + jnp.uint32(0x10000), jnp.float32)
+    step = jnp.where(span < TINY, 0.0, jnp.where(step * most >= span, step, above))
     level = jnp.round((x - low) / jnp.where(step == 0.0, 1.0, step))
     level = jnp.clip(level, 0, most).astype(jnp.uint32)
     count, words = WORD // bits, token_words(x.shape[-1], bits)
@@ -105,12 +109,8 @@ def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def _rounded(x: jax.Array, *, up: bool) -> jax.Array:
-    """float32 rounded to a bfloat16 number that is not below it (up), or not above it.
-
-    Infinities stay, NaN too; the greatest numbers become infinite.
-    """
+def _rounded_down(x: jax.Array) -> jax.Array:
+    """The greatest bfloat16 number that is not above x float32; infinities stay, and NaN."""
     kept = _bits(x) & jnp.uint32(0xFFFF0000)  # towards 0
-    away = (kept != _bits(x)) & ((x > 0) if up else (x < 0))
-    kept = jnp.where(away, kept + jnp.uint32(0x10000), kept)
+    kept = jnp.where((kept != _bits(x)) & (x < 0), kept + jnp.uint32(0x10000), kept)
     return jnp.where(jnp.isnan(x), jnp.nan, lax.bitcast_convert_type(kept, jnp.float32))
