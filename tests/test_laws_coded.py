@@ -35,7 +35,7 @@ from tests.tiny_runs import PAGE, SMALL, STEPS, dense_qkv, prompt_of, request_of
 pytestmark = pytest.mark.usefixtures("short_chunks")
 
 WIDTH = 8
-# Where both tiers have one codec slots are coded too; else they hold what the host's codes stand for.
+# With one codec for both tiers slots are coded too; else they hold what the host's codes stand for.
 CODED = {
     "int4": dataclasses.replace(SMALL, device_codec="int4", host_codec="int4"),
     "mixed": dataclasses.replace(SMALL, device_codec="int8", host_codec="int4"),
