@@ -65,9 +65,10 @@ def with_pages_approximated(fed, layout, first, last):
         group = arrays.groups[0]
         k, v = np.array(group.k), np.array(group.v)  # [1, K, H, P, page], [1, K, P, page, H]
         for of in groups:
-            for head in of.heads if of.codec is not None else ():
+            bits = 0 if of.codec is None else of.codec.bits
+            for head in of.heads if bits else ():
                 for page in range(first, last):
-                    made = approximated(k[0, head, :, page].T, v[0, head, page], of.codec.bits)
+                    made = approximated(k[0, head, :, page].T, v[0, head, page], bits)
                     k[0, head, :, page], v[0, head, page] = made[0].T, made[1]
         group = dataclasses.replace(group, k=jnp.asarray(k), v=jnp.asarray(v))
         arrays = dataclasses.replace(arrays, groups=(group,))
