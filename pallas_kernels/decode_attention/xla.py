@@ -54,11 +54,15 @@ def decode_attention(
 
 def _coded(q: jax.Array, store: CodedStore | CodedSlotStore, *, scale: float) -> jax.Array:
     """Over the coded pages and over the tail, merged."""
-    tail, of_pages = store.tail, dict(page_size=store.page_size, bits=store.bits, scale=scale)
+    tail, page, bits = store.tail, store.page_size, store.bits
     if isinstance(store, CodedStore):
-        pages = xla.coded_decode(q, store.codes, store.listed(), **of_pages)
+        ids = store.listed()
+        pages = xla.coded_decode(q, store.codes, ids, page_size=page, bits=bits, scale=scale)
     else:
-        pages = xla.coded_slot_decode(q, store.slots, store.counts(), **of_pages)
+        counts = store.counts()
+        pages = xla.coded_slot_decode(
+            q, store.slots, counts, page_size=page, bits=bits, scale=scale
+        )
     parts = (pages, xla.slot_decode(q, tail.k, tail.v, tail.counts(), scale=scale))
     outs, lses = (jnp.stack(of) for of in zip(*parts, strict=True))
     return merge(outs, lses)[0]
