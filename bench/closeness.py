@@ -5,9 +5,10 @@
 Every config is fed full attention's own greedy answer to real documents, see `flexijax.evaluate`. A
 config is a method, then in any order a page score, a budget in tokens, and how it is reranked:
 "flexi", "h2o:512", "flexi:sketch2:1024", "quest:minmax8", "flexi:interval=32", "flexi:adaptive",
-"flexi:adaptive=0.6/0.3" (the RCO that doubles an interval, and the RCO that halves it). Two more
-methods give the scale: "all_stable", flexi without unstable heads, and "recent", the first and the
-newest pages alone. Scores are those of `bench.score_candidates`.
+"flexi:adaptive=0.6/0.3" (the RCO that doubles an interval, and the RCO that halves it), or what
+pages are kept in: "flexi:device=int4:host=int4". Two more methods give the scale: "all_stable",
+flexi without unstable heads, and "recent", the first and the newest pages alone. Scores are those
+of `bench.score_candidates`.
 """
 
 import argparse
@@ -45,7 +46,7 @@ COLUMNS = (
     *("rco", "evicted_tokens", "documents", "tokens"),
 )
 _ALL_STABLE, _RECENT = "all_stable", "recent"
-_FORM = "METHOD[:SCORE][:TOKENS][:interval=STEPS|:adaptive[=HIGH/LOW]]"
+_FORM = "METHOD[:SCORE][:TOKENS][:interval=STEPS|:adaptive[=HIGH/LOW]][:device=CODEC][:host=CODEC]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,8 @@ def parse(name: str, *, num_layers: int, profile: str | None = None) -> CacheCon
             if found[1]:
                 pace = Adaptive(lengthen_at=float(found[1]), shorten_at=float(found[2]))
             config = dataclasses.replace(config, rerank_interval=pace)
+        elif found := re.fullmatch(r"(device|host)=(\w+)", part):
+            config = dataclasses.replace(config, **{f"{found[1]}_codec": found[2]})
         elif part in CANDIDATES:
             score = CANDIDATES[part]
         else:

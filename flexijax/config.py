@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from flexijax import policies
 from flexijax.pallas_kernels.implementations import IMPLEMENTATIONS
 from flexijax.policies.adaptive import Adaptive
 from flexijax.policies.base import Policy
+from flexijax.policies.codec import CODECS, Codec
 from flexijax.profiles.head_profile import HeadProfile
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,6 +41,12 @@ class CacheConfig:
     see `flexijax.profiling.choose`."""
     dtype: str | None = None
     """Of keys and values; None is the model's own."""
+    device_codec: str | Codec | None = None
+    """What full pages of heads that choose at every step are kept in, "int8" or "int4", and the
+    slots of others where `host_codec` is the same; None: in the dtype."""
+    host_codec: str | Codec | None = None
+    """The same of pages on the host, which then move in it; slots that are not coded hold what the
+    codes stand for."""
     implementation: str | None = None
     """Of the kernels: "xla", "pallas" or "triton"; None lets each choose what suits the device."""
     transfer: str | None = None
@@ -79,6 +87,34 @@ class CacheConfig:
             if value is not None and value not in choices:
                 listed = ", ".join(map(repr, choices))
                 raise ValueError(f"{name}={value!r} must be None or one of {listed}")
+
+        for name in ("device_codec", "host_codec"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Codec) and value not in CODECS:
+                listed = ", ".join(map(repr, CODECS))
+                raise ValueError(f"{name}={value!r} must be None or one of {listed}")
+        if self.codecs and self.implementation not in (None, "xla"):
+            name = next(iter(self.codecs))
+            raise ValueError(
+                f"{name}_codec={getattr(self, f'{name}_codec')!r} has no kernels but XLA's: leave "
+                f"implementation={self.implementation!r} at None"
+            )
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """The codecs that are asked for, by memory: "device", "host"."""
+        named = {"device": self.device_codec, "host": self.host_codec}
+        return {
+            memory: value if isinstance(value, Codec) else CODECS[value]
+            for memory, value in named.items()
+            if value is not None
+        }
+
+    def as_full(self) -> CacheConfig:
+        """The same with dense attention over everything, which needs no profile and no codec."""
+        return dataclasses.replace(
+            self, policy="full", profile=None, device_codec=None, host_codec=None
+        )
 
     def find_policy(self) -> Policy:
         """The policy that is meant. Raises ValueError where a name is none."""

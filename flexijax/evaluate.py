@@ -73,7 +73,7 @@ def evaluate(
     share = (lm, prompts, room, _round_up(steps, chunk), progress)
     programs = {name: _program(config, *share) for name, config in configs.items()}
     first = next(iter(configs.values()))
-    reference = dataclasses.replace(first, policy="full", rerank_interval=first.chunk_steps)
+    reference = dataclasses.replace(first.as_full(), rerank_interval=first.chunk_steps)
     run = _Run(lm, _program(reference, *share), programs, steps, chunk, progress)
     known, rows = Records(None if records is None else Path(records)), []
     for at, (document, prompt) in enumerate(zip(documents, prompts, strict=True)):

@@ -3,7 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.stores import AnyStore, BankedStore, PageStore
+from flexijax.pallas_kernels.codes import page_words
+from flexijax.pallas_kernels.stores import (
+    AnyStore,
+    BankedStore,
+    CodedSlotStore,
+    CodedStore,
+    PageStore,
+)
 
 
 def check_paged_decode(
@@ -73,6 +80,25 @@ def check_decode_attention(
                 "block_table": (store.block_table, f"{rows} P"),
                 "held": (store.held, f"{rows}"),
             }
+        elif isinstance(store, CodedStore | CodedSlotStore):
+            axes = {
+                "k": (store.tail.k, f"{rows} {heads} {width} T page"),
+                "v": (store.tail.v, f"{rows} {heads} T page {width}"),
+                "coded": (store.coded, f"{rows}"),
+                "held": (store.tail.held, f"{rows}"),
+            }
+            words = page_words(store.page_size, width, store.bits)
+            if isinstance(store, CodedStore):
+                coded = {"codes": (store.codes, f"blocks {heads} {words}")}
+                axes["pages"] = (store.pages, f"{rows} {heads} n")
+                axes["block_table"] = (store.block_table, f"{rows} P")
+            else:
+                each = f"{rows // len(store.slots)} {heads} S {words}"
+                coded = {f"slots{at}": (bank, each) for at, bank in enumerate(store.slots)}
+                axes["slot_page"] = (store.slot_page, f"{rows} {heads} S")
+            axis_sizes(**coded)
+            for name, (array, _) in coded.items():
+                check_dtype(name, array, jnp.uint32)
         else:
             if isinstance(store, BankedStore):
                 banks = list(zip(store.k, store.v, strict=True))

@@ -19,7 +19,7 @@ from flexijax.pallas_kernels.dispatch_scores import sketch_query as sketch_query
 from flexijax.pallas_kernels.dispatch_scores import sketch_scores as sketch_scores
 from flexijax.pallas_kernels.implementations import choose, choose_without_triton, module_of
 from flexijax.pallas_kernels.partials import merge as merge
-from flexijax.pallas_kernels.stores import AnyStore, BankedStore
+from flexijax.pallas_kernels.stores import AnyStore, PageStore, SlotStore
 
 
 def paged_decode(
@@ -106,9 +106,9 @@ def decode_attention(
     checks.check_decode_attention(q, k, v, stores, arrivals, scale)
     named = choose(implementation)
     if named == "pallas":
-        whole = tuple(store for store in stores if not isinstance(store, BankedStore))
+        whole = tuple(store for store in stores if isinstance(store, PageStore | SlotStore))
         if len(whole) < len(stores):
-            raise ValueError("rows in several banks are for implementation='xla'")
+            raise ValueError("rows in several banks, and coded pages, are for implementation='xla'")
         module = module_of("decode_attention", named)
         return module.decode_attention(q, k, v, whole, arrivals, scale=scale)
     kernels = module_of("sparse_decode", named)

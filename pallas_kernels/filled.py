@@ -53,6 +53,15 @@ def keys_in_slots(
     return keys, jnp.where(slot >= 0, block[:, None], -1).transpose(2, 0, 1)
 
 
+def values_in_slots(v_slots: jax.Array, slot_page: jax.Array, page: jax.Array) -> jax.Array:
+    """Values [E, B, K, page, H] of the pages int32[B, E] in slots [B, K, S, page, H].
+
+    slot_page: int32[B, K, S]. What stands for a page in no slot of a head is any other's.
+    """
+    source = jnp.maximum(find_slots(slot_page, page), 0)[..., None, None]
+    return jnp.take_along_axis(v_slots, source, axis=2).transpose(2, 0, 1, 3, 4)
+
+
 def set_rows(pools: Any, block: jax.Array, rows: Any) -> Any:
     """Leaves [blocks, K, ...] with rows [E, B, K, ...] at block int32[E, B, K], -1 for none."""
     head = jnp.arange(block.shape[2])

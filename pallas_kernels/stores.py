@@ -113,9 +113,69 @@ class BankedStore:
         return (rows * len(self.v), *others)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedStore:
+    """As a `PageStore` whose full pages are coded; the others stand in a tail of a few slots.
+
+    Values are rotated in both, and so is that of the new token: see `codes.py`.
+    """
+
+    codes: jax.Array  # uint32[blocks, K, words]
+    tail: SlotStore  # all of it is attended
+    pages: jax.Array  # int32[B, K, n], as of a `PageStore`; those in the tail are passed over
+    block_table: jax.Array  # int32[B, P]
+    coded: jax.Array  # int32[B], tokens in coded pages; others stand in the tail
+    heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of the model
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def page_size(self) -> int:
+        """Tokens."""
+        return self.tail.page_size
+
+    def append(self, k: jax.Array, v: jax.Array) -> CodedStore:
+        """With the new token of each row that takes part: k, v [B, K, H]."""
+        return dataclasses.replace(self, tail=self.tail.append(k, v))
+
+    def listed(self) -> jax.Array:
+        """Block ids int32[B, K, n] of the coded pages that are attended, -1 for none."""
+        ids = jnp.take_along_axis(self.block_table[:, None], jnp.maximum(self.pages, 0), axis=2)
+        listed = (self.pages >= 0) & (self.pages * self.page_size < self.coded[:, None, None])
+        return jnp.where(listed, ids, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedSlotStore:
+    """As a `SlotStore` whose full pages are coded; the others stand in a tail, see `CodedStore`."""
+
+    slots: tuple[jax.Array, ...]  # uint32[b, K, S, words], of b rows each
+    slot_page: jax.Array  # int32[B, K, S], the page in each slot, -1 empty
+    tail: SlotStore
+    coded: jax.Array  # int32[B], tokens in coded pages; slots of others are passed over
+    heads: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of the model
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def page_size(self) -> int:
+        """Tokens."""
+        return self.tail.page_size
+
+    def append(self, k: jax.Array, v: jax.Array) -> CodedSlotStore:
+        """With the new token of each row that takes part: k, v [B, K, H]."""
+        return dataclasses.replace(self, tail=self.tail.append(k, v))
+
+    def counts(self) -> jax.Array:
+        """Token counts int32[B, K, S] of coded pages; 0 for an empty slot, and in free rows."""
+        coded = jnp.where(self.tail.held >= 0, self.coded, 0)[:, None, None]
+        there = (self.slot_page >= 0) & (self.slot_page * self.page_size < coded)
+        return jnp.where(there, self.page_size, 0)
+
+
 # What any implementation takes, and what XLA's does.
 Store: TypeAlias = PageStore | SlotStore
-AnyStore: TypeAlias = Store | BankedStore
+AnyStore: TypeAlias = Store | BankedStore | CodedStore | CodedSlotStore
 
 
 def of_heads(x: jax.Array, wanted: tuple[int, ...]) -> jax.Array:

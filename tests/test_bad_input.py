@@ -101,6 +101,22 @@ BAD_CALLS = {
         dict(cache=flexijax.CacheConfig(policy=Quest(MinMax("float16")))),
         "dtype='float16' end at 65504, and keys in float32 do not",
     ),
+    "codes for what attends to everything": (
+        dict(cache=flexijax.CacheConfig(policy="full", device_codec="int4")),
+        "device_codec='int4': policy='full' keeps heads of layer 0 dense; pages are coded where",
+    ),
+    "codes for what drops tokens": (
+        dict(cache=flexijax.CacheConfig(policy="h2o", device_codec="int8")),
+        "device_codec='int8': policy='h2o' keeps heads of layer 0 evicting",
+    ),
+    "codes for a host that has nothing": (
+        dict(cache=flexijax.CacheConfig(policy="quest", host_codec="int8")),
+        "host_codec='int8': policy='quest' keeps no pages there",
+    ),
+    "codes for heads of which none chooses": (
+        dict(cache=flexijax.CacheConfig(profile=profile_of(2), device_codec="int8")),
+        "device_codec='int8': policy='flexi' keeps no pages there",
+    ),
     "fewer samplings": (dict(sampling=[]), "sampling has 0 entries for 1 prompts"),
     "flat ids": (dict(prompts=[1, 2, 3]), r"prompts\[0\]=1 must be"),
     "fractional token": (dict(prompts=[[1.5]]), r"prompts\[0\]=\[1\.5\] must be"),
@@ -149,6 +165,12 @@ BAD_CONFIGS = (
     (dict(dtype="int4"), "dtype='int4'"),
     (dict(implementation="cuda"), "implementation='cuda'"),
     (dict(transfer="dma"), "transfer='dma'"),
+    (dict(device_codec="int2"), "device_codec='int2' must be None or one of 'int8', 'int4'"),
+    (dict(host_codec=4), "host_codec=4 must be None or one of 'int8', 'int4'"),
+    (
+        dict(device_codec="int4", implementation="pallas"),
+        "device_codec='int4' has no kernels but XLA's: leave implementation='pallas' at None",
+    ),
 )
 BAD_SAMPLINGS = (
     (dict(temperature=math.nan), "temperature=nan"),

@@ -32,6 +32,7 @@ CACHES = {
     "index_cache": dataclasses.replace(SMALL, policy="index_cache"),
     "flexi": SMALL,
     "flexi-adaptive": ADAPTIVE,
+    "flexi-coded": dataclasses.replace(SMALL, device_codec="int4", host_codec="int8"),
     # The others remember as h2o does, or as kvcrush.
     **{
         name: dataclasses.replace(SMALL, policy=policy)
@@ -113,12 +114,17 @@ def pools(ran):
     arrays = ran.donated
     if ran.function.__name__ == "decode_steps":
         arrays = (arrays, ran.arguments[1])  # those that steps only read
-    leaves = [leaf for leaf in jax.tree.leaves(arrays) if leaf.ndim >= 4]
+    leaves = [leaf for leaf in jax.tree.leaves(arrays) if leaf.ndim >= 4 or _is_coded(leaf)]
     if ran.function.__name__ in PREFILL:
         # The window of last queries moves on with every chunk; it does not grow.
         *x, kv = ran.donated
         leaves = [*x, kv.k, kv.v]
     return [",".join(map(str, leaf.shape)) for leaf in leaves]
+
+
+def _is_coded(leaf):
+    """Pages of words; what remembers tokens by head is of three axes too, and moves with them."""
+    return leaf.ndim == 3 and leaf.dtype == jnp.uint32
 
 
 def copied_shapes(compiled):

@@ -25,6 +25,7 @@ from flexijax.aot.footprint import Footprint, footprint
 from flexijax.aot.targets import Target, targets
 from flexijax.cache.cache import all_rows, init
 from flexijax.cache.prefill_kv import empty_prefill_kv, pieces
+from flexijax.cache.tiers import HostPages
 from flexijax.config import CacheConfig
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import make_program
@@ -277,7 +278,7 @@ def _host_is_prompt(
     full = read.length // sizes.page_size
     for layer, at, group in program.layout.all_groups():
         host = cache.pools[layer].host[at]
-        if host is None or layer not in _some_layers(program):
+        if not isinstance(host, HostPages) or layer not in _some_layers(program):
             continue
         k = np.asarray(read.kv[layer].k)[list(group.heads)]
         k = k.reshape(*k.shape[:2], sizes.pages, sizes.page_size).transpose(2, 0, 3, 1)

@@ -11,6 +11,7 @@ from bench.gpu.models import cache_for, greedy_request, random_model, random_tok
 from bench.gpu.report import Part
 from bench.gpu.sizes import Sizes
 from bench.gpu.tiers_equal import compared_pages
+from flexijax.cache.tiers import HostPages
 from flexijax.config import CacheConfig
 from flexijax.engine.model_runner import ModelRunner
 from flexijax.engine.plan import bucket, make_program
@@ -112,7 +113,7 @@ def _host_pages(engine: ModelRunner) -> list[np.ndarray]:
     ]
     for layer in engine.cache.pools:
         for host in layer.host:
-            if host is not None:
+            if isinstance(host, HostPages):
                 found += [np.asarray(pool)[blocks].view(np.uint16) for pool in (host.k, host.v)]
     return found
 

@@ -10,6 +10,7 @@ import numpy as np
 from bench.gpu.data import same_bits
 from flexijax.cache.cache import Cache, all_rows
 from flexijax.cache.layout import CacheLayout
+from flexijax.cache.tiers import HostPages
 
 
 def compared_pages(
@@ -27,7 +28,7 @@ def compared_pages(
         if group.kind != "offloaded" or layer not in wanted:
             continue
         group, host = rows.layers[layer].groups[at], rows.layers[layer].host[at]
-        assert host is not None
+        assert isinstance(host, HostPages)
         slot_page, slots_k, slots_v, host_k, host_v = jax.device_get(
             (group.slot_page, group.k, group.v, host.k, host.v)
         )

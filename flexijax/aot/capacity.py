@@ -91,7 +91,7 @@ def capacities(
             estimated_seconds=_seconds(counted, step, compiled.counted, target),
         )
 
-    dense = dataclasses.replace(cache, policy="full", profile=None)
+    dense = cache.as_full()
     of = {cache.find_policy().name: cache, "full": dense}
     return tuple(choose(policy, of[policy], room) for room in device_bytes for policy in of)
 

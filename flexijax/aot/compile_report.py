@@ -101,6 +101,11 @@ def compile_report(
     counted, program = footprint(
         config, name=name, cache=cache, context=context, batch=batch, target=target
     )
+    if cache.codecs:
+        raise ValueError(
+            f"{next(iter(cache.codecs))}_codec has no kernels for a GPU yet: it is counted by "
+            "`flexijax compile-report --sweep`, not compiled"
+        )
     aot.prepare()
     profile = cache.profile if program.policy.needs_profile else None
     stages = compile_program(program, abstract_params(config), target, progress)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flexijax.aot.targets import Target
 from flexijax.cache.cache import abstract
-from flexijax.cache.layout import slots_of
+from flexijax.cache.layout import page_bytes, slots_of, tail_pages
 from flexijax.cache.memory import nbytes, summary_bytes
 from flexijax.cache.prefill_kv import empty_prefill_kv
 from flexijax.config import CacheConfig
@@ -51,10 +51,14 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class StepBytes:
-    """Bytes that attention reads in one decode step of the whole batch, every request full."""
+    """Bytes that attention reads in one decode step of the whole batch, every request full.
+
+    tokens: of KV heads, that it reads for them.
+    """
 
     pages: int
     slots: int
+    tokens: int
     scoring: int  # every step's of selected heads, and a rerank's share of offloaded ones
 
     @property
@@ -118,7 +122,7 @@ def footprint(
             raise ValueError(f"{argument}={value!r} must be a positive integer")
     if context > config.max_context:
         raise ValueError(f"context={context} is more than the {config.max_context} of {name}")
-    dense = dataclasses.replace(cache, policy="full", profile=None)
+    dense = cache.as_full()
     with platform.compiling_for("gpu"):
         program = make_program(config, cache, context=context, batch=batch)
         full = make_program(config, dense, context=context, batch=batch)
@@ -198,8 +202,14 @@ def _sizes(config: ModelConfig, program: Program) -> Sizes:
     for layer, at, group in layout.all_groups():
         arrays = cache.layer(layer, 0).groups[at]
         held = nbytes((arrays.k, arrays.v))
+        if group.ladder[0].codec is not None:  # k and v are those of pages that are not full
+            selected = group.kind == "selected"
+            coded = nbytes(arrays.codes) if selected else banks * nbytes(arrays.slots)
+            held = banks * held + coded
+        elif group.kind != "selected":
+            held *= banks
         pages += held if group.kind == "selected" else 0
-        slots += banks * held if group.kind != "selected" else 0
+        slots += held if group.kind != "selected" else 0
         if group.score is not None:
             summaries += nbytes(arrays.summaries) + banks * nbytes(arrays.score_state)
     host = nbytes([layer.host for layer in cache.pools])
@@ -219,20 +229,26 @@ def _sizes(config: ModelConfig, program: Program) -> Sizes:
 def step_bytes(program: Program) -> StepBytes:
     """What attention reads in a step when every request fills its pages; from the layout alone."""
     layout, sizes = program.layout, program.layout.sizes
-    pages = slots = 0
+    pages = slots = attended = 0
     scoring = 0.0
     for *_, group in layout.all_groups():
         heads = len(group.heads)
         scored = heads * sizes.pages * summary_bytes(layout, group)
+        codec = group.ladder[0].codec
+        tail = 0 if codec is None else heads * tail_pages(sizes) * sizes.page_bytes
         if group.kind == "selected":
-            pages += heads * min(group.attends or 0, sizes.pages)
+            chosen = heads * min(group.attends or 0, sizes.pages)
+            attended += chosen
+            pages += chosen * page_bytes(sizes, codec) + tail
             scoring += scored
         else:
-            slots += heads * slots_of(group, sizes)
+            attended += heads * slots_of(group, sizes)
+            slots += heads * slots_of(group, sizes) * page_bytes(sizes, codec) + tail
             scoring += scored / sizes.chunk_steps
     return StepBytes(
-        pages=sizes.batch * pages * sizes.page_bytes,
-        slots=sizes.batch * slots * sizes.page_bytes,
+        pages=sizes.batch * pages,
+        slots=sizes.batch * slots,
+        tokens=sizes.batch * attended * sizes.page_size,
         scoring=round(sizes.batch * scoring),
     )
 
@@ -243,21 +259,21 @@ def _roofline(config: ModelConfig, program: Program, target: Target) -> Roofline
     table = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     leaves = jax.tree.leaves(abstract_params(config))
     weights = sum(math.prod(leaf.shape) for leaf in leaves) - table
-    attended = (read.pages + read.slots) // sizes.page_bytes * sizes.page_size
     per_token = 4 * sizes.shape.group_size * sizes.shape.head_dim  # q.k and weight.v
-    flops = 2 * weights * sizes.batch + attended * per_token
+    flops = 2 * weights * sizes.batch + read.tokens * per_token
     weight_bytes = weights * jnp.dtype(DTYPE).itemsize
     seconds = max(
         (weight_bytes + read.total) / target.device_bytes_per_second,
         flops / target.bfloat16_flops_per_second,
     )
     # All offloaded heads of all requests, one page each.
-    page_bytes = sizes.batch * program.layout.heads_of("offloaded") * sizes.page_bytes
+    layout = program.layout
+    moved = sizes.batch * layout.heads_of("offloaded") * layout.moved_page_bytes
     return Roofline(
         weight_bytes=weight_bytes,
         attention=read,
         flops=flops,
         seconds=seconds,
-        stored_bytes=page_bytes // sizes.page_size,
-        page_seconds=page_bytes / sizes.chunk_steps / target.host_bytes_per_second,
+        stored_bytes=moved // sizes.page_size,
+        page_seconds=moved / sizes.chunk_steps / target.host_bytes_per_second,
     )

@@ -12,7 +12,7 @@ import jax
 
 from flexijax.cache import spread
 from flexijax.cache.arrays import zeros
-from flexijax.cache.kinds import KINDS
+from flexijax.cache.kinds import kind_of
 from flexijax.cache.layout import CacheLayout, CacheSizes, GroupProgram, without_heads
 from flexijax.cache.over_mesh import made as made_of_each
 from flexijax.cache.parts import AllRows as AllRows
@@ -22,9 +22,10 @@ from flexijax.cache.parts import LayerCache as LayerCache
 from flexijax.cache.parts import Standing as Standing
 from flexijax.cache.parts import all_rows as all_rows
 from flexijax.cache.parts import has_places, pools_of, rows_of, shared_of
-from flexijax.cache.tiers import HostPages, abstract_host, empty_host
+from flexijax.cache.tiers import AnyHost, abstract_host, empty_host
 from flexijax.pallas_kernels import placing, platform
 from flexijax.policies.base import HOST, HeadGroup, Policy
+from flexijax.policies.codec import Codec
 
 
 def kind(group: HeadGroup) -> ModuleType:
@@ -33,12 +34,19 @@ def kind(group: HeadGroup) -> ModuleType:
     empty, store, after_step, commit, end_chunk; of the last: has_chunk_end, num_queries. Of kinds
     whose pages all lie by block, and may be shared: read_pages.
     """
-    return spread if group.places else KINDS[group.kind]
+    return spread if group.places else kind_of(group)
 
 
 def keeps_all_by_block(layout: CacheLayout) -> bool:
-    """Whether every page of a request can be read by its block id, so that blocks can be shared."""
-    return all(hasattr(KINDS[group.kind], "read_pages") for *_, group in layout.all_groups())
+    """Whether every page of a request can be read by its block id, so that blocks can be shared.
+
+    Coded pages cannot: a prompt reads its own pages as they were computed, and one that began with
+    another's would read what their codes stand for, and get other tokens.
+    """
+    return all(
+        group.codec is None and hasattr(kind_of(group), "read_pages")
+        for *_, group in layout.all_groups()
+    )
 
 
 def group_programs(
@@ -165,16 +173,16 @@ def _on_device(layout: CacheLayout, policy: Policy, layer: int) -> LayerCache:
 
 
 def _host(
-    layout: CacheLayout, layer: int, make: Callable[[CacheSizes, int], HostPages]
-) -> tuple[HostPages | None, ...]:
+    layout: CacheLayout, layer: int, make: Callable[[CacheSizes, int, Codec | None], AnyHost]
+) -> tuple[AnyHost | None, ...]:
     """One layer's host tier: None for groups that have none."""
-    hosts: list[HostPages | None] = []
+    hosts: list[AnyHost | None] = []
     for group in layout.groups[layer]:
         if group.ladder[-1].memory != HOST:
             hosts.append(None)
         elif group.places:
             blocks = layout.sizes.blocks * group.places
-            hosts.append(make(dataclasses.replace(layout.sizes, blocks=blocks), 1))
+            hosts.append(make(dataclasses.replace(layout.sizes, blocks=blocks), 1, None))
         else:
-            hosts.append(make(layout.sizes, len(group.heads)))
+            hosts.append(make(layout.sizes, len(group.heads), group.ladder[-1].codec))
     return tuple(hosts)

@@ -12,11 +12,19 @@ from jax import lax
 from flexijax.cache.arrays import Step, replaced
 from flexijax.cache.banks import apart, by_block, by_row, side_by_side, together
 from flexijax.cache.cache import kind
+from flexijax.cache.coded import coded_heads, rotated
 from flexijax.cache.layout import CacheLayout, GroupProgram, without_heads
 from flexijax.cache.spread import row_program, step_of
 from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.queries import HeadQueries
-from flexijax.pallas_kernels.stores import AnyStore, BankedStore, SlotStore, of_heads
+from flexijax.pallas_kernels.stores import (
+    AnyStore,
+    BankedStore,
+    CodedSlotStore,
+    CodedStore,
+    SlotStore,
+    of_heads,
+)
 from flexijax.policies.base import HeadGroup, Policy
 
 
@@ -62,6 +70,8 @@ class DecodeAttention:
             # Rotated once, for all that reads any of it; a slice alone would be rotated again.
             read = kept = lax.optimization_barrier(jnp.concatenate([rows, k, v], axis=1))
             rows, k, v = jnp.split(kept, [heads, heads + shape.num_kv_heads], axis=1)
+        mine = coded_heads(self.layout.groups[layer])
+        v = rotated(v, mine)
         grouped = rows.reshape(len(rows), shape.num_kv_heads, shape.group_size, shape.head_dim)
         groups, stores = self.layout.groups[layer], []
         if groups[0].places:
@@ -84,6 +94,7 @@ class DecodeAttention:
             scale=shape.scale,
             implementation=self.implementation,
         )
+        out = rotated(out, mine)
         arrays = tuple(
             _after_step(group, arrays, store, state.step)
             for group, arrays, store in zip(groups, state.layers[layer], stores, strict=True)
@@ -161,7 +172,7 @@ def _store(
     pages: see `selected.store`.
     """
     of_kind, group_size = kind(program.group), program.sizes.shape.group_size
-    if len(banks) == 1 or "k" in banks[0].BY_BLOCK:
+    if len(banks) == 1 or {"k", "codes"} & set(banks[0].BY_BLOCK):
         rows = side_by_side([by_row(bank) for bank in banks])
         mine = HeadQueries(q, heads, group_size)
         chosen = () if pages is None else (pages,)
@@ -172,9 +183,22 @@ def _store(
         of_kind.store(program, bank, heads, HeadQueries(rows, heads, group_size), at)
         for bank, (rows, at) in parts
     ]
+    if isinstance(stores[0], CodedSlotStore):
+        return _coded_side_by_side(stores)
     slot_page, held = side_by_side([(store.slot_page, store.held) for store in stores])
     k, v = tuple(store.k for store in stores), tuple(store.v for store in stores)
     return BankedStore(k, v, slot_page, held, heads)
+
+
+def _coded_side_by_side(stores: list[Any]) -> CodedSlotStore:
+    """The stores of some banks as one: coded slots stay apart, tails of a few pages do not."""
+    first = stores[0]
+    rows = [(of.slot_page, of.coded, of.tail.k, of.tail.v, of.tail.held) for of in stores]
+    slot_page, coded, k, v, held = side_by_side(rows)
+    of_tail = side_by_side([store.tail.slot_page for store in stores])
+    tail = SlotStore(k, v, of_tail, held, first.heads)
+    slots = tuple(slot for store in stores for slot in store.slots)
+    return CodedSlotStore(slots, slot_page, tail, coded, first.heads, first.bits)
 
 
 def _after_step(
@@ -182,6 +206,15 @@ def _after_step(
 ) -> tuple[Any, ...]:
     """The banks of a group with the token in them."""
     of_kind = kind(group)
+    if isinstance(store, CodedStore | CodedSlotStore):  # whose tails lie by row
+        tails = [
+            dataclasses.replace(store.tail, k=k, v=v)
+            for k, v in apart((store.tail.k, store.tail.v), len(banks))
+        ]
+        return tuple(
+            of_kind.after_step(bank, dataclasses.replace(store, tail=tail), step)
+            for bank, tail in zip(banks, tails, strict=True)
+        )
     if not isinstance(store, BankedStore):
         return tuple(of_kind.after_step(bank, store, step) for bank in banks)
     where = apart((store.slot_page, store.held, step), len(banks))

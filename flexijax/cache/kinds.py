@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from flexijax.cache import dense, evicting, offloaded, selected
+from flexijax.cache import coded_offloaded, coded_selected, dense, evicting, offloaded, selected
+from flexijax.policies.base import HeadGroup
 
 KINDS: dict[str, ModuleType] = {
     "dense": dense,
@@ -12,3 +13,13 @@ KINDS: dict[str, ModuleType] = {
     "offloaded": offloaded,
     "evicting": evicting,
 }
+_CODED: dict[str, ModuleType] = {"selected": coded_selected, "offloaded": coded_offloaded}
+
+
+def kind_of(group: HeadGroup) -> ModuleType:
+    """The functions over a group that has no places; whose pages the device has in codes: its own.
+
+    See `cache.kind`.
+    """
+    kinds = KINDS if group.ladder[0].codec is None else _CODED
+    return kinds[group.kind]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from flexijax.cache.head_split import LayerSplit
 from flexijax.models.config import AttentionShape
-from flexijax.policies.base import HeadGroup, Policy
+from flexijax.policies.base import HOST, HeadGroup, Policy
+from flexijax.policies.codec import Codec
 from flexijax.policies.page_score import PageScore, PageShape
 
 
@@ -79,6 +80,13 @@ class CacheLayout:
             for at, group in enumerate(groups):
                 yield layer, at, group
 
+    @property
+    def moved_page_bytes(self) -> int:
+        """Bytes of a page of one KV head on the host, and on its way there or back."""
+        tiers = (group.ladder[-1] for *_, group in self.all_groups())
+        on_host = next((tier for tier in tiers if tier.memory == HOST), None)
+        return page_bytes(self.sizes, None if on_host is None else on_host.codec)
+
     def heads_of(self, kind: str) -> int:
         """KV heads of all layers that are kept in groups of that kind, see `HeadGroup`."""
         return sum(len(group.heads) for *_, group in self.all_groups() if group.kind == kind)
@@ -108,6 +116,16 @@ class GroupProgram:
     def slots(self) -> int:
         """Pages that fit into a head's own buffer, see `slots_of`."""
         return slots_of(self.group, self.sizes)
+
+
+def tail_pages(sizes: CacheSizes) -> int:
+    """Pages that are not full when a chunk begins, and can begin in it."""
+    return -(-sizes.chunk_steps // sizes.page_size) + 1
+
+
+def page_bytes(sizes: CacheSizes, codec: Codec | None) -> int:
+    """Bytes of the keys and values of one page of one KV head, coded or not."""
+    return sizes.page_bytes if codec is None else codec.page_bytes(sizes.page)
 
 
 def without_heads(group: HeadGroup) -> HeadGroup:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from flexijax.cache.cache import abstract
-from flexijax.cache.layout import CacheLayout, slots_of
+from flexijax.cache.layout import CacheLayout, page_bytes, slots_of, tail_pages
 from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.host_memory import available_host_bytes
 from flexijax.policies.base import HOST, HeadGroup, Policy
@@ -47,10 +47,13 @@ def request_bytes(layout: CacheLayout, length: int) -> RequestBytes:
     for *_, group in layout.all_groups():
         heads = len(group.heads)
         held = min(slots_of(group, sizes), pages)
-        device += heads * held * sizes.page_bytes
+        device += heads * held * page_bytes(sizes, group.ladder[0].codec)
+        if group.ladder[0].codec is not None:  # what is not full yet
+            device += heads * tail_pages(sizes) * sizes.page_bytes
         summaries += heads * (pages * summary_bytes(layout, group) + state_bytes(layout, group))
         if group.ladder[-1].memory == HOST:
-            host += heads * (length // sizes.page_size) * sizes.page_bytes
+            on_host = page_bytes(sizes, group.ladder[-1].codec)
+            host += heads * (length // sizes.page_size) * on_host
     full = sizes.shape.num_layers * sizes.shape.num_kv_heads * pages * sizes.page_bytes
     return RequestBytes(device + summaries, summaries, host, full)
 

@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flexijax.cache import coded_host
 from flexijax.cache.arrays import Chunk, Prompt, Step, set_row, zeros
+from flexijax.cache.coded_host import CodedHost, commit_pages
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.selected import choose_pages, scatter
-from flexijax.cache.tiers import HostPages, offload, offload_pages, promote
+from flexijax.cache.tiers import AnyHost, HostPages, offload, offload_pages, promote
 from flexijax.pallas_kernels import dispatch_rerank
 from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.rerank import RerankStats, plan_rerank
 from flexijax.pallas_kernels.stores import SlotStore
+from flexijax.policies.codec import rotate
 from flexijax.policies.page_score import FilledPages, PageTable
 
 
@@ -55,21 +58,29 @@ def empty(program: GroupProgram, heads: int) -> tuple[OffloadedGroup, RerankStat
     """A group of so many heads that holds nothing, and its statistics; the host tier is apart."""
     sizes, slots, score = program.sizes, program.slots, program.score
     batch, page, width = sizes.batch, sizes.page_size, sizes.shape.head_dim
-    counts = (batch, heads)
-    schedule = None
-    if program.group.schedule is not None:
-        schedule = RerankSchedule(zeros(counts, "int32"), zeros(counts, "int32"))
     group = OffloadedGroup(
         k=zeros((batch, heads, width, slots, page), sizes.dtype),
         v=zeros((batch, heads, slots, page, width), sizes.dtype),
         slot_page=zeros((batch, heads, slots), "int32") - 1,
         summaries=score.empty(sizes.blocks, heads, sizes.page),
         score_state=score.empty_state(batch, heads, sizes.page),
-        schedule=schedule,
+        schedule=empty_schedule(program, heads),
     )
+    return group, empty_stats(program, heads)
+
+
+def empty_schedule(program: GroupProgram, heads: int) -> RerankSchedule | None:
+    """Of a group of so many heads; None where all are reranked after every chunk."""
+    if program.group.schedule is None:
+        return None
+    counts = (program.sizes.batch, heads)
+    return RerankSchedule(zeros(counts, "int32"), zeros(counts, "int32"))
+
+
+def empty_stats(program: GroupProgram, heads: int) -> RerankStats:
+    """Of a group of so many heads, of which none has been reranked."""
     dtypes = ("int32", "float32", "float32", "int32", "int32", "int32")
-    stats = RerankStats(*(zeros(counts, dtype) for dtype in dtypes))
-    return group, stats
+    return RerankStats(*(zeros((program.sizes.batch, heads), dtype) for dtype in dtypes))
 
 
 def store(
@@ -87,10 +98,10 @@ def after_step(group: OffloadedGroup, store: SlotStore, step: Step) -> Offloaded
 def commit(
     program: GroupProgram,
     group: OffloadedGroup,
-    host: HostPages,
+    host: AnyHost,
     stats: RerankStats,
     prompt: Prompt,
-) -> tuple[OffloadedGroup, HostPages, RerankStats]:
+) -> tuple[OffloadedGroup, AnyHost, RerankStats]:
     """Full pages of a prompt to the host; the chosen ones and the newest straight into slots."""
     sizes, score = program.sizes, program.score
     heads, row, length = prompt.k.shape[0], prompt.row, prompt.length[None]
@@ -100,15 +111,19 @@ def commit(
     full = jnp.where(page < prompt.length // sizes.page_size, prompt.blocks, -1)
     new = jnp.where(page * sizes.page_size >= prompt.start, full, -1)
     every = jnp.broadcast_to(page[None, None], (1, heads, sizes.pages))
-    host = offload(host, k, v, new[None], every, transfer=program.transfer)
     k_pages = k[0].transpose(2, 0, 3, 1)  # [P, K, page, H]
+    if isinstance(host, CodedHost):
+        host, *coded = commit_pages(host, k[0], rotate(v[0]), full)
+        k, v = (x[None] for x in coded)
+    else:
+        host = offload(host, k, v, new[None], every, transfer=program.transfer)
     state = score.fit(k_pages, prompt.length)
     at = jnp.where(new >= 0, new, sizes.blocks)
     summaries = scatter(group.summaries, at, score.summarize(k_pages, state))
     # Blocks of the newest page may not be in `full`; it has no summary and stays by rule.
     table = PageTable.of_full_pages(jnp.maximum(full, 0)[None], length, sizes.page_size)
     of_row = jax.tree.map(lambda leaf: leaf[None], state)
-    chosen = _chosen(program, prompt.queries[-1:], summaries, of_row, table)
+    chosen = chosen_pages(program, prompt.queries[-1:], summaries, of_row, table)
     nothing = jnp.full((1, heads, program.slots), -1, jnp.int32)
     since = jnp.zeros((1, heads), jnp.int32)
     plan = plan_rerank(chosen, nothing, length, since, pages=sizes.pages, page_size=sizes.page_size)
@@ -121,7 +136,7 @@ def commit(
         slot_page=lax.dynamic_update_slice_in_dim(group.slot_page, plan.slot_page, row, axis=0),
         summaries=summaries,
         score_state=scatter(group.score_state, row, state),
-        schedule=_first_schedule(program, group.schedule, row),
+        schedule=first_schedule(program, group.schedule, row),
     )
     nought = jax.tree.map(lambda leaf: set_row(leaf, row, jnp.zeros_like(leaf[0])), stats)
     return group, host, nought
@@ -161,10 +176,10 @@ def has_chunk_end(program: GroupProgram) -> bool:
 def end_chunk(
     program: GroupProgram,
     group: OffloadedGroup,
-    host: HostPages,
+    host: AnyHost,
     stats: RerankStats,
     chunk: Chunk,
-) -> tuple[OffloadedGroup, HostPages, RerankStats]:
+) -> tuple[OffloadedGroup, AnyHost, RerankStats]:
     """Offloads the pages that filled up, then brings newly chosen ones into the slots.
 
     Heads that are not due keep what is in their slots; pages that filled up there are offloaded all
@@ -173,17 +188,21 @@ def end_chunk(
     sizes, score = program.sizes, program.score
     page_size, lengths, block_table = sizes.page_size, chunk.lengths, chunk.block_table
     filled = (group.slot_page, chunk.filled_page, chunk.filled_block)
-    host = offload_pages(host, group.k, group.v, *filled, transfer=program.transfer)
+    slots_k, slots_v = group.k, group.v
+    if isinstance(host, CodedHost):
+        host, slots_k, slots_v = coded_host.offload_pages(host, slots_k, slots_v, *filled)
+    else:
+        host = offload_pages(host, slots_k, slots_v, *filled, transfer=program.transfer)
     summaries = score.update(
         group.summaries,
         group.score_state,
-        FilledPages(group.k, *filled),
+        FilledPages(slots_k, *filled),
         implementation=program.implementation,
     )
     assert chunk.queries is not None
     table = PageTable(block_table, lengths, chunk.summarized, page_size)
-    chosen = _chosen(program, chunk.queries[-1], summaries, group.score_state, table)
-    due, since = _due(program, group.schedule, chunk)
+    chosen = chosen_pages(program, chunk.queries[-1], summaries, group.score_state, table)
+    due, since = due_heads(program, group.schedule, chunk)
     plan = dispatch_rerank.rerank(
         chosen,
         group.slot_page,
@@ -194,22 +213,22 @@ def end_chunk(
         chunk.filled_page,
         stats,
         page_size=page_size,
-        after=(host.k, host.v),
+        after=tuple(jax.tree.leaves(host)),
         implementation=program.implementation,
     )
-    slots_k, slots_v = promote(group.k, group.v, host, plan.load, transfer=program.transfer)
+    slots_k, slots_v = promote(slots_k, slots_v, host, plan.load, transfer=program.transfer)
     group = OffloadedGroup(
         k=slots_k,
         v=slots_v,
         slot_page=plan.slot_page,
         summaries=summaries,
         score_state=group.score_state,
-        schedule=_next_schedule(program, group.schedule, chunk, due, plan.rco),
+        schedule=next_schedule(program, group.schedule, chunk, due, plan.rco),
     )
     return group, host, plan.stats
 
 
-def _chosen(
+def chosen_pages(
     program: GroupProgram, q: jax.Array, summaries: Any, score_state: Any, table: PageTable
 ) -> jax.Array:
     """int32[B, K, room]: the pages to be resident, for q [B, K, G, H]; -1 where there are fewer."""
@@ -217,7 +236,7 @@ def _chosen(
     return choose_pages(program, q, summaries, score_state, table, count=program.group.room)
 
 
-def _due(
+def due_heads(
     program: GroupProgram, schedule: RerankSchedule | None, chunk: Chunk
 ) -> tuple[jax.Array, jax.Array]:
     """Heads reranked now, int32, positive, and tokens held at their last; [B, K] or [B, 1]."""
@@ -228,7 +247,7 @@ def _due(
     return due.astype(jnp.int32), chunk.lengths[:, None] - schedule.interval
 
 
-def _first_schedule(
+def first_schedule(
     program: GroupProgram, schedule: RerankSchedule | None, row: jax.Array
 ) -> RerankSchedule | None:
     """The schedule of a request whose prompt has just ranked its heads."""
@@ -241,7 +260,7 @@ def _first_schedule(
     )
 
 
-def _next_schedule(
+def next_schedule(
     program: GroupProgram,
     schedule: RerankSchedule | None,
     chunk: Chunk,

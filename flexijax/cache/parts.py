@@ -12,7 +12,7 @@ from flexijax.cache.banks import by_block, by_row, only, side_by_side, together
 from flexijax.cache.evicting import EvictionStats
 from flexijax.cache.offloaded import RerankStats
 from flexijax.cache.over_mesh import heads_in
-from flexijax.cache.tiers import HostPages
+from flexijax.cache.tiers import AnyHost
 
 
 @heads_in(groups=1, host=1, stats=1)
@@ -22,7 +22,7 @@ class LayerCache:
     """One layer, a tuple of head groups; each group has its host tier and statistics, or None."""
 
     groups: tuple[Any, ...]  # DenseGroup, SelectedGroup, OffloadedGroup, EvictingGroup
-    host: tuple[HostPages | None, ...]
+    host: tuple[AnyHost | None, ...]
     stats: tuple[RerankStats | EvictionStats | None, ...]
 
 

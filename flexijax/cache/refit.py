@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from flexijax.cache.cache import LayerCache
+from flexijax.cache.coded_offloaded import CodedOffloadedGroup
+from flexijax.cache.coded_selected import CodedGroup
 from flexijax.cache.layout import CacheLayout, GroupProgram
 from flexijax.cache.memory import state_bytes
 from flexijax.cache.offloaded import OffloadedGroup
 from flexijax.cache.selected import SelectedGroup, scatter
 from flexijax.cache.spread import row_program
-from flexijax.cache.tiers import HostPages, promote
+from flexijax.cache.tiers import AnyHost, promote
 
 
 class Row(NamedTuple):
@@ -86,7 +88,7 @@ def refit_layer(
     return dataclasses.replace(layer_cache, groups=tuple(groups))
 
 
-def _with_row(program: GroupProgram, group: Any, host: HostPages | None, row: Row) -> Any:
+def _with_row(program: GroupProgram, group: Any, host: AnyHost | None, row: Row) -> Any:
     if group.first is None:
         return _refitted(program, group, _full_pages(program, group, host, row), row)
     places = group.first.shape[1]
@@ -113,7 +115,7 @@ def _refitted(program: GroupProgram, group: Any, k_pages: jax.Array, row: Row) -
     )
 
 
-def _full_pages(program: GroupProgram, group: Any, host: HostPages | None, row: Row) -> jax.Array:
+def _full_pages(program: GroupProgram, group: Any, host: AnyHost | None, row: Row) -> jax.Array:
     """The row's first pages [P', K, page, H], read from where all of them are."""
     sizes = program.sizes
     room = program.group.room or program.group.attends or 0
@@ -122,11 +124,14 @@ def _full_pages(program: GroupProgram, group: Any, host: HostPages | None, row: 
     blocks = row.blocks[:count]
     if isinstance(group, SelectedGroup):
         return group.k[blocks]
-    assert isinstance(group, OffloadedGroup) and host is not None
-    heads, width, page = host.k.shape[1], sizes.shape.head_dim, sizes.page_size
+    if isinstance(group, CodedGroup):
+        assert program.group.codec is not None
+        return program.group.codec.decode(group.codes[blocks], sizes.page)[0]
+    assert isinstance(group, OffloadedGroup | CodedOffloadedGroup) and host is not None
+    heads, width, page = group.k.shape[1], sizes.shape.head_dim, sizes.page_size
     full = jnp.arange(count, dtype=jnp.int32) < row.length // page
     load = jnp.broadcast_to(jnp.where(full, blocks, -1), (1, heads, count))
-    k = jnp.zeros((1, heads, width, count, page), host.k.dtype)
-    v = jnp.zeros((1, heads, count, page, width), host.v.dtype)
+    k = jnp.zeros((1, heads, width, count, page), group.k.dtype)
+    v = jnp.zeros((1, heads, count, page, width), group.v.dtype)
     k, _ = promote(k, v, host, load, transfer=program.transfer)
     return k[0].transpose(2, 0, 3, 1)

@@ -7,16 +7,20 @@ length is the number of pages, so nothing is padded.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flexijax.cache import coded_host
+from flexijax.cache.coded_host import CodedHost
 from flexijax.cache.layout import CacheSizes
+from flexijax.cache.staging import entries, to_device, to_host, to_host_index
 from flexijax.pallas_kernels import dispatch, dispatch_rerank, placing, platform
 from flexijax.pallas_kernels.filled import find_slots
+from flexijax.policies.codec import Codec
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +32,10 @@ class HostPages:
     v: jax.Array  # [blocks, K, page, H]
 
 
-def empty_host(sizes: CacheSizes, heads: int) -> HostPages:
+AnyHost: TypeAlias = HostPages | CodedHost
+
+
+def empty_host(sizes: CacheSizes, heads: int, codec: Codec | None = None) -> AnyHost:
     """Host pages of so many heads, unwritten; over a mesh of so many a device, local to each."""
     where, mesh = platform.sharding("pinned_host"), placing.current_mesh()
 
@@ -39,11 +46,16 @@ def empty_host(sizes: CacheSizes, heads: int) -> HostPages:
             return placing.cut(np.zeros(shape, page.dtype), 1, "pinned_host")
         return jax.device_put(np.zeros(page.shape, page.dtype), where)
 
-    return jax.tree.map(unwritten, abstract_host(sizes, heads))
+    return jax.tree.map(unwritten, abstract_host(sizes, heads, codec))
 
 
-def abstract_host(sizes: CacheSizes, heads: int) -> HostPages:
+def abstract_host(sizes: CacheSizes, heads: int, codec: Codec | None = None) -> AnyHost:
     """The shapes of `empty_host`."""
+    if codec is not None:
+        words: Any = jax.ShapeDtypeStruct(
+            (sizes.blocks, heads, codec.words(sizes.page)), jnp.uint32
+        )
+        return CodedHost(words, codec, sizes.page)
     shape = (sizes.blocks, heads, sizes.page_size, sizes.shape.head_dim)
     page: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(sizes.dtype))
     return HostPages(page, page)
@@ -52,7 +64,7 @@ def abstract_host(sizes: CacheSizes, heads: int) -> HostPages:
 def promote(
     slots_k: jax.Array,
     slots_v: jax.Array,
-    host: HostPages,
+    host: AnyHost,
     load_block: jax.Array,
     *,
     transfer: str | None,
@@ -62,16 +74,18 @@ def promote(
     slots_k [B, K, H, S, page], slots_v [B, K, S, page, H]; load_block int32[B, K, S], the block to
     load into each slot, -1 to leave it. Returns the new slots, updated in place when donated.
     """
+    if isinstance(host, CodedHost):
+        return coded_host.promote(slots_k, slots_v, host, load_block)
     if (transfer or platform.default_transfer()) == "zero_copy":
         return dispatch.promote(slots_k, slots_v, host.k, host.v, load_block)
-    moves, count = _entries(load_block)
+    moves, count = entries(load_block)
     host_k, host_v = map(_as_bits, (host.k, host.v))
 
     def move(i: jax.Array, slots: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         row, head, slot = moves[0][i], moves[1][i], moves[2][i]
         block = load_block[row, head, slot]
         at = (block, head, 0, 0)
-        k, v = _to_device(_read(host_k, at)), _to_device(_read(host_v, at))
+        k, v = to_device(_read(host_k, at)), to_device(_read(host_v, at))
         k = k.swapaxes(-1, -2)[:, :, :, None]  # [1, 1, H, 1, page]
         return (
             lax.dynamic_update_slice(slots[0], k, (row, head, 0, slot, 0)),
@@ -100,9 +114,9 @@ def offload(
         moved = dispatch.offload(host.k, host.v, slots_k, slots_v, store_block, store_slot)
         # A kernel's outputs count as device memory, aliased or not; this names where they lie, and
         # copies nothing.
-        return HostPages(*map(_to_host, moved))
+        return HostPages(*map(to_host, moved))
     valid = jnp.where(store_block[:, None] >= 0, store_slot, -1)
-    moves, count = _entries(valid)
+    moves, count = entries(valid)
     width, page = slots_k.shape[2], slots_k.shape[4]
     slots_k, slots_v = _as_bits(slots_k), _as_bits(slots_v)
 
@@ -111,10 +125,10 @@ def offload(
         slot, block = store_slot[row, head, entry], store_block[row, entry]
         k = lax.dynamic_slice(slots_k, (row, head, 0, slot, 0), (1, 1, width, 1, page))
         v = lax.dynamic_slice(slots_v, (row, head, slot, 0, 0), (1, 1, 1, page, width))
-        at = _to_host_index((block, head, 0, 0))
+        at = to_host_index((block, head, 0, 0))
         return (
-            lax.dynamic_update_slice(pools[0], _to_host(k[:, :, :, 0].swapaxes(-1, -2)), at),
-            lax.dynamic_update_slice(pools[1], _to_host(v[:, :, 0]), at),
+            lax.dynamic_update_slice(pools[0], to_host(k[:, :, :, 0].swapaxes(-1, -2)), at),
+            lax.dynamic_update_slice(pools[1], to_host(v[:, :, 0]), at),
         )
 
     k, v = lax.fori_loop(0, count, move, (_as_bits(host.k), _as_bits(host.v)))
@@ -139,15 +153,9 @@ def offload_pages(
         moved = dispatch_rerank.offload_pages(
             host.k, host.v, slots_k, slots_v, slot_page, page, block
         )
-        return HostPages(*map(_to_host, moved))
+        return HostPages(*map(to_host, moved))
     slot = find_slots(slot_page, page)
     return offload(host, slots_k, slots_v, block, slot, transfer="staged")
-
-
-def _entries(plan: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Indices of the entries of `plan` that are not negative, packed to the front, and how many."""
-    named = plan >= 0
-    return jnp.nonzero(named, size=plan.size, fill_value=0), named.sum(dtype=jnp.int32)
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
@@ -167,17 +175,4 @@ def _of_bits(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _read(pool: jax.Array, at: tuple) -> jax.Array:
     """One page [1, 1, page, H] of a host pool, still on the host."""
-    return lax.dynamic_slice(pool, _to_host_index(at), (1, 1, *pool.shape[2:]))
-
-
-def _to_host_index(index: tuple) -> tuple[jax.Array, ...]:
-    # The operands of one primitive must lie in one memory space, indices included.
-    return tuple(_to_host(jnp.asarray(i, jnp.int32)) for i in index)
-
-
-def _to_host(x: jax.Array) -> jax.Array:
-    return jax.device_put(x, jax.memory.Space.Host)
-
-
-def _to_device(x: jax.Array) -> jax.Array:
-    return jax.device_put(x, jax.memory.Space.Device)
+    return lax.dynamic_slice(pool, to_host_index(at), (1, 1, *pool.shape[2:]))

@@ -9,6 +9,7 @@ from flexijax import policies
 from flexijax.config import ADAPTIVE, TRANSFERS, CacheConfig
 from flexijax.pallas_kernels.implementations import IMPLEMENTATIONS
 from flexijax.policies.base import Policy
+from flexijax.policies.codec import CODECS
 from flexijax.policies.page_scores import SCORES
 from flexijax.profiles.head_profile import HeadProfile
 
@@ -36,6 +37,11 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
         help="steps between two reranks, or adaptive (%(default)s)",
     )
     add("--score", choices=tuple(SCORES), help="of pages, where the policy scores them (sketch2)")
+    for option, pages in (
+        ("--device-codec", "full pages on the device"),
+        ("--host-codec", "pages on the host"),
+    ):
+        add(option, choices=tuple(CODECS), help=f"{pages} in fewer bits (the model's dtype)")
     add("--implementation", choices=IMPLEMENTATIONS)
     add("--transfer", choices=TRANSFERS)
 
@@ -54,6 +60,8 @@ def cache_config(
         rerank_interval=args.rerank_interval,
         profile=profile,
         dtype=dtype,
+        device_codec=args.device_codec,
+        host_codec=args.host_codec,
         implementation=args.implementation,
         transfer=args.transfer,
     )

@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     contexts = sorted(set(args.sweep)) or default_contexts(config.max_context)
     points = sweep(config, contexts, **common)
-    title = f"{args.model}, {policy}, budget {cache.budget_tokens} tokens"
+    coded = "".join(f", {memory} {codec.name}" for memory, codec in cache.codecs.items())
+    title = f"{args.model}, {policy}, budget {cache.budget_tokens} tokens{coded}"
     pictures = draw(points, args.plot, title=title) if args.plot is not None else []
     if not args.quiet:
         print(f"{title}, {args.batch} requests, for {args.target}; counted from the layout\n")

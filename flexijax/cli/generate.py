@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
     caches = {args.policy: cache}
     if args.compare_full:
-        caches["full"] = replace(cache, policy="full", profile=None)
+        caches["full"] = cache.as_full()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", StaleProfileWarning)
         common = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}

@@ -111,7 +111,7 @@ def metrics(
     """
     request, layout = sequence.request, runner.program.model_layout
     kept, stats = request_bytes(layout, sequence.held), runner.stats(sequence)
-    page_bytes = layout.sizes.page_bytes
+    page_bytes = layout.moved_page_bytes
     reranked = [head for head in stats.heads if head.reranks]
     overlaps = tuple((head.layer, head.head, head.overlap / head.reranks) for head in reranked)
     observed = stability(stats, runner.program.chunk_steps)

@@ -41,6 +41,10 @@ def over_mesh(program: Program, mesh: Mesh | None) -> Program:
     if mesh is None:
         return program
     policy = program.policy
+    if any(group.codec is not None for *_, group in program.layout.all_groups()):
+        raise ValueError(
+            "device_codec and host_codec are for one device: leave them at None, or leave mesh out"
+        )
     if type(policy).across_heads is not Policy.across_heads:
         raise ValueError(
             f"policy={policy.name!r} ranks a head's tokens by what all heads of its layer saw, and "

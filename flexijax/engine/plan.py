@@ -19,6 +19,8 @@ from flexijax.models.config import AttentionShape
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
 from flexijax.policies.base import RunSpec, check_groups, check_sources
+from flexijax.policies.coded_tiers import with_codecs
+from flexijax.policies.page_score import PageShape
 from flexijax.profiles import lookup
 from flexijax.profiles.head_profile import HeadProfile
 
@@ -123,6 +125,11 @@ def make_layout(
         groups.append(tuple(policy.groups(layer, run)))
         check_groups(groups[-1], num_kv_heads=shape.num_kv_heads, layer=layer)
     check_sources(tuple(groups))
+    coded = with_codecs(tuple(groups), cache.codecs, policy=policy.name)
+    for tier in (tier for groups in coded for group in groups for tier in group.ladder):
+        if tier.codec is not None:
+            page = PageShape(cache.page_size, shape.head_dim, dtype)
+            tier.codec.check(page, f"{tier.memory}_codec")
     sizes = CacheSizes(
         shape=shape,
         batch=batch,
@@ -133,7 +140,7 @@ def make_layout(
         chunk_steps=chunk_steps,
         bank=bank,
     )
-    return CacheLayout(sizes, tuple(groups))
+    return CacheLayout(sizes, coded)
 
 
 def find_profile(lm: LanguageModel, cache: CacheConfig) -> HeadProfile:

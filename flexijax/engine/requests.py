@@ -56,6 +56,11 @@ def check_cache(lm: LanguageModel, cache: CacheConfig) -> None:
     if not isinstance(cache, CacheConfig):
         raise ValueError(f"cache={cache!r} must be None or a flexijax.CacheConfig")
     platform.check_runs_here(implementation=cache.implementation, transfer=cache.transfer)
+    for memory in cache.codecs if platform.is_gpu() else ():
+        name = f"{memory}_codec"
+        raise ValueError(
+            f"{name}={getattr(cache, name)!r} has no kernels for a GPU yet: leave it at None here"
+        )
     if cache.page_size > lm.max_context:
         raise ValueError(
             f"page_size={cache.page_size} is longer than the {lm.max_context} tokens that "

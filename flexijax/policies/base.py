@@ -16,19 +16,26 @@ import jax.numpy as jnp
 
 from flexijax.models.config import AttentionShape
 from flexijax.policies.adaptive import Adaptive
+from flexijax.policies.codec import Codec
 from flexijax.policies.page_score import PageScore
 from flexijax.profiles.head_profile import HeadProfile
 
 DEVICE = "device"
 HOST = "host"
+# The tiers, and how their head group is kept, of which pages can be coded.
+CODED = ((DEVICE, "selected"), (DEVICE, "offloaded"), (HOST, "offloaded"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """One rung of a ladder: room for so many pages or tokens of each head; None takes all."""
+    """One rung of a ladder: room for so many pages or tokens of each head; None takes all.
+
+    codec: what full pages are kept in; None: the cache's dtype.
+    """
 
     room: int | None
     memory: Literal["device", "host"] = DEVICE
+    codec: Codec | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +59,7 @@ class HeadGroup:
     | n on the device, all on the host | page | None | offloaded: reranked, new ones load |
     | n on the device | token | None | evicting: the lowest ranked are overwritten |
 
+    Pages of selected and offloaded groups may have a codec, slots only that of their host pages.
     Raises ValueError for any other combination.
     """
 
@@ -88,6 +96,13 @@ class HeadGroup:
         ):
             if getattr(self, name) is not None and kind not in kinds:
                 raise ValueError(f"{name} means nothing for a head group that is kept {kind}")
+        for tier in self.ladder:
+            if tier.codec is not None and (tier.memory, kind) not in CODED:
+                raise ValueError(
+                    f"the {tier.memory}'s pages of a head group that is kept {kind} have no codec"
+                )
+        if self.ladder[0].codec not in (None, self.ladder[-1].codec):
+            raise ValueError("slots of a head group may only have the codec of its host pages")
         if self.prompt_room is not None and self.prompt_room > (self.room or 0):
             raise ValueError(f"prompt_room={self.prompt_room} is more than room={self.room}")
 
@@ -95,6 +110,11 @@ class HeadGroup:
     def room(self) -> int | None:
         """Units on the device, for each head; None: all that come."""
         return self.ladder[0].room
+
+    @property
+    def codec(self) -> Codec | None:
+        """What pages of one of its tiers are kept in, if that is no dtype."""
+        return next((tier.codec for tier in self.ladder if tier.codec is not None), None)
 
     @property
     def kind(self) -> Literal["dense", "selected", "offloaded", "evicting"]:

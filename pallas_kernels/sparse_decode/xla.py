@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.pallas_kernels import platform
+from flexijax.pallas_kernels.codes import decode
 
 # Queries of a head up to which they do better one at a time, but for one request of many keys.
 _FEW_QUERIES = 4
@@ -40,6 +41,47 @@ def paged_decode(
     counts = jnp.where(block_ids >= 0, token_counts, 0)
     scores = _product("BKGH,BKSH->BKGS", q, pages(k_pages))
     return _attend(q, scores, (pages(v_pages),), counts, page, scale)
+
+
+def coded_decode(
+    q: jax.Array,
+    codes: jax.Array,
+    block_ids: jax.Array,
+    *,
+    page_size: int,
+    bits: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """As `paged_decode` over full pages in codes uint32[blocks, K, words]; out still rotated."""
+    heads = codes.shape[1]
+    rows = jnp.maximum(block_ids, 0) * heads + jnp.arange(heads, dtype=block_ids.dtype)[:, None]
+    words = jnp.take(codes.reshape(-1, codes.shape[2]), rows, axis=0, mode="clip")
+    # A piece of one array, which XLA would otherwise gather once for each of its parts.
+    words = lax.optimization_barrier(words)
+    counts = jnp.where(block_ids >= 0, page_size, 0)
+    return coded_slot_decode(q, (words,), counts, page_size=page_size, bits=bits, scale=scale)
+
+
+def coded_slot_decode(
+    q: jax.Array,
+    banks: tuple[jax.Array, ...],
+    token_counts: jax.Array,
+    *,
+    page_size: int,
+    bits: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """As `banked_slot_decode` over full pages, uint32[b, K, S, words]; out still rotated."""
+    scores, values = [], []
+    for queries, words in zip(jnp.split(q, len(banks)), banks, strict=True):
+        made = decode(words, page=page_size, width=q.shape[-1], bits=bits)
+        # Or each query's product would decode all of it anew, and take long to compile.
+        k, v = lax.optimization_barrier(
+            tuple(x.astype(q.dtype).reshape(*words.shape[:2], -1, q.shape[-1]) for x in made)
+        )
+        scores.append(_product("BKGH,BKSH->BKGS", queries, k))
+        values.append(v)
+    return _attend(q, jnp.concatenate(scores), tuple(values), token_counts, page_size, scale)
 
 
 def slot_decode(
