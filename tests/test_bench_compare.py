@@ -9,6 +9,8 @@ import pytest
 from bench import compare, sides
 from bench.sides import Bench, Cell
 
+pytestmark = pytest.mark.any_jax
+
 needs_torch = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")),
     reason="the peers need the torch extra",

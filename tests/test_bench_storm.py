@@ -13,6 +13,8 @@ from bench.storm_clients import SHARES, Client, Crowd
 from bench.storm_wire import Asked, Fault, content_of, told
 from tests.server_kit import served_model
 
+pytestmark = pytest.mark.any_jax
+
 
 def test_the_whole_bench(tmp_path, capsys):
     """A server of its own process, as a user runs it."""

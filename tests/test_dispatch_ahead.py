@@ -12,6 +12,8 @@ from tests.planted import words_tokenizer
 from tests.test_engine import ARRIVALS, BLOCKS, CACHES, _bytes, engine_of, prompt_of
 from tests.tiny_models import tiny_model
 
+pytestmark = pytest.mark.any_jax
+
 STEPS = 4  # of a boundary
 
 

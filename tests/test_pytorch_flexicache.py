@@ -20,6 +20,8 @@ parity = pytest.importorskip("tests.test_models_parity", reason="needs the torch
 
 from bench import pytorch_flexicache, pytorch_groups, pytorch_scores, same_pages  # noqa: E402
 
+pytestmark = pytest.mark.any_jax
+
 STEPS = 64
 
 
