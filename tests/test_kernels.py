@@ -70,6 +70,20 @@ def test_decode(kind, case, implementation):
     assert_numbers_close(lse, expected_lse, 1e-5)
 
 
+@pytest.mark.parametrize("what", ["k", "v"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_number_that_is_none_shows_where_it_is_read(what, implementation):
+    """A damaged key or value must not come out as an attention of 0."""
+    case = DECODE_CASES[0]
+    inputs = decode_inputs(case)
+    b, h, n = np.argwhere(inputs["token_counts"] > 0)[0]
+    inputs[f"{what}_pages"][inputs["block_ids"][b, h, n], h, 0, 0] = np.nan
+    run = functools.partial(dispatch.paged_decode, implementation=implementation)
+    out, _ = jax.jit(functools.partial(run, scale=case.width**-0.5))(**arrays(inputs))
+    bad = np.isnan(np.asarray(out, np.float32)).any(axis=(2, 3))
+    assert bad[b, h] and bad.sum() == 1
+
+
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
 def test_zeros_would_fail(case):
     inputs = decode_inputs(case)

@@ -142,7 +142,8 @@ def _attend(
     # What stands behind the counted tokens weighs 0, but 0 * NaN is NaN. Clearing it always would
     # cost one more pass over v, so that is done only when something leaked.
     out = lax.cond(jnp.isnan(out).any(), cleared, lambda: out)
-    out = jnp.where(total[..., None] > 0, out / jnp.maximum(total, 1e-30)[..., None], 0.0)
+    # A head that reads nothing gives 0; one that reads NaN must not, or nobody would see it.
+    out = jnp.where(total[..., None] == 0, 0.0, out / jnp.maximum(total, 1e-30)[..., None])
     return out.astype(q.dtype), jnp.log(total) + finite[..., 0]
 
 
