@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels.codes import page_words
+from flexijax.pallas_kernels.page_codes.xla import page_words
 from flexijax.pallas_kernels.stores import (
     AnyStore,
     BankedStore,

@@ -118,7 +118,8 @@ class BankedStore:
 class CodedStore:
     """As a `PageStore` whose full pages are coded; the others stand in a tail of a few slots.
 
-    Values are rotated in both, and so is that of the new token: see `codes.py`.
+    Values are rotated in both, and so is that of the new token: see
+    `page_codes/xla.py`.
     """
 
     codes: jax.Array  # uint32[blocks, K, words]

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexijax.pallas_kernels import codes, dispatch
+from flexijax.pallas_kernels import dispatch
 from flexijax.pallas_kernels.page_codes import reference
+from flexijax.pallas_kernels.page_codes import xla as codes
 from flexijax.pallas_kernels.sparse_decode import reference as attention
 from flexijax.pallas_kernels.stores import CodedStore, SlotStore
 from flexijax.policies.codec import CODECS, Codec, rotate

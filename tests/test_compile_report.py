@@ -51,12 +51,14 @@ def test_an_assumed_profile_spreads_evenly():
 def test_bytes_of_a_step_by_hand():
     page, bound, rows = 8192, 512, 16  # bytes of a page, of its summary, and requests
     full = step_bytes(program("full"))
-    assert dataclasses.astuple(full) == (0, rows * 256 * 2048 * page, 0)
+    assert dataclasses.astuple(full) == (0, rows * 256 * 2048 * page, rows * 256 * 2048 * 16, 0)
     quest = step_bytes(program("quest"))
-    assert dataclasses.astuple(quest) == (rows * 256 * 64 * page, 0, rows * 256 * 2048 * bound)
+    read = rows * 256 * 64
+    assert dataclasses.astuple(quest) == (read * page, 0, read * 16, rows * 256 * 2048 * bound)
     flexi = step_bytes(program("flexi"))
     assert flexi.pages == rows * 64 * 64 * page
     assert flexi.slots == rows * 192 * 65 * page
+    assert flexi.tokens == rows * (64 * 64 + 192 * 65) * 16
     assert flexi.scoring == rows * (64 + 192 / 16) * 2048 * bound
     assert flexi.total <= full.total / 16
 

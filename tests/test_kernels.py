@@ -239,6 +239,7 @@ def test_triton_that_cannot_run_raises():
 FILES = {
     "add_norm": {"pallas", "xla"},
     "decode_attention": {"pallas", "xla"},
+    "page_codes": {"xla"},
     "page_scores": {"pallas", "triton", "xla"},
     "page_selection": {"pallas", "xla"},
     "sketch_query": {"pallas", "xla"},

@@ -9,13 +9,14 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 
-from flexijax.pallas_kernels import codes, platform, sketches
+from flexijax.pallas_kernels import platform, sketches
+from flexijax.pallas_kernels.page_codes import xla as codes
 from flexijax.policies.page_score import PageShape
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """Full pages in `bits` bits an element, 4 or 8: see `pallas_kernels/codes.py`.
+    """Full pages in `bits` bits an element, 4 or 8: see `pallas_kernels/page_codes/xla.py`.
 
     A page is coded once, when it is full; what it decodes to differs from it by at most half a step
     of its ranges. Values are rotated by whoever holds them (`rotate`), and so is what attention

@@ -1,4 +1,4 @@
-"""The oracle of coded pages, in NumPy and float64, from the formula in `codes.py`."""
+"""The oracle of coded pages, in NumPy and float64, from the formula in `xla.py`."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray

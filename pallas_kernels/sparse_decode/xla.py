@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flexijax.pallas_kernels import platform
-from flexijax.pallas_kernels.codes import decode
+from flexijax.pallas_kernels.page_codes.xla import decode
 
 # Queries of a head up to which they do better one at a time, but for one request of many keys.
 _FEW_QUERIES = 4
