@@ -32,8 +32,10 @@ from flexijax.demo import document
 from flexijax.profiles.documents import read_documents
 
 CHOICES = tuple(dict.fromkeys((*SYSTEMS, *policies.names())))
-DEFAULT = ("transformers", "transformers_static", "torch_flexi", "torch_flexi_compiled")
-DEFAULT = (*DEFAULT, "snapkv_kvpress", "full", "quest", "flexi")
+DEFAULT = (
+    *("transformers", "transformers_static", "torch_flexi", "torch_flexi_compiled"),
+    *("snapkv_kvpress", "full", "quest", "flexi"),
+)
 COLUMNS = (
     *("system", "context", "batch", "prefill_s", "decode_ms", "low_ms", "high_ms"),
     *("tokens_per_s", "peak_mb", "device_kv_mb", "compile_s", "rounds"),

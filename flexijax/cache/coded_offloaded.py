@@ -19,22 +19,20 @@ from flexijax.cache.coded_host import CodedHost, offload_words, promote_words
 from flexijax.cache.layout import GroupProgram
 from flexijax.cache.offloaded import (
     RerankSchedule,
-    chosen_pages,
-    due_heads,
     empty_schedule,
     empty_stats,
+    first_plan,
     first_schedule,
-    next_schedule,
+    next_plan,
 )
 from flexijax.cache.selected import scatter
 from flexijax.cache.tail import begun, coded_pages, empty_tail, store_of
-from flexijax.pallas_kernels import dispatch_rerank
 from flexijax.pallas_kernels.filled import find_slots
 from flexijax.pallas_kernels.queries import HeadQueries
-from flexijax.pallas_kernels.rerank import RerankStats, plan_rerank
+from flexijax.pallas_kernels.rerank import RerankStats
 from flexijax.pallas_kernels.stores import CodedSlotStore
 from flexijax.policies.codec import Codec, rotate
-from flexijax.policies.page_score import FilledPages, PageTable
+from flexijax.policies.page_score import FilledPages
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +98,7 @@ def commit(
 ) -> tuple[CodedOffloadedGroup, CodedHost, RerankStats]:
     """Full pages of a prompt to the host; the chosen ones straight into slots; one to the tail."""
     sizes, score, codec = program.sizes, program.score, _codec(program)
-    heads, row, length = prompt.k.shape[0], prompt.row, prompt.length[None]
+    heads, row = prompt.k.shape[0], prompt.row
     k = prompt.k.reshape(heads, -1, sizes.pages, sizes.page_size)
     v = rotate(prompt.v).reshape(heads, sizes.pages, sizes.page_size, -1)
     page = jnp.arange(sizes.pages, dtype=jnp.int32)
@@ -112,12 +110,7 @@ def commit(
     state = score.fit(k_pages, prompt.length)
     at = jnp.where(full >= 0, full, sizes.blocks)
     summaries = scatter(group.summaries, at, score.summarize(k_pages, state))
-    table = PageTable.of_full_pages(jnp.maximum(full, 0)[None], length, sizes.page_size)
-    of_row = jax.tree.map(lambda leaf: leaf[None], state)
-    chosen = chosen_pages(program, prompt.queries[-1:], summaries, of_row, table)
-    nothing = jnp.full((1, heads, program.slots), -1, jnp.int32)
-    since = jnp.zeros((1, heads), jnp.int32)
-    plan = plan_rerank(chosen, nothing, length, since, pages=sizes.pages, page_size=sizes.page_size)
+    plan = first_plan(program, prompt, summaries, state, full)
     # Of a slot that is empty, or whose page is not full, the words are never read.
     source = jnp.maximum(plan.slot_page[0], 0)[..., None]
     mine = jnp.take_along_axis(words.swapaxes(0, 1), source, axis=1)
@@ -153,39 +146,22 @@ def end_chunk(
     chunk: Chunk,
 ) -> tuple[CodedOffloadedGroup, CodedHost, RerankStats]:
     """Codes pages that filled up, for their slots and the host, then reranks: see `offloaded`."""
-    sizes, score = program.sizes, program.score
     words, block, in_tail = coded_pages(group.k, group.v, chunk, _codec(program))
     host = offload_words(host, words, block)
     slots = _with_pages(group.slots, group.slot_page, words, chunk.filled_page)
-    summaries = score.update(
+    summaries = program.score.update(
         group.summaries,
         group.score_state,
         FilledPages(group.k, in_tail, chunk.filled_page, chunk.filled_block),
         implementation=program.implementation,
     )
-    assert chunk.queries is not None
-    table = PageTable(chunk.block_table, chunk.lengths, chunk.summarized, sizes.page_size)
-    chosen = chosen_pages(program, chunk.queries[-1], summaries, group.score_state, table)
-    due, since = due_heads(program, group.schedule, chunk)
-    plan = dispatch_rerank.rerank(
-        chosen,
-        group.slot_page,
-        chunk.lengths,
-        since,
-        due,
-        chunk.block_table,
-        chunk.filled_page,
-        stats,
-        page_size=sizes.page_size,
-        after=(host.words,),
-        implementation=program.implementation,
-    )
+    plan, schedule = next_plan(program, group, host, stats, chunk, summaries)
     group = dataclasses.replace(
         group,
         slots=promote_words(slots, host, plan.load),
         slot_page=plan.slot_page,
         summaries=summaries,
-        schedule=next_schedule(program, group.schedule, chunk, due, plan.rco),
+        schedule=schedule,
     )
     return group, host, plan.stats
 

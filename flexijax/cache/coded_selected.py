@@ -15,13 +15,13 @@ from jax import lax
 
 from flexijax.cache.arrays import Chunk, Prompt, Step, set_row
 from flexijax.cache.layout import GroupProgram
-from flexijax.cache.selected import choose_pages, scatter
+from flexijax.cache.selected import attended_pages, with_summaries
 from flexijax.cache.tail import begun, coded_pages, empty_tail, store_of
 from flexijax.pallas_kernels.filled import set_rows
 from flexijax.pallas_kernels.queries import HeadQueries
 from flexijax.pallas_kernels.stores import CodedStore
 from flexijax.policies.codec import Codec, rotate
-from flexijax.policies.page_score import FilledPages, PageTable
+from flexijax.policies.page_score import FilledPages
 
 
 @jax.tree_util.register_dataclass
@@ -64,18 +64,8 @@ def store(
     pages: jax.Array | None = None,
 ) -> CodedStore:
     """Where a token's key and value go, and what is attended; as of `selected`."""
-    sizes = program.sizes
     if pages is None:
-        assert program.group.attends is not None
-        pages = choose_pages(
-            program,
-            q,
-            group.summaries,
-            group.score_state,
-            PageTable(step.block_table, step.lengths, step.summarized, sizes.page_size),
-            count=program.group.attends,
-            newer=-(-sizes.chunk_steps // sizes.page_size),
-        )
+        pages = attended_pages(program, group, q, step)
     tail = store_of(group.k, group.v, step.summarized, step.held, heads)
     bits = _codec(program).bits
     return CodedStore(group.codes, tail, pages, step.block_table, step.summarized, heads, bits)
@@ -90,7 +80,7 @@ def commit(
     program: GroupProgram, group: CodedGroup, host: None, stats: None, prompt: Prompt
 ) -> tuple[CodedGroup, None, None]:
     """A prompt's full pages into their blocks, coded; the begun one into the tail."""
-    sizes, score, codec = program.sizes, program.group.score, _codec(program)
+    sizes, codec = program.sizes, _codec(program)
     heads = prompt.k.shape[0]
     page = jnp.arange(sizes.pages, dtype=jnp.int32)
     full = lax.div(prompt.length, sizes.page_size)
@@ -106,14 +96,7 @@ def commit(
         k=set_row(group.k, prompt.row, k_tail),
         v=set_row(group.v, prompt.row, v_tail),
     )
-    if score is not None:
-        state = score.fit(k_pages, prompt.length)
-        group = dataclasses.replace(
-            group,
-            summaries=scatter(group.summaries, table, score.summarize(k_pages, state)),
-            score_state=scatter(group.score_state, prompt.row, state),
-        )
-    return group, None, None
+    return with_summaries(program, group, k_pages, table, prompt), None, None
 
 
 def num_queries(program: GroupProgram) -> int:

@@ -21,7 +21,7 @@ from flexijax.cache.selected import choose_pages, scatter
 from flexijax.cache.tiers import AnyHost, HostPages, offload, offload_pages, promote
 from flexijax.pallas_kernels import dispatch_rerank
 from flexijax.pallas_kernels.queries import HeadQueries
-from flexijax.pallas_kernels.rerank import RerankStats, plan_rerank
+from flexijax.pallas_kernels.rerank import Plan, Reranked, RerankStats, plan_rerank
 from flexijax.pallas_kernels.stores import SlotStore
 from flexijax.policies.codec import rotate
 from flexijax.policies.page_score import FilledPages, PageTable
@@ -104,7 +104,7 @@ def commit(
 ) -> tuple[OffloadedGroup, AnyHost, RerankStats]:
     """Full pages of a prompt to the host; the chosen ones and the newest straight into slots."""
     sizes, score = program.sizes, program.score
-    heads, row, length = prompt.k.shape[0], prompt.row, prompt.length[None]
+    heads, row = prompt.k.shape[0], prompt.row
     k = prompt.k.reshape(1, heads, -1, sizes.pages, sizes.page_size)
     v = prompt.v.reshape(1, heads, sizes.pages, sizes.page_size, -1)
     page = jnp.arange(sizes.pages, dtype=jnp.int32)
@@ -120,13 +120,7 @@ def commit(
     state = score.fit(k_pages, prompt.length)
     at = jnp.where(new >= 0, new, sizes.blocks)
     summaries = scatter(group.summaries, at, score.summarize(k_pages, state))
-    # Blocks of the newest page may not be in `full`; it has no summary and stays by rule.
-    table = PageTable.of_full_pages(jnp.maximum(full, 0)[None], length, sizes.page_size)
-    of_row = jax.tree.map(lambda leaf: leaf[None], state)
-    chosen = chosen_pages(program, prompt.queries[-1:], summaries, of_row, table)
-    nothing = jnp.full((1, heads, program.slots), -1, jnp.int32)
-    since = jnp.zeros((1, heads), jnp.int32)
-    plan = plan_rerank(chosen, nothing, length, since, pages=sizes.pages, page_size=sizes.page_size)
+    plan = first_plan(program, prompt, summaries, state, full)
     source = jnp.maximum(plan.slot_page, 0)
     slot_k = jnp.take_along_axis(k, source[:, :, None, :, None], axis=3)
     slot_v = jnp.take_along_axis(v, source[:, :, :, None, None], axis=2)
@@ -185,37 +179,19 @@ def end_chunk(
     Heads that are not due keep what is in their slots; pages that filled up there are offloaded all
     the same, those of requests that ended in this chunk too.
     """
-    sizes, score = program.sizes, program.score
-    page_size, lengths, block_table = sizes.page_size, chunk.lengths, chunk.block_table
     filled = (group.slot_page, chunk.filled_page, chunk.filled_block)
     slots_k, slots_v = group.k, group.v
     if isinstance(host, CodedHost):
         host, slots_k, slots_v = coded_host.offload_pages(host, slots_k, slots_v, *filled)
     else:
         host = offload_pages(host, slots_k, slots_v, *filled, transfer=program.transfer)
-    summaries = score.update(
+    summaries = program.score.update(
         group.summaries,
         group.score_state,
         FilledPages(slots_k, *filled),
         implementation=program.implementation,
     )
-    assert chunk.queries is not None
-    table = PageTable(block_table, lengths, chunk.summarized, page_size)
-    chosen = chosen_pages(program, chunk.queries[-1], summaries, group.score_state, table)
-    due, since = due_heads(program, group.schedule, chunk)
-    plan = dispatch_rerank.rerank(
-        chosen,
-        group.slot_page,
-        lengths,
-        since,
-        due,
-        block_table,
-        chunk.filled_page,
-        stats,
-        page_size=page_size,
-        after=tuple(jax.tree.leaves(host)),
-        implementation=program.implementation,
-    )
+    plan, schedule = next_plan(program, group, host, stats, chunk, summaries)
     slots_k, slots_v = promote(slots_k, slots_v, host, plan.load, transfer=program.transfer)
     group = OffloadedGroup(
         k=slots_k,
@@ -223,9 +199,54 @@ def end_chunk(
         slot_page=plan.slot_page,
         summaries=summaries,
         score_state=group.score_state,
-        schedule=next_schedule(program, group.schedule, chunk, due, plan.rco),
+        schedule=schedule,
     )
     return group, host, plan.stats
+
+
+def first_plan(
+    program: GroupProgram, prompt: Prompt, summaries: Any, state: Any, full: jax.Array
+) -> Plan:
+    """What is to be in the slots of a prompt's row, of none before.
+
+    state: of its score, leaves [K, ...]. full: int32[P], blocks of its full pages, -1 for others.
+    """
+    sizes, heads, length = program.sizes, prompt.k.shape[0], prompt.length[None]
+    # Blocks of the newest page may not be in `full`; it has no summary and stays by rule.
+    table = PageTable.of_full_pages(jnp.maximum(full, 0)[None], length, sizes.page_size)
+    of_row = jax.tree.map(lambda leaf: leaf[None], state)
+    chosen = chosen_pages(program, prompt.queries[-1:], summaries, of_row, table)
+    nothing = jnp.full((1, heads, program.slots), -1, jnp.int32)
+    since = jnp.zeros((1, heads), jnp.int32)
+    return plan_rerank(chosen, nothing, length, since, pages=sizes.pages, page_size=sizes.page_size)
+
+
+def next_plan(
+    program: GroupProgram, group: Any, host: Any, stats: RerankStats, chunk: Chunk, summaries: Any
+) -> tuple[Reranked, RerankSchedule | None]:
+    """What is to be in the slots after a chunk, and when heads are reranked next.
+
+    host: with the pages that filled up, for which the plan waits.
+    """
+    page_size = program.sizes.page_size
+    assert chunk.queries is not None
+    table = PageTable(chunk.block_table, chunk.lengths, chunk.summarized, page_size)
+    chosen = chosen_pages(program, chunk.queries[-1], summaries, group.score_state, table)
+    due, since = due_heads(program, group.schedule, chunk)
+    plan = dispatch_rerank.rerank(
+        chosen,
+        group.slot_page,
+        chunk.lengths,
+        since,
+        due,
+        chunk.block_table,
+        chunk.filled_page,
+        stats,
+        page_size=page_size,
+        after=tuple(jax.tree.leaves(host)),
+        implementation=program.implementation,
+    )
+    return plan, next_schedule(program, group.schedule, chunk, due, plan.rco)
 
 
 def chosen_pages(

@@ -58,11 +58,16 @@ def store(
     Pages that have filled since the chunk began have no summary yet, and are attended by rule.
     pages: int32[B, K, n], of a group that has them from another layer.
     """
+    if pages is None:
+        pages = attended_pages(program, group, q, step)
+    return PageStore(group.k, group.v, pages, step.block_table, step.held, heads)
+
+
+def attended_pages(program: GroupProgram, group: Any, q: HeadQueries, step: Step) -> jax.Array:
+    """int32[B, K, n]: the pages that a step attends to, of a group with summaries and states."""
     sizes = program.sizes
-    if pages is not None:
-        return PageStore(group.k, group.v, pages, step.block_table, step.held, heads)
     assert program.group.attends is not None
-    pages = choose_pages(
+    return choose_pages(
         program,
         q,
         group.summaries,
@@ -71,7 +76,6 @@ def store(
         count=program.group.attends,
         newer=-(-sizes.chunk_steps // sizes.page_size),
     )
-    return PageStore(group.k, group.v, pages, step.block_table, step.held, heads)
 
 
 def after_step(group: SelectedGroup, store: PageStore, step: Step) -> SelectedGroup:
@@ -83,8 +87,7 @@ def commit(
     program: GroupProgram, group: SelectedGroup, host: None, stats: None, prompt: Prompt
 ) -> tuple[SelectedGroup, None, None]:
     """A prompt into its blocks of the pool."""
-    sizes, score = program.sizes, program.group.score
-    heads = prompt.k.shape[0]
+    sizes, heads = program.sizes, prompt.k.shape[0]
     page = jnp.arange(sizes.pages, dtype=jnp.int32)
     new = (page < -(-prompt.length // sizes.page_size)) & (page * sizes.page_size >= prompt.start)
     table = jnp.where(new, prompt.blocks, sizes.blocks)  # others: out of bounds, dropped
@@ -96,14 +99,22 @@ def commit(
         k=group.k.at[table].set(k_pages, mode="drop"),
         v=group.v.at[table].set(v_pages, mode="drop"),
     )
-    if score is not None:
-        state = score.fit(k_pages, prompt.length)
-        group = dataclasses.replace(
-            group,
-            summaries=scatter(group.summaries, table, score.summarize(k_pages, state)),
-            score_state=scatter(group.score_state, prompt.row, state),
-        )
-    return group, None, None
+    return with_summaries(program, group, k_pages, table, prompt), None, None
+
+
+def with_summaries(
+    program: GroupProgram, group: Any, k_pages: jax.Array, table: jax.Array, prompt: Prompt
+) -> Any:
+    """The group with a prompt's summaries, of keys [P, K, page, H], at blocks int32[P]."""
+    score = program.group.score
+    if score is None:
+        return group
+    state = score.fit(k_pages, prompt.length)
+    return dataclasses.replace(
+        group,
+        summaries=scatter(group.summaries, table, score.summarize(k_pages, state)),
+        score_state=scatter(group.score_state, prompt.row, state),
+    )
 
 
 def read_pages(
