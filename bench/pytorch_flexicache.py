@@ -111,22 +111,25 @@ class FlexiCache:
         return [by_head(stable, stable and stable.slot_page) for _, stable in self.groups]
 
     def undecided(self, tie: float) -> list[dict[int, set[int]]]:
-        """Pages of request 0 whose rank is `tie` nats or less beyond the cut, on either side of it.
+        """Pages of request 0 whose rank is close to the cut, on either side of it.
 
-        Of the last step of unstable heads, and of the last rerank of stable ones.
+        Within `tie` times what rounding a query another way changes it by, see `resolution` of a
+        score. Of the last step of unstable heads, and of the last rerank of stable ones.
         """
-        found = []
-        for (unstable, stable), ranks, pages in zip(
-            self.groups, self._ranks, self._chosen, strict=True
+        score, found = SCORES[self.settings.score], []
+        for (unstable, stable), ranks, pages, q in zip(
+            self.groups, self._ranks, self._chosen, self.queries, strict=True
         ):
             near: dict[int, set[int]] = {}
-            both: list[Any] = [(unstable, ranks, pages)]
+            both: list[Any] = []
+            if unstable is not None and pages is not None:
+                nats = score.resolution(q[:, unstable.heads], unstable.state)
+                both.append((unstable, ranks, nats, pages))
             if stable is not None:
-                both.append((stable, stable.ranks, stable.slot_page))
-            for group, by, named in both:
+                both.append((stable, stable.ranks, stable.resolution, stable.slot_page))
+            for group, by, nats, named in both:
                 for at, (head, mine) in enumerate(by_head(group, named).items()):
-                    assert by is not None
-                    near[head] = close_to_cut(by[0, at], mine, tie)
+                    near[head] = close_to_cut(by[0, at], mine, tie * float(nats[0, at]))
             found.append(near)
         return found
 
@@ -206,6 +209,7 @@ class FlexiCache:
         scores = score.scores(q, group.summaries, group.state)
         ranks = page_ranks(scores, torch.tensor(full))
         group.ranks = ranks.masked_fill(torch.arange(self.pages) >= newest, -math.inf)
+        group.resolution = score.resolution(q, group.state)
         chosen = choose(ranks, length, torch.tensor(full), settings.page, settings.pages, 0)
         for row, head in torch.cartesian_prod(*map(torch.arange, group.slot_page.shape[:2])):
             slots = group.slot_page[row, head]

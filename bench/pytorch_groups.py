@@ -55,6 +55,7 @@ class Stable:
     state: tuple[Tensor, ...] = ()
     summaries: tuple[Tensor, ...] = ()
     ranks: Tensor | None = None  # [B, K, P], by which they were filled
+    resolution: Tensor | None = None  # [B, K], of these ranks: see `Sketch2.resolution`
     promoted: int = 0
 
 

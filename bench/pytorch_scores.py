@@ -56,6 +56,15 @@ class Sketch2:
         logits = (offset + unit * products).unflatten(-1, (pages, page))
         return torch.logsumexp(logits, dim=-1)
 
+    def resolution(self, q: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        """Nats [B, K] that a page's rank may change by where float32 rounds another way.
+
+        A product of a query falls on the other side when it is rounded to 6 bits. Then the logit of
+        a token changes by a unit for each level between its key's and the middle, at most 1.5.
+        """
+        exact = rotate(q) * q.shape[-1] ** -0.5 * state[1][:, :, None]
+        return exact.abs().amax((-1, -2)) / LARGEST * ((LEVELS - 1) / 2)
+
 
 class MinMax:
     """An upper bound of q.k over a page. Kept: least and greatest value, [B, K, P, H] each."""
@@ -77,6 +86,10 @@ class MinMax:
             + q.clamp(max=0) @ low.transpose(-1, -2)[:, :, 0]
         )
         return bound.amax(2, keepdim=True)
+
+    def resolution(self, q: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        """Nothing is rounded."""
+        return torch.zeros(q.shape[:2])
 
 
 SCORES: dict[str, Sketch2 | MinMax] = {"sketch2": Sketch2(), "minmax": MinMax()}

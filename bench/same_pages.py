@@ -10,8 +10,9 @@ tokens that flexijax generates greedily, and at every step
                      Then those of one chosen page at a time do instead: now it must be NaN.
 
 Where pages rank alike the rounding of float32 decides: of a model with many pages and steps some
-choices at the cut fall on either side, and `tie` says how far from it a page may be chosen by one
-and not by the other. It is 0 on a small model.
+choices at the cut fall on either side. A page may be chosen by one and not by the other where it is
+at most `tie` times as far from the cut as one product of the head's own query, rounded the other
+way, can bring it (`Sketch2.resolution`). It is 0 on a small model.
 
 The steps run one at a time, which is a value of the program that requests are served with
 (`Program.boundary_steps`), on copies of what they write where something was overwritten.
@@ -45,8 +46,8 @@ from flexijax.models.language_model import LanguageModel
 class Agreement:
     """What was found. pages: how many choices were compared, those of all heads and steps.
 
-    undecided: how many of them `tie` nats more or less would have changed; of each the choice may
-    be either. ties: how often it was the other one, of heads and reranks, and of steps.
+    undecided: how many of them are so close to the cut, see `tie` above; of each the choice may be
+    either. ties: how often it was the other one, of heads and reranks, and of steps.
     other: (step, layer, head) at which pages differ; -1 for what NaN told of all heads at once.
     unread: (step, layer, head, page) chosen by PyTorch, and not read by flexijax.
     logits: the largest error of a row against its norm, at most `close`. tokens: greedy, of both.

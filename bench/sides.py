@@ -27,9 +27,9 @@ SYSTEMS = (*TORCH, "full", "quest", "flexi")
 # Those that attend to all tokens, and those that attend to the same pages.
 DENSE = ("transformers", "transformers_static", "full")
 FLEXI = ("flexi", "torch_flexi", "torch_flexi_compiled")
-# Nats: of a page's rank, what rounding a query to 6 bits does where a product falls on the other
-# side. Of a row of logits against its norm: what another page at the cut does.
-TIE, CLOSE = 0.05, 0.02
+# Of a page's rank: one product of a query that is rounded the other way. Of a row of logits against
+# its norm: what another page at the cut does.
+TIE, CLOSE = 1.0, 0.02
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = [(policy, new) for new in args.new_tokens for policy in args.policies]
         for turn, (policy, new_tokens) in interleaved(cells, rounds=args.rounds):
             # Whatever room a row has beyond this is memory that no request can use.
-            usual = longest + new_tokens
-            most = args.max_context or usual
+            most = args.max_context or longest + new_tokens
+            # What one holds on average: rows are made for that, and a row that finds no block when
+            # all have grown long waits for one that ends.
+            usual = (shortest + longest + new_tokens) // 2
             spec: dict[str, Any] = {
                 "prompts_file": str(path),
                 "new_tokens": new_tokens,

@@ -134,6 +134,24 @@ def test_choices_equal_the_oracle(length, known, newer):
     assert [{page for page in head if page >= 0} for head in found[0].tolist()] == wanted[0]
 
 
+def test_what_a_product_rounded_the_other_way_changes_is_bounded():
+    """By the definition: each product in turn a unit off, over pages of one token."""
+    rng = np.random.default_rng(1)
+    keys = torch.tensor(rng.normal(size=(1, 2, 40, 24)), dtype=torch.float64)
+    q = torch.tensor(rng.normal(size=(1, 2, 3, 24)), dtype=torch.float64)
+    sketch = pytorch_scores.Sketch2()
+    state = sketch.fit(keys)
+    found = sketch.resolution(q, state)[0].numpy()
+    matrix = sketches.hadamard(24)
+    for head in range(2):
+        mean, step = sketches.sketch_code(keys[0, head], spacing=pytorch_scores.SPACING)
+        levels = sketches.sketch_levels(keys[0, head], mean, step, bits=2)
+        units = np.abs(q[0, head].numpy() @ matrix * 24**-0.5 * step).max(-1) / 31
+        changes = units[:, None, None] * np.abs(levels - 1.5)  # of a query head, token, channel
+        np.testing.assert_allclose(found[head], changes.max(), rtol=1e-12)
+    assert pytorch_scores.MinMax().resolution(q, ()).tolist() == [[0.0, 0.0]]
+
+
 def test_only_pages_at_the_cut_are_undecided():
     ranks = torch.tensor([9.0, 5.0, 4.0, 3.9, 1.0, -float("inf")])
     assert pytorch_scores.close_to_cut(ranks, {0, 1, 2, 5}, 0.0) == set()
