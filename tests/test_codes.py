@@ -44,43 +44,62 @@ def test_words_are_the_oracles(bits, dtype, page, width):
     k = k.at[:, 0].set(3.0).at[:, 1].set(0.0).at[:, 2].set(-1e4)  # constant channels
     words = encode(k, v, bits=bits)
     assert words.dtype == jnp.uint32
-    assert words.nbytes == page * width * bits // 4 + 4 * width + 4 * page  # the closed form
+    size, fifth = page * width * bits // 32, -(-page * width // 32) if bits == 4 else 0
+    assert words.shape == (2 * size + fifth + width + page,)  # the closed form
     found = reference.words_of(np.asarray(k, np.float64), np.asarray(v, np.float64), bits=bits)
-    size = page * width * bits // 32
-    ends = (size, size + width, 2 * size + width)
-    for part, (got, wanted) in enumerate(
-        zip(np.split(np.asarray(words), ends), np.split(found, ends), strict=True)
+    ends = np.cumsum([size, fifth, width, size])
+    got, wanted = (np.split(np.asarray(x), ends) for x in (words, found))
+    for at in (2, 4):  # ranges
+        np.testing.assert_array_equal(got[at], wanted[at])
+    for level, expected in zip(
+        *(levels_in(x, page, width, bits) for x in (got, wanted)), strict=True
     ):
-        if part % 2:  # ranges
-            np.testing.assert_array_equal(got, wanted)
-            continue
-        shift = bits * np.arange(32 // bits, dtype=np.uint32)[:, None]
-        got, wanted = ((x >> shift & (2**bits - 1)).astype(int) for x in (got, wanted))
         # In the middle between two levels float32 may come to either.
-        assert np.abs(got - wanted).max() <= 1 and (got != wanted).mean() < 0.1
+        assert np.abs(level - expected).max() <= 1 and (level != expected).mean() < 0.1
+
+
+def levels_in(parts, page, width, bits):
+    """Codes int[page, H] of keys and of values, of the parts of a page's words."""
+
+    def of(words, bits, *shape):
+        shift = bits * np.arange(32 // bits, dtype=np.uint32)[:, None]
+        return (words[..., None, :] >> shift & (2**bits - 1)).astype(int).reshape(*shape, -1)
+
+    low, fifth, _, values, _ = parts
+    keys, values = (of(x.reshape(page, -1), bits, page) for x in (low, values))
+    if bits == 4:
+        keys = keys + 16 * of(fifth, 1)[: page * width].reshape(page, width)
+        assert page == 1 or keys.max() == 31, "the fifth bits are there"
+    return keys, values
 
 
 @BITS
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e30])
 def test_no_element_is_off_by_more_than_half_a_step(bits, scale):
     k, v = (x * np.float32(scale) for x in pages_of(3, 2))
-    for x, made, axis in zip((k, v), decoded(k, v, bits), (-2, -1), strict=True):
-        expected, step = reference.approximated(x, axis=axis, bits=bits)
+    both = zip((k, v), decoded(k, v, bits), (-2, -1), (codes.key_bits(bits), bits), strict=True)
+    for x, made, axis, wide in both:
+        expected, step = reference.approximated(x, axis=axis, bits=wide)
         same = np.isclose(made, expected, rtol=1e-6, atol=1e-6 * step.min())
         assert same.mean() > 0.99, "but for the middle between two levels, it is the oracle's"
         # What a code stands for is rounded once.
         assert (np.abs(made - x) <= step / 2 + 2e-7 * np.abs(x)).all()
         # The bound says something: no wider than the range, its ends rounded to 8 bits.
         ends = x.max(axis, keepdims=True) - x.min(axis, keepdims=True)
-        most = (ends + 2**-7 * np.abs(x.min(axis, keepdims=True))) / (2**bits - 1)
+        most = (ends + 2**-7 * np.abs(x.min(axis, keepdims=True))) / (2**wide - 1)
         assert (step <= 1.01 * most).all()
         assert np.abs(made - x).max() > 0, "nothing was coded"
 
 
 def test_four_bits_are_coarser_than_eight_and_zeros_would_fail():
     k, v = pages_of(2)
-    errors = [np.abs(next(decoded(k, v, bits)) - k).mean() for bits in (4, 8)]
-    assert 10 * errors[1] < errors[0] < 0.2 * np.abs(k).mean()
+    errors = [
+        [np.abs(x - y).mean() for x, y in zip(decoded(k, v, bits), (k, v), strict=True)]
+        for bits in (4, 8)
+    ]
+    for mine, finer, steps in zip(*errors, (255 / 31, 255 / 15), strict=True):
+        assert mine / finer == pytest.approx(steps, rel=0.2)
+    assert errors[0][0] < 0.1 * np.abs(k).mean()
 
 
 @BITS
@@ -130,7 +149,7 @@ def test_a_codec_is_a_value_that_checks_itself():
     Codec(8).check(PageShape(16, 20, "float32"), "device_codec")
     # Llama-3.1-8B: 128 channels, 16 tokens.
     page = PageShape(16, 128, "bfloat16")
-    assert [Codec(bits).page_bytes(page) for bits in (4, 8)] == [2624, 4672]
+    assert [Codec(bits).page_bytes(page) for bits in (4, 8)] == [2880, 4672]
 
 
 @BITS

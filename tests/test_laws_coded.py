@@ -25,6 +25,7 @@ from flexijax.engine.plan import make_program
 from flexijax.engine.requests import check_cache
 from flexijax.pallas_kernels import platform
 from flexijax.pallas_kernels.page_codes import reference
+from flexijax.pallas_kernels.page_codes.xla import key_bits
 from flexijax.policies.base import HeadGroup, Tier
 from flexijax.policies.codec import Codec
 from flexijax.policies.coded_tiers import with_codecs
@@ -50,7 +51,7 @@ def lm():
 def approximated(k, v, bits):
     """Pages k, v [..., page, H], by the oracle: values are coded rotated, here rotated back."""
     turn = reference.hadamard(k.shape[-1])
-    coded_k, _ = reference.approximated(k, axis=-2, bits=bits)
+    coded_k, _ = reference.approximated(k, axis=-2, bits=key_bits(bits))
     coded_v, _ = reference.approximated(v @ turn, axis=-1, bits=bits)
     return coded_k, coded_v @ turn
 
@@ -155,7 +156,8 @@ def assert_pages_are_exact_up_to_their_steps(engine, running, truth):
                     steps = np.zeros(dense.shape)
                     if bits:
                         dense = dense @ turn if axis else dense
-                        _, steps = reference.approximated(dense, axis=axis, bits=bits)
+                        wide = bits if axis else key_bits(bits)
+                        _, steps = reference.approximated(dense, axis=axis, bits=wide)
                     # Keys of programs that add up in another order may differ by so much.
                     assert (np.abs(got - dense) <= steps / 2 + 1e-5).all()
                     coarse = max(coarse, np.abs(got - dense).max())
@@ -207,7 +209,8 @@ def test_bytes_are_those_of_codes_ranges_and_the_tail(name, lm):
     exact, sizes = 2 * PAGE * WIDTH * 4, layout.sizes
 
     def page_bytes(codec):
-        return 2 * PAGE * WIDTH * int(codec[3:]) // 8 + 4 * (WIDTH + PAGE)
+        bits = {"int8": 8 + 8, "int4": 5 + 4}[codec]  # of a key's element and a value's
+        return PAGE * WIDTH * bits // 8 + 4 * (WIDTH + PAGE)
 
     on_device, on_host = page_bytes(cache.device_codec), page_bytes(cache.host_codec)
     stable, unstable = 3, 1

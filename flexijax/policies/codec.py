@@ -18,9 +18,9 @@ from flexijax.policies.page_score import PageShape
 class Codec:
     """Full pages in `bits` bits an element, 4 or 8: see `pallas_kernels/page_codes/xla.py`.
 
-    A page is coded once, when it is full; what it decodes to differs from it by at most half a step
-    of its ranges. Values are rotated by whoever holds them (`rotate`), and so is what attention
-    makes of them. Raises ValueError for other bits.
+    Of 4, keys have one more. A page is coded once, when it is full; what it decodes to differs from
+    it by at most half a step of its ranges. Values are rotated by whoever holds them (`rotate`),
+    and so is what attention makes of them. Raises ValueError for other bits.
     """
 
     bits: int

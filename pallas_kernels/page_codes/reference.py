@@ -55,13 +55,19 @@ def words_of(k: ArrayLike, v: ArrayLike, *, bits: int) -> NDArray[np.uint32]:
         per_word = 32 // bits
         words = width // per_word
         lines = x.T if by_channel else x
-        coded = [levels(line, bits=bits) for line in lines]
+        wide = 5 if by_channel and bits == 4 else bits
+        coded = [levels(line, bits=wide) for line in lines]
         codes = np.array([code for code, *_ in coded])
         codes = codes.T if by_channel else codes
         for token in range(page):
             for word in range(words):
-                held = (codes[token, i * words + word] << (bits * i) for i in range(per_word))
-                found.append(sum(int(code) for code in held))
+                held = (codes[token, i * words + word] % 2**bits for i in range(per_word))
+                found.append(sum(int(code) << bits * i for i, code in enumerate(held)))
+        if wide > bits:
+            fifth = [int(code) >> bits for code in codes.ravel()]
+            count = -(-len(fifth) // 32)
+            for word in range(count):
+                found.append(sum(bit << i for i, bit in enumerate(fifth[word::count])))
         for _, low, step in coded:
             low_bits, step_bits = np.array([low, step], np.float32).view(np.uint32) >> 16
             found.append(int(low_bits) | int(step_bits) << 16)

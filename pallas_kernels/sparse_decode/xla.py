@@ -31,8 +31,8 @@ def paged_decode(
     """See `dispatch.paged_decode`."""
     batch, heads, _ = block_ids.shape
     page, width = k_pages.shape[2:]
-    # One row a page of a head: as a pool of pages of heads, the same gather takes twice the time. In
-    # bounds once and for all: the gather would see to that element by element.
+    # One row a page of a head: as a pool of pages of heads, the same gather takes twice the time.
+    # In bounds once and for all: the gather would see to that element by element.
     block = jnp.clip(block_ids, 0, len(k_pages) - 1)
     rows = block * heads + jnp.arange(heads, dtype=block.dtype)[:, None]
     counts = jnp.where(block_ids >= 0, token_counts, 0)
