@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--profile", help="name or file; default: the shipped one of the model")
-    parser.add_argument("--score", choices=SCORES, default="minmax", help="of pages")
+    parser.add_argument("--score", choices=SCORES, default=Settings().score, help="of pages")
     parser.add_argument("--documents", type=int, default=1, help="of each file")
     parser.add_argument("--max-tokens", type=int, default=5000, help="of a prompt")
     parser.add_argument("--steps", type=int, default=64)

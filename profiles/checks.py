@@ -45,7 +45,7 @@ def heads(name: str, value: Any, shape: tuple[int, int]) -> tuple[tuple[int, int
     return tuple(sorted(pairs))
 
 
-def rco(name: str, value: Any, shape: tuple[int, int]) -> tuple[tuple[float | None, ...], ...]:
+def shares(name: str, value: Any, shape: tuple[int, int]) -> tuple[tuple[float | None, ...], ...]:
     """float[L][K], each at most 1, or None."""
     layers, kv_heads = shape
     if (
@@ -56,7 +56,7 @@ def rco(name: str, value: Any, shape: tuple[int, int]) -> tuple[tuple[float | No
         raise ValueError(f"{name} must hold {layers} rows of {kv_heads} numbers")
     for row in value:
         for number in row:
-            # A mean of overlaps, each of which has room above 1 for rounding.
+            # A mean of shares, each of which has room above 1 for rounding.
             if number is not None and not (_is_finite(number) and number <= 1 + 1e-6):
                 raise ValueError(
                     f"{name} must hold finite numbers of at most 1, and has {shown(number)}"
@@ -65,7 +65,7 @@ def rco(name: str, value: Any, shape: tuple[int, int]) -> tuple[tuple[float | No
 
 
 def check_lags(name: str, value: Any, shape: tuple[int, int]) -> None:
-    """An `rco` by distance in steps, at least 1, written in decimal."""
+    """Shares by distance in steps, at least 1, written in decimal."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{name}={shown(value)} must be an object")
     for lag, rows in value.items():
@@ -73,7 +73,7 @@ def check_lags(name: str, value: Any, shape: tuple[int, int]) -> None:
             raise ValueError(f"{name} has the key {shown(lag)}, which is no number of steps")
         if int(lag) < 1:
             raise ValueError(f"{name} has the key {lag!r}: must be at least 1")
-        rco(f"{name}.{lag}", rows, shape)
+        shares(f"{name}.{lag}", rows, shape)
 
 
 def check_plain(name: str, value: Any, depth: int = 0) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from flexijax.profiles import checks
 from flexijax.profiles.regular_file import read_text
 
-FORMAT = "flexijax-head-profile-1"
+FORMAT = "flexijax-head-profile-2"
+# Without `lost_mass`; the list in such a file is as it was written.
+OLD_FORMAT = "flexijax-head-profile-1"
 MAX_BYTES = 16 << 20  # the largest shipped one has 11 thousand
 
 
@@ -24,6 +26,8 @@ class HeadProfile:
     fingerprint: of the model's configuration; None when the source does not tell it.
     rco: float[L][K], mean random-corrected overlap of each head; None when not published.
         A head of which nothing could be measured holds None.
+    lost_mass: float[L][K], attention that each head loses by a choice of 16 steps before, mean; see
+        `profiles.lost_mass`. None when it was not measured.
     measured: how, as plain JSON values (task, documents, steps, window, ...).
 
     Raises ValueError, naming the field, when the values contradict each other.
@@ -38,6 +42,7 @@ class HeadProfile:
     source: str
     fingerprint: str | None = None
     rco: tuple[tuple[float | None, ...], ...] | None = None
+    lost_mass: tuple[tuple[float | None, ...], ...] | None = None
     measured: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -52,8 +57,9 @@ class HeadProfile:
         shape = (self.num_layers, self.num_kv_heads)
         # Frozen values are hashable and compare equal after a round trip only with one spelling.
         object.__setattr__(self, "unstable", checks.heads("unstable", self.unstable, shape))
-        if self.rco is not None:
-            object.__setattr__(self, "rco", checks.rco("rco", self.rco, shape))
+        for name in ("rco", "lost_mass"):
+            if (column := getattr(self, name)) is not None:
+                object.__setattr__(self, name, checks.shares(name, column, shape))
         if not isinstance(self.measured, Mapping):
             raise ValueError(f"measured={checks.shown(self.measured)} must be an object")
         checks.check_plain("measured", self.measured)
@@ -116,12 +122,15 @@ class HeadProfile:
             values = json.loads(text)
         except RecursionError:
             raise ValueError("lists and objects nested without end") from None
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise ValueError(f'"format" must be {FORMAT!r}')
+        form = values.pop("format", None) if isinstance(values, dict) else None
+        if form not in (FORMAT, OLD_FORMAT):
+            raise ValueError(f'"format" must be {FORMAT!r} or {OLD_FORMAT!r}')
         known = {entry.name for entry in fields(HeadProfile)}
+        if form == OLD_FORMAT:
+            known -= {"lost_mass"}
         if unknown := values.keys() - known:
             raise ValueError(f"unknown field {checks.shown(min(unknown))}")
-        optional = {"fingerprint", "rco", "measured"}
+        optional = {"fingerprint", "rco", "lost_mass", "measured"}
         if absent := known - optional - values.keys():
             raise ValueError(f"missing field {min(absent)!r}")
         return HeadProfile(**values)

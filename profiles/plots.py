@@ -69,9 +69,9 @@ def _pictures(profile: HeadProfile, found: Averages, page_bytes: int) -> list[Pi
         ),
         Picture(
             "ranked_heads",
-            "KV heads from least to most stable",
-            "Every bar is a head. The list of unstable heads is a consensus of ranks over tasks, "
-            "the bars are means of values, so colours need not change exactly at the cut.",
+            "Attention that KV heads lose by an old choice",
+            "Every bar is a head: the share of its attention on the pages that it would choose "
+            "now, less that on its choice of 16 steps before and the pages begun since.",
             lambda axes: _ranked(axes, profile),
             (7.0, 4.0),
         ),
@@ -121,7 +121,7 @@ def reload_bytes(profile: HeadProfile, found: Averages, *, interval: int, page_b
 
 
 def _heat_map(axes: Any, profile: HeadProfile) -> None:
-    image = axes.imshow(_rco(profile), vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    image = axes.imshow(_column(profile, "rco"), vmin=0, vmax=1, aspect="auto", cmap="viridis")
     axes.figure.colorbar(image, label=_RCO)
     for layer, head in profile.unstable:
         axes.text(head, layer, "×", color="white", ha="center", va="center", fontsize=9)
@@ -129,7 +129,7 @@ def _heat_map(axes: Any, profile: HeadProfile) -> None:
 
 
 def _against_offset(axes: Any, profile: HeadProfile, found: Averages) -> None:
-    layer = int(np.argmax(np.ptp(_rco(profile), axis=1)))
+    layer = int(np.argmax(np.ptp(_column(profile, "rco"), axis=1)))
     offsets = np.arange(1, len(found.curve) + 1)
     for head in range(profile.num_kv_heads):
         unstable = (layer, head) in profile.unstable
@@ -147,15 +147,15 @@ def _against_offset(axes: Any, profile: HeadProfile, found: Averages) -> None:
 
 
 def _ranked(axes: Any, profile: HeadProfile) -> None:
-    rco = _rco(profile).reshape(-1)
-    order = np.argsort(rco)
-    mask = _unstable_mask(profile).reshape(-1)[order]
+    lost = _column(profile, "lost_mass").reshape(-1)
+    order = np.argsort(-lost)
+    mask, lost = _unstable_mask(profile).reshape(-1)[order], lost[order]
     place = np.arange(len(order))
-    axes.bar(place[mask], rco[order][mask], color=_UNSTABLE, label="unstable: pages stay on device")
-    axes.bar(place[~mask], rco[order][~mask], color=_STABLE, label="stable: pages live on host")
+    axes.bar(place[mask], lost[mask], color=_UNSTABLE, label="unstable: pages stay on device")
+    axes.bar(place[~mask], lost[~mask], color=_STABLE, label="stable: pages live on host")
     share = f"the cut: {mask.sum()} of {len(mask)} heads"
     axes.axvline(mask.sum() - 0.5, color="black", linestyle=":", label=share)
-    axes.set(xlabel="KV heads, least stable first", ylabel=_RCO, ylim=(0, 1))
+    axes.set(xlabel="KV heads, those that lose most first", ylabel="share of the attention lost")
     axes.legend(fontsize=8)
 
 
@@ -208,10 +208,11 @@ def _overlap(axes: Any, overlap: Mapping[str, Mapping[str, float]]) -> None:
     axes.set_yticks(range(len(names)), names)
 
 
-def _rco(profile: HeadProfile) -> np.ndarray:
-    if profile.rco is None:
-        raise ValueError(f"the profile of {profile.model} holds no RCO to draw")
-    return np.array(profile.rco, np.float64)
+def _column(profile: HeadProfile, name: str) -> np.ndarray:
+    """float64[L, K] of "rco" or "lost_mass"."""
+    if (values := getattr(profile, name)) is None:
+        raise ValueError(f"the profile of {profile.model} holds no {name} to draw")
+    return np.array(values, np.float64)
 
 
 def _short(profile: HeadProfile) -> str:

@@ -13,7 +13,7 @@ they are, for a mean of clamped values would promise fewer pages than are loaded
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -139,12 +139,18 @@ def cross_overlap(heads_of: Mapping[str, Heads]) -> dict[str, dict[str, float]]:
 
 
 def split_half_recall(
-    tasks: Mapping[str, Sequence[np.ndarray]], *, count: int, splits: int = 20, seed: int = 0
+    tasks: Mapping[str, Sequence[np.ndarray]],
+    places_of: Callable[[Sequence[np.ndarray]], np.ndarray],
+    *,
+    count: int,
+    splits: int = 20,
+    seed: int = 0,
 ) -> float | None:
     """How much of the unstable list found on one half of the documents the other half finds too.
 
-    tasks: instability float[windows, L, K] of each document of each task. Every task is cut in two
-    at random, `splits` times; the mean is returned, None when a task has fewer than two documents.
+    tasks: float[windows, L, K] of each document of each task. places_of: such as `consensus`. Every
+    task is cut in two at random, `splits` times; the mean is returned, None when a task has fewer
+    than two documents.
     """
     if any(len(documents) < 2 for documents in tasks.values()):
         return None
@@ -157,7 +163,7 @@ def split_half_recall(
             # An odd document goes to either half at random, as the permutation has it.
             middle = len(order) // 2
             for half, part in zip(halves, (order[:middle], order[middle:]), strict=True):
-                half.append(consensus([documents[at] for at in part]))
+                half.append(places_of([documents[at] for at in part]))
         lists = [least_stable(np.mean(half, axis=0), count) for half in halves]
         found.append(shared_fraction(*lists))
     return float(np.mean(found))

@@ -75,11 +75,12 @@ def profile_fit(
     An expectation holds for the sizes and the page score with which it was measured: page_size,
     budget_pages and score of the run must be those of the profile, else the answer is None too.
 
-    No profile is right in every head. With SmolLM2, the stable heads of one document differ from a
-    profile of the other five tasks by 0.03 to 0.09, on each of 30 documents (48 pairs of steps
-    each; three reranks alone make it 0.05 to 0.08), and by 0.05 to 0.07 on program code, lists of
-    numbers and shuffled words. On one sentence said over and over, where the heads lose their
-    order, it is 0.16; a profile whose heads are permuted at random differs by 0.12 to 0.16.
+    No profile is right in every head. With SmolLM2 and pages chosen by `sketch2`, the stable heads
+    of one document differ from a profile of the other five tasks by 0.05 to 0.06 on each of ten
+    documents (48 pairs of steps each), and by 0.06 to 0.09 where only three reranks are seen; a
+    profile whose heads are permuted at random differs by 0.17 to 0.25. By `minmax` it was 0.03 to
+    0.09 on each of 30 documents, 0.05 to 0.07 on program code, lists of numbers and shuffled words,
+    and 0.16 on one sentence said over and over, where the heads lose their order.
     """
     measured_with = (profile.page_size, profile.budget_pages, profile.measured.get("score"))
     if measured_with != (page_size, budget_pages, score):

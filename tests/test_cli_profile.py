@@ -39,13 +39,15 @@ def test_profiles_pictures_and_report(data, model, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     out, pictures, result = tmp_path / "p.json", tmp_path / "pictures", tmp_path / "r.json"
     command = ["profile", "--model", "planted", "--data", *data, "--out", str(out), *SIZES]
-    command += ["--budgets", "64", "32", "--plot", str(pictures), "--json", str(result)]
+    command += ["--skip", "1", "--budgets", "64", "32", "--plot", str(pictures)]
+    command += ["--json", str(result)]
     assert cli.main(command) == 0
     profile = HeadProfile.load(out)
     assert profile.unstable == model
     assert profile.budget_pages == 16
     assert profile.fingerprint == "planted"
     assert profile.measured["documents"] == {"reports": 2, "meetings": 2}
+    assert profile.measured["document_indices"] == {"reports": [1, 2], "meetings": [1, 2]}
     assert HeadProfile.load(tmp_path / "p.32.json").budget_pages == 8
     assert json.loads(result.read_text())["unstable_by_budget"]["8"] == [list(h) for h in model]
     stems = {path.stem for path in pictures.glob("*.svg")}
@@ -66,7 +68,10 @@ BAD = {
     "--budgets 0": "budgets=(0,) must each be at least 2 pages",
     "--fraction 2": "fraction=2.0",
     "--steps 0": "steps=0",
-    "--documents 0": "limit=0",
+    "--documents 0": "--documents=0 must be at least 1",
+    "--skip -1": "--skip=-1 must be at least 0",
+    "--skip 3": "--skip=3 leaves no document of",
+    "--steps 16": "steps=16",
     "--data /nowhere": "/nowhere",
     "--out /nowhere/p.json": "/nowhere/p.json",
 }
@@ -93,7 +98,7 @@ def test_the_talks_table_is_symmetric():
     [
         (["--budgets", "30"], "multiples of --page-size=4"),
         (["--steps", "30"], "steps=30"),
-        (["--documents", "0"], "limit=0"),
+        (["--documents", "0"], "--documents=0"),
         (["--window", "1"], "window=1"),
         (["--field", "nothing"], "no text in nothing"),
     ],

@@ -45,6 +45,7 @@ def profile() -> HeadProfile:
         budget_pages=8,
         source="by hand",
         rco=((0.1, 0.2), (0.9, None), (0.8, -0.25)),
+        lost_mass=((0.2, 0.1), (0.0, None), (-0.01, 0.02)),
         measured={"steps": 16, "documents": ["a", "b"]},
     )
 
@@ -64,6 +65,21 @@ def test_json_round_trip(profile, tmp_path):
     assert again == profile and hash(again) == hash(profile)
     assert profiles.load(path) == profile
     assert json.loads(path.read_text())["unstable"] == [[0, 0], [0, 1], [2, 1]]
+
+
+def test_files_of_the_first_format_load_with_the_list_they_hold(profile, tmp_path):
+    """They know nothing of lost mass; a file that has it and says otherwise is refused."""
+    path = tmp_path / "old.json"
+    fields = json.loads(profile.to_json()) | {"format": "flexijax-head-profile-1"}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="unknown field 'lost_mass'"):
+        HeadProfile.load(path)
+    del fields["lost_mass"]
+    path.write_text(json.dumps(fields))
+    old = HeadProfile.load(path)
+    assert old == replace(profile, lost_mass=None)
+    old.save(path)
+    assert HeadProfile.load(path) == old
 
 
 @pytest.mark.parametrize(
@@ -94,6 +110,8 @@ def test_other_files_are_refused_by_name(text, tmp_path):
         ("rco", "[[0, 1" + "0" * 400 + "], [0, 0], [0, 0]]", "rco must hold finite .* has 100"),
         ("rco", '[["0", 0], [0, 0], [0, 0]]', "rco must hold finite numbers .* has '0'"),
         ("rco", "[1, 2, 3]", "rco must hold 3 rows of 2"),
+        ("lost_mass", "[1, 2, 3]", "lost_mass must hold 3 rows of 2"),
+        ("lost_mass", "[[0, 2], [0, 0], [0, 0]]", "lost_mass must hold .* at most 1, and has 2"),
         ("measured", "[]", r"measured=\[\] must be an object"),
         ("measured", '{"steps": [NaN]}', r"measured.steps=nan must be"),
         ("measured", '{"a": ' + "[" * 30 + "]" * 30 + "}", "measured.a is nested deeper"),
@@ -142,6 +160,7 @@ def test_files_that_never_end_are_refused(tmp_path):
         ({"budget_pages": -1}, "budget_pages=-1 must be a positive integer"),
         ({"source": ""}, "source='' must be a string, and not empty"),
         ({"rco": ((0.1, 0.2),)}, "3 rows of 2"),
+        ({"lost_mass": ((0.1, 0.2),)}, "3 rows of 2"),
         ({"rco": ((0.1, float("nan")), (0.0, 0.0), (0.0, 0.0))}, "finite"),
         ({"rco": ((0.1, 1.5), (0.0, 0.0), (0.0, 0.0))}, "at most 1"),
     ],

@@ -24,7 +24,8 @@ from flexijax.profiling.record import record
 from flexijax.profiling.settings import Settings
 from tests.planted import WORDS, planted_model, text_document, words_tokenizer
 
-PAGE, STEPS, BUDGETS = 4, 16, (3, 6)
+PAGE, STEPS, BUDGETS = 4, 32, (3, 6)
+RERANK = 16  # steps after which a stale choice is made anew
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def prompt():
 
 @pytest.fixture(scope="module")
 def oracle(tiny, prompt):
-    """Tokens, page choices and mass of the tiny model, one dense pass per step."""
+    """Tokens, page choices, mass and stale mass of the tiny model, one dense pass per step."""
     shape = tiny.attention
     dense = dense_attend(shape)
 
@@ -78,31 +79,49 @@ def oracle(tiny, prompt):
         return tiny.decoder.logits(tiny.params, x[0]), seen
 
     # Full attention's own tokens, each checked against the whole sequence before it.
-    sizes = {"steps": STEPS, "page_size": PAGE, "budgets": BUDGETS, "capacity": 560}
+    sizes = {"steps": STEPS, "page_size": PAGE, "budgets": BUDGETS, "capacity": 570}
     said = record(tiny, prompt, **sizes).tokens.tolist()
     logits, seen = run(jnp.asarray([prompt + said], jnp.int32))
     best = np.array(logits[len(prompt) - 1 : -1])
     best[:, 5] = -np.inf  # the stop token is never said
     assert best.argmax(-1).tolist() == said
-    choices = {"minmax": [], "sketch2": [], "mass": []}
-    masses = {"minmax": [], "sketch2": [], "mass": []}
+    choices, masses, stale = ({"minmax": [], "sketch2": [], "mass": []} for _ in range(3))
     for step in range(STEPS):
         now = len(prompt) + step
         scored = [choose(np.asarray(q), np.asarray(k), now, shape, len(prompt)) for q, k in seen]
         for kind in choices:
             choices[kind].append([layer[kind][0] for layer in scored])
             masses[kind].append([layer[kind][1] for layer in scored])
-    return said, choices, masses
+            stale[kind].append(
+                [
+                    [stale_mass(choices[kind], page, (step, layer, head)) for head, page in each]
+                    for layer, each in enumerate(enumerate(of["pages"]) for of in scored)
+                ]
+            )
+    return said, choices, masses, stale
+
+
+def stale_mass(choices, mass, where):
+    """Of a step's mass of every page what the choice 16 steps before holds, at each budget.
+
+    choices: of each step, layer and head; where: step, layer, head. Pages begun since are attended.
+    """
+    step, layer, head = where
+    if step < RERANK:
+        return [np.nan] * len(BUDGETS)
+    then = choices[step - RERANK][layer][head]
+    newest_then = max(then)  # by rule among those chosen
+    return [mass[sorted({*then[:n], *range(newest_then + 1, len(mass))})].sum() for n in BUDGETS]
 
 
 def choose(q, k, now, shape, length):
     """By kind of score: (pages of each head best first, mass at each budget), q and k [T, ., H].
 
-    length: tokens of the prompt.
+    Under "pages" the mass of every page. length: tokens of the prompt.
     """
     grouped = q[now].reshape(shape.num_kv_heads, -1, q.shape[-1]).astype(np.float64)
     pages = now // PAGE + 1
-    result = {"minmax": ([], []), "sketch2": ([], []), "mass": ([], [])}
+    result = {"minmax": ([], []), "sketch2": ([], []), "mass": ([], []), "pages": []}
     for head in range(shape.num_kv_heads):
         keys = k[: now + 1, head].astype(np.float64)
         logits = grouped[head] @ keys.T * shape.scale
@@ -110,6 +129,7 @@ def choose(q, k, now, shape, length):
         weights = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
         parts = [slice(at * PAGE, (at + 1) * PAGE) for at in range(pages)]
         mass = np.array([weights[part].sum() for part in parts])
+        result["pages"].append(mass)
         bound = [
             np.maximum(grouped[head] * keys[part].min(0), grouped[head] * keys[part].max(0))
             .sum(axis=1)
@@ -145,8 +165,8 @@ def sketch_score(q, keys, length):
 
 
 def test_recording_by_a_sketch_equals_the_oracle(tiny, prompt, oracle):
-    said, choices, masses = oracle
-    sizes = {"steps": STEPS, "page_size": PAGE, "budgets": BUDGETS, "capacity": 560}
+    said, choices, masses, stale = oracle
+    sizes = {"steps": STEPS, "page_size": PAGE, "budgets": BUDGETS, "capacity": 570}
     seen = record(tiny, prompt, score="sketch2", **sizes)
     assert seen.tokens.tolist() == said
     # A key that lies on the edge of two levels may be rounded either way.
@@ -154,19 +174,23 @@ def test_recording_by_a_sketch_equals_the_oracle(tiny, prompt, oracle):
     assert same.mean() > 0.98
     near = np.abs(seen.mass - np.array(masses["sketch2"])) < 1e-5
     assert near.mean() > 0.98
+    near = np.abs(seen.stale_mass - np.array(stale["sketch2"])) < 1e-5
+    assert near[RERANK:].mean() > 0.98
     assert not np.array_equal(seen.page_ids, np.array(choices["minmax"]))
 
 
 @pytest.mark.parametrize("score", ["minmax", "mass"])
 def test_recording_equals_the_oracle(tiny, prompt, oracle, score):
-    said, choices, masses = oracle
-    sizes = {"steps": STEPS, "page_size": PAGE, "budgets": BUDGETS, "capacity": 560}
+    said, choices, masses, stale = oracle
+    sizes = {"steps": STEPS, "page_size": PAGE, "budgets": BUDGETS, "capacity": 570}
     seen = record(tiny, prompt, score=score, **sizes)
     assert seen.tokens.tolist() == said
     assert seen.pages.tolist() == [(529 + step) // PAGE + 1 for step in range(STEPS)]
     np.testing.assert_array_equal(seen.page_ids, np.array(choices[score]))
     np.testing.assert_allclose(seen.mass, np.array(masses[score]), atol=1e-5)
     assert seen.mass.min() > 1e-3  # zeros would not pass
+    np.testing.assert_allclose(seen.stale_mass, np.array(stale[score]), atol=1e-5)
+    assert np.abs(seen.mass - seen.stale_mass)[RERANK:].mean() > 1e-3  # nor would a fresh choice
 
 
 def test_more_steps_change_nothing_before_them(tiny, prompt):
@@ -175,6 +199,7 @@ def test_more_steps_change_nothing_before_them(tiny, prompt):
     long = record(tiny, prompt, steps=32, **sizes)
     np.testing.assert_array_equal(long.page_ids[:16], short.page_ids)
     np.testing.assert_array_equal(long.mass[:16], short.mass)
+    assert np.isnan(short.stale_mass).all() and np.isfinite(long.stale_mass[16:]).all()
 
 
 def test_planted_heads_are_classified_without_error(planted):
@@ -261,8 +286,10 @@ def test_a_profile_from_one_prompt(planted):
         {"window": 65},
         {"window": 1},
         {"steps": 40},
+        {"steps": 16, "window": 16},
         {"page_size": 0},
         {"score": "none"},
+        {"unstable_by": "none"},
         {"max_tokens": 1024},
     ],
     ids=str,

@@ -121,8 +121,8 @@ def test_planted_heads_are_found_without_error():
     documents = [instabilities(ids, pages) for ids in sets]
     assert stability.least_stable(stability.consensus(documents), 3) == unstable
     tasks = {"a": documents[:1] * 2, "b": documents[1:] * 2}
-    assert stability.split_half_recall(tasks, count=3) == 1.0
-    assert stability.split_half_recall({"a": documents[:1]}, count=3) is None
+    assert stability.split_half_recall(tasks, stability.consensus, count=3) == 1.0
+    assert stability.split_half_recall({"a": documents[:1]}, stability.consensus, count=3) is None
 
 
 def test_any_chunking_gives_the_same_result():

@@ -8,11 +8,11 @@ import numpy as np
 from flexijax.cli.terminal import Progress, check_writable, table, write_json
 from flexijax.models.load import load
 from flexijax.profiles import plots, report
-from flexijax.profiles.documents import read_documents
+from flexijax.profiles.documents import Document, read_documents
 from flexijax.profiles.head_profile import HeadProfile
 from flexijax.profiling.measure import measure_documents
 from flexijax.profiling.profile import make_profile
-from flexijax.profiling.settings import RANKINGS, Settings
+from flexijax.profiling.settings import LOST_MASS, RANKINGS, RCO, Settings
 from flexijax.profiling.statistics import averages
 
 NAME = "profile"
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", type=Path, metavar="DIR", help="also pictures and report.md (needs matplotlib)")
     add("--field", help="of the JSON lines that holds the text (default: the first known one)")
     add("--documents", type=int, default=5, metavar="N", help="of each task (default: 5)")
+    add("--skip", type=int, default=0, metavar="N", help="first documents to leave out")
     add("--max-tokens", type=int, default=default.max_tokens, metavar="N", help="of a prompt")
     add("--steps", type=int, default=default.steps, help="decode steps a document")
     add("--page-size", type=int, default=default.page_size, metavar="N")
@@ -50,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--window", type=int, default=default.window, help="steps over which RCO is averaged")
     add("--fraction", type=float, default=default.fraction, help="of all heads, called unstable")
     add("--score", choices=RANKINGS, default=default.score, help="what ranks the pages")
+    add(
+        "--unstable-by",
+        choices=(LOST_MASS, RCO),
+        default=default.unstable_by,
+        help="the heads called unstable: those that lose most attention by an old choice, or those "
+        "of the least RCO",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,6 +69,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--budgets={wrong} must be multiples of --page-size={args.page_size}")
     if len(args.data) != len({path.stem for path in args.data}):
         raise ValueError("--data names a task twice: the name of a file is its task")
+    for name, least in (("documents", 1), ("skip", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name}={getattr(args, name)} must be at least {least}")
     first = args.budgets[0] // args.page_size
     settings = Settings(
         page_size=args.page_size,
@@ -70,13 +81,14 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         max_tokens=args.max_tokens,
         score=args.score,
+        unstable_by=args.unstable_by,
     )
     if args.plot is not None:
         plots.pyplot()
     check_writable(args.out)
     if args.json is not None:
         check_writable(args.json)
-    tasks = [read_documents(path, limit=args.documents, field=args.field) for path in args.data]
+    tasks = [_documents(path, args) for path in args.data]
     progress = Progress(quiet=args.quiet)
     loading = f"loading {args.model}"
     progress(loading, 0, 100)
@@ -124,6 +136,13 @@ def summary(profile: HeadProfile) -> list[list[str]]:
         ["attention mass held", str(measured["mean_attention_mass"])],
         ["pairs of steps left out", str(measured["undefined_pairs"])],
     ]
+
+
+def _documents(path: Path, args: argparse.Namespace) -> list[Document]:
+    found = read_documents(path, limit=args.documents + args.skip, field=args.field)[args.skip :]
+    if not found:
+        raise ValueError(f"--skip={args.skip} leaves no document of {path}")
+    return found
 
 
 def _lists(profiles: dict[int, HeadProfile]) -> dict[str, list[list[int]]]:

@@ -8,7 +8,8 @@ import numpy as np
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles import stability
 from flexijax.profiles.head_profile import HeadProfile
-from flexijax.profiling.settings import Settings
+from flexijax.profiles.lost_mass import most_lost_first, window_mean
+from flexijax.profiling.settings import LOST_MASS, Settings
 from flexijax.profiling.statistics import DocumentRecord, averages, rounded
 
 
@@ -21,26 +22,33 @@ def unstable_count(lm: LanguageModel, settings: Settings) -> int:
 def make_profile(
     lm: LanguageModel, records: Sequence[DocumentRecord], settings: Settings, *, budget: int
 ) -> HeadProfile:
-    """The profile of the records at one budget: a consensus in which every task weighs the same."""
+    """The profile of the records at one budget, in which every task weighs the same.
+
+    By lost mass, unstable are the heads with the greatest mean; by RCO, a consensus of ranks.
+    """
     tasks: dict[str, list[DocumentRecord]] = {}
     for entry in records:
         tasks.setdefault(entry.task, []).append(entry)
     count = unstable_count(lm, settings)
-    windows = {
-        task: [entry.at_budget[budget].instability for entry in entries]
-        for task, entries in tasks.items()
-    }
-    places = {task: stability.consensus(found) for task, found in windows.items()}
+    losses, instability = (
+        {task: [getattr(e.at_budget[budget], name) for e in found] for task, found in tasks.items()}
+        for name in ("lost", "instability")
+    )
+    if settings.unstable_by == LOST_MASS:
+        windows, order = losses, most_lost_first
+    else:
+        windows, order = instability, stability.consensus
+    places = {task: order(found) for task, found in windows.items()}
     lists = {task: stability.least_stable(found, count) for task, found in places.items()}
     matrix = stability.cross_overlap(lists)
     pairs = [matrix[a][b] for a in matrix for b in matrix if a < b]
-    recall = stability.split_half_recall(windows, count=count)
+    recall = stability.split_half_recall(windows, order, count=count)
     at_lag = averages(records, settings, budget=budget).lags
-    rco = np.mean([_nanmean([1 - w for w in found]) for found in windows.values()], axis=0)
     names = ", ".join(f"{task} ({len(entries)})" for task, entries in tasks.items())
     measured = {
         **asdict(settings),
         "documents": {task: len(entries) for task, entries in tasks.items()},
+        "document_indices": {task: [e.index for e in entries] for task, entries in tasks.items()},
         "prompt_tokens": {task: [entry.tokens for entry in found] for task, found in tasks.items()},
         "undefined_pairs": sum(entry.at_budget[budget].undefined for entry in records),
         "unstable_by_task": lists,
@@ -62,12 +70,7 @@ def make_profile(
         budget_pages=budget,
         source=f"measured by flexijax profile on {names}, documents each",
         fingerprint=lm.fingerprint,
-        rco=rounded(rco),
+        rco=rounded(np.mean([1 - window_mean(found) for found in instability.values()], axis=0)),
+        lost_mass=rounded(np.mean([window_mean(found) for found in losses.values()], axis=0)),
         measured=measured,
     )
-
-
-def _nanmean(windows: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over the documents' windows that are defined: float[L, K]."""
-    stacked = np.concatenate(windows)
-    return stacked[np.isfinite(stacked).all(axis=(1, 2))].mean(axis=0)

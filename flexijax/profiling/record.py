@@ -27,12 +27,15 @@ class RecordedChoices(NamedTuple):
         first m of them are the choice at a budget of m pages.
     pages: int32[T], pages of the context at each step (N_t).
     mass: float32[T, L, K, budgets], share of the attention that the choice at each budget holds.
+    stale_mass: float32[T, L, K, budgets], of the same attention what the choice of 16 steps before
+        holds, with the pages begun since, as after a rerank; NaN at the first 16 steps.
     tokens: int32[T + 1], the model's own greedy tokens.
     """
 
     page_ids: np.ndarray
     pages: np.ndarray
     mass: np.ndarray
+    stale_mass: np.ndarray
     tokens: np.ndarray
 
 
@@ -65,22 +68,25 @@ def record(
             progress(done, total)
 
     prompt = read(lm, [program], tokens, progress=report)
-    run, pages, mass, generated = Continuation(lm, program, prompt), [], [], []
+    run, found, generated = Continuation(lm, program, prompt), [], []
     for done in range(_CHUNK_STEPS, steps + 1, _CHUNK_STEPS):
         generated += run.greedy(_CHUNK_STEPS)
-        found: list[Choices] = jax.device_get(
+        layers: list[Choices] = jax.device_get(
             [layer.groups[0].state.head[0] for layer in run.cache.banks[0].layers]
         )
         # [1, K, R, ...] of each layer -> [R, L, K, ...]
-        pages.append(np.stack([of.pages[0].swapaxes(0, 1) for of in found], axis=1))
-        mass.append(np.stack([of.mass[0].swapaxes(0, 1) for of in found], axis=1))
+        found.append(
+            jax.tree.map(lambda *of: np.stack([x[0].swapaxes(0, 1) for x in of], axis=1), *layers)
+        )
         if progress is not None:
             progress(len(tokens) + done, total)
+    chosen: Choices = jax.tree.map(lambda *chunks: np.concatenate(chunks), *found)
     lengths = len(tokens) + 1 + np.arange(steps)
     return RecordedChoices(
-        page_ids=np.concatenate(pages),
+        page_ids=np.asarray(chosen.pages),
         pages=(-(-lengths // page_size)).astype(np.int32),
-        mass=np.concatenate(mass),
+        mass=np.asarray(chosen.mass),
+        stale_mass=np.asarray(chosen.stale_mass),
         tokens=np.array([*generated, run.next_token], np.int32),
     )
 

@@ -30,6 +30,9 @@ class Choices:
 
     pages: jax.Array  # int32[R, n], best first, -1 where there were fewer
     mass: jax.Array  # float32[R, budgets], attention that the choice at each budget holds
+    # float32[R, budgets]: what the choice of R steps before holds with the pages begun since, which
+    # are attended by rule; NaN where there was none.
+    stale_mass: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +67,8 @@ class Recording(Policy):
     def init_state(self, tokens: int) -> PolicyState:
         """`Choices`, and the score's state once there is one: see `Policy`."""
         count = min(self.budgets[-1], tokens // self.page.page_size)
-        nothing = Choices(
-            jnp.full((self.steps, count), -1, jnp.int32),
-            jnp.zeros((self.steps, len(self.budgets)), jnp.float32),
-        )
+        none = jnp.full((self.steps, len(self.budgets)), jnp.nan)
+        nothing = Choices(jnp.full((self.steps, count), -1, jnp.int32), none, none)
         return PolicyState(head=(nothing, self._unfitted()))
 
     def observe(self, state: PolicyState, window: Window, tokens: Tokens) -> PolicyState:
@@ -88,10 +89,19 @@ class Recording(Policy):
         size = self.page.page_size
         ranks = attended_first(ranks, lengths, lengths, page_size=size, sinks=self.sink_pages)[:, 0]
         best, ids = lax.top_k(ranks, choices.pages.shape[1])
-        held = jnp.cumsum(jnp.take_along_axis(per_page, ids, axis=1), axis=1)
-        mass = jnp.stack([held[:, budget - 1] for budget in self.budgets], axis=-1)
         ids = jnp.where(best > -jnp.inf, ids, -1).astype(jnp.int32)
-        return PolicyState(head=(Choices(ids, mass), fitted))
+        page = jnp.arange(per_page.shape[1]) * size
+        begun = page >= (lengths - self.steps)[:, None]
+        stale = self._mass(per_page, choices.pages)
+        stale += jnp.where(begun, per_page, 0.0).sum(axis=1, keepdims=True)
+        stale = jnp.where(choices.pages[:, :1] >= 0, stale, jnp.nan)
+        return PolicyState(head=(Choices(ids, self._mass(per_page, ids), stale), fitted))
+
+    def _mass(self, per_page: jax.Array, ids: jax.Array) -> jax.Array:
+        """float32[R, budgets] of float32[R, P] that the choice int32[R, n] at each budget holds."""
+        each = jnp.take_along_axis(per_page, jnp.maximum(ids, 0), axis=1)
+        held = jnp.cumsum(jnp.where(ids >= 0, each, 0.0), axis=1)
+        return jnp.stack([held[:, budget - 1] for budget in self.budgets], axis=-1)
 
     def _scores(
         self, score: PageScore, window: Window, pages: jax.Array, fitted: Any, lengths: jax.Array

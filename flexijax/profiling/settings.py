@@ -7,6 +7,8 @@ from flexijax.policies.page_scores import SCORES
 # Ranks pages by the attention that they really get.
 MASS = "mass"
 RANKINGS = (*SCORES, MASS)
+# What heads are called unstable by.
+LOST_MASS, RCO = "lost_mass", "rco"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,12 +17,10 @@ class Settings:
 
     page_size: tokens in a page. budgets: pages a head chooses, ascending, several at once. window:
     steps over which a head is called stable or not. fraction: share of all heads to call unstable.
-    steps: decode steps a document, a multiple of 16. max_tokens: longest prompt. score: what ranks
-    the pages, see `record.record`. Raises ValueError naming the field.
-
-    By min/max whatever the run will choose by: of SmolLM2, lists found by "sketch2" agree better
-    between tasks (0.86 against 0.82) and yet serve a run that chooses by "sketch2" worse, a
-    divergence of 0.027 nats from full attention against 0.015 over 30 documents.
+    steps: decode steps a document, a multiple of 16 and at least 32. max_tokens: longest prompt.
+    score: what ranks the pages, see `record.record`. unstable_by: whether those heads are called
+    unstable that lose the most attention by an old choice, "lost_mass", or those that overlap least
+    with it, "rco", as FlexiCache has it. Raises ValueError naming the field.
     """
 
     page_size: int = 16
@@ -29,7 +29,8 @@ class Settings:
     fraction: float = 0.25
     steps: int = 64
     max_tokens: int = 5000
-    score: str = "minmax"
+    score: str = "sketch2"
+    unstable_by: str = LOST_MASS
 
     def __post_init__(self) -> None:
         for name in ("page_size", "window", "steps", "max_tokens"):
@@ -44,12 +45,14 @@ class Settings:
             raise ValueError(f"fraction={self.fraction} must be between 0 and 1")
         if not 2 <= self.window <= self.steps:
             raise ValueError(f"window={self.window} must be 2 .. steps={self.steps}")
-        if self.steps % 16:
-            raise ValueError(f"steps={self.steps} must be a multiple of 16")
+        if self.steps % 16 or self.steps < 32:
+            raise ValueError(f"steps={self.steps} must be a multiple of 16, and at least 32")
         if self.score not in RANKINGS:
             raise ValueError(
                 f"score={self.score!r} must be one of {', '.join(map(repr, RANKINGS))}"
             )
+        if self.unstable_by not in (LOST_MASS, RCO):
+            raise ValueError(f"unstable_by={self.unstable_by!r} must be {LOST_MASS!r} or {RCO!r}")
         if self.max_tokens <= self.budgets[0] * self.page_size:
             raise ValueError(
                 f"max_tokens={self.max_tokens} must be more than the budget of {self.budgets[0]} "

@@ -9,6 +9,7 @@ import numpy as np
 
 from flexijax.profiles import stability
 from flexijax.profiles.averages import Averages
+from flexijax.profiles.lost_mass import window_losses
 from flexijax.profiling.record import RecordedChoices
 from flexijax.profiling.settings import Settings
 
@@ -19,12 +20,14 @@ LAGS = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 class Statistics:
     """What is kept of one document at one budget; NaN where nothing was defined.
 
-    instability: float[windows, L, K]. curve: mean RCO at offset 1, 2, ... from a window's first
-    step, float[window - 1, L, K]. lags: mean RCO at each of `LAGS`, float[lags, L, K]. mass: mean
-    share of the attention in the chosen pages, float[L, K]. undefined: pairs of steps left out.
+    instability, lost: float[windows, L, K], see `profiles.stability` and `profiles.lost_mass`.
+    curve: mean RCO at offset 1, 2, ... from a window's first step, float[window - 1, L, K]. lags:
+    mean RCO at each of `LAGS`, float[lags, L, K]. mass: mean share of the attention in the chosen
+    pages, float[L, K]. undefined: pairs of steps left out.
     """
 
     instability: np.ndarray
+    lost: np.ndarray
     curve: np.ndarray
     lags: np.ndarray
     mass: np.ndarray
@@ -60,6 +63,13 @@ def statistics(recording: RecordedChoices, settings: Settings) -> dict[int, Stat
         curves = stability.window_curves(rco, window=settings.window)
         found[budget] = Statistics(
             instability=np.asarray(stability.instability(curves)),
+            lost=window_losses(
+                recording.mass[..., at],
+                recording.stale_mass[..., at],
+                recording.pages,
+                budget=budget,
+                window=settings.window,
+            ),
             curve=np.asarray(stability.offset_means(curves)),
             lags=np.asarray(stability.lag_means(rco, lags=lags)),
             mass=recording.mass[..., at].mean(axis=0),
