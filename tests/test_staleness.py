@@ -10,19 +10,14 @@ import flexijax
 from flexijax.cli import generate as cli_generate
 from flexijax.cli import main as cli
 from flexijax.policies.flexi import Flexi
-from flexijax.policies.minmax import MinMax
+from flexijax.policies.page_scores import name_of
+from flexijax.profiles import lookup
 from flexijax.profiles.staleness import HeadStability, ProfileFit, expected_rco, profile_fit
 from flexijax.profiling.measure import profile_prompt
 from tests.planted import WORDS, planted_model
 
 PAGE, BUDGET = 4, 8
-# The score that the profiles here are measured with.
-CACHE = flexijax.CacheConfig(
-    policy=Flexi(score=MinMax()),
-    page_size=PAGE,
-    budget_tokens=PAGE * BUDGET,
-    rerank_interval=8,
-)
+CACHE = flexijax.CacheConfig(page_size=PAGE, budget_tokens=PAGE * BUDGET, rerank_interval=8)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +119,16 @@ def test_a_profile_of_other_heads_is_stale_and_says_so(planted):
         assert (rco < 0.5) == ((layer, head) in planted_ones)
 
 
+def test_the_shipped_profile_can_be_compared_at_the_defaults():
+    """Expectations hold for one page size, budget and score: else there is never a warning."""
+    cache, profile = flexijax.CacheConfig(), lookup.load("smollm2-135m")
+    assert (profile.page_size, profile.budget_pages) == (cache.page_size, cache.budget_pages)
+    policy = cache.find_policy()
+    assert isinstance(policy, Flexi)
+    assert profile.measured["score"] == name_of(policy.score)
+    assert expected_rco(profile, 0, 0, cache.chunk_steps) is not None
+
+
 def test_too_few_reranks_say_nothing(planted):
     lm, _, wrong = planted
     assert run(lm, wrong, max_new_tokens=20).metrics.profile_fit is None
@@ -154,16 +159,7 @@ def test_the_command_line_warns_in_one_line(planted, monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(cli_generate, "load", lambda *_, **__: lm)
     text = " ".join(WORDS[token] for token in prompt_of(200, 1))
     command = ["generate", "--model", "planted", "--prompt", text, "--max-new-tokens", "60"]
-    command += [
-        "--page-size",
-        "4",
-        "--budget-tokens",
-        "32",
-        "--rerank-interval",
-        "8",
-        "--score",
-        "minmax",
-    ]
+    command += ["--page-size", "4", "--budget-tokens", "32", "--rerank-interval", "8"]
     assert cli.main([*command, "--profile", str(tmp_path / "wrong.json")]) == 0
     out, err = capsys.readouterr()
     assert [line for line in err.splitlines() if line.startswith("warning: ")] != []
