@@ -78,6 +78,7 @@ def _settings(measured: Mapping[str, object]) -> str:
         "steps": "decode steps a document",
         "window": "steps a window",
         "score": "page score",
+        "unstable_by": "called unstable by",
         "fraction": "share called unstable",
         "undefined_pairs": "pairs of steps without a choice, left out",
         "mean_attention_mass": "attention held by the chosen pages, mean",
