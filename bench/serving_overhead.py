@@ -1,16 +1,24 @@
 """What the server adds to a decode step: `python -m bench.serving_overhead`.
 
-Rows of the same prompt decode in `flexijax.Engine` by itself; through `flexijax serve`'s own
-classes, with a client in another process that streams each of them; and by itself again, beside a
-process that takes as much processor time at each boundary as the client did. Rounds take turns, and
-times are medians of sixteen steps, since a shared machine is slow for seconds at a time. What the
-server costs is the second against the third: a client on another machine takes nothing here. Also
-reported is the processor time of the event loop for each decode step. No number is shown unless all
-tokens are the same.
+Rows of one prompt decode behind `flexijax serve`'s own classes, with a client in another process
+that streams each of them. Chunks of sixteen steps take turns within one decode, since a shared
+machine is slow for seconds at a time:
+
+- served: what comes at each boundary is handed to the event loop, and streamed;
+- held: the same engine, thread and connections, but what comes is held back;
+- beside: as held, beside a process that takes at each boundary the processor time that the client
+  took for one.
+
+What was held back goes out with what the next served chunk begins with, so all of the server's work
+is timed. Served chunks are compared to the others of their own turns, and the medians of those
+ratios are shown with their 95 % interval: to held, and to beside, since a client on another machine
+takes nothing here. Also shown is the processor time of the event loop for a step. There are no
+numbers unless all tokens are those that the engine makes by itself.
 """
 
 import argparse
 import contextlib
+import gc
 import multiprocessing
 import sys
 import threading
@@ -22,63 +30,22 @@ from typing import Any
 
 import flexijax
 from bench import results
+from bench.step_turns import CHUNK, HELD, ORDERS, Turns, ratio
 from bench.timing import median, table
 from flexijax.cli.terminal import return_freed_memory, use_compilation_cache
 
 COLUMNS = (
-    *("policy", "rows", "step_ms", "beside_step_ms", "served_step_ms", "loop_ms", "client_ms"),
-    *("loop_share", "server_slower", "client_slower"),
+    *("policy", "rows", "turns", "held_ms", "beside_ms", "served_ms"),
+    *("to_held", "to_held_from", "to_held_to", "to_beside", "to_beside_from", "to_beside_to"),
+    *("loop_ms", "loop_share", "client_ms"),
 )
-# Steps from one rerank of a row to the next.
-CHUNK = 16
 
 
-class Watched:
-    """Notes when each call of `engine.step` ends, whoever calls it, and how many tokens it made."""
-
-    def __init__(self, engine: flexijax.Engine, at_boundary: Callable[[], object]) -> None:
-        self._engine, self._at_boundary = engine, at_boundary
-        self._step = engine.step
-        self._ends: list[tuple[float, int]] = []
-        engine.step = self.step
-
-    def step(self) -> bool:
-        """`Engine.step`."""
-        left = self._step()
-        self._at_boundary()
-        self._ends.append((time.perf_counter(), self._engine.totals.new_tokens))
-        return left
-
-    def close(self, rows: int, chunk: int) -> list[float]:
-        """Milliseconds a step of every chunk of so many steps in which all rows ran.
-
-        A chunk, since what comes at its end, such as a rerank, is in each of them once.
-        """
-        self._engine.step = self._step
-        steps, found, together = self._engine.boundary_steps, [], []
-        for (before, made), (after, in_all) in zip(self._ends, self._ends[1:], strict=False):
-            together = [*together, after - before] if in_all - made == rows * steps else []
-            if len(together) * steps == chunk:
-                found.append(1e3 * sum(together) / chunk)
-                together = []
-        return found
-
-
-def alone(
-    engine: flexijax.Engine,
-    prompt: list[int],
-    rows: int,
-    new: int,
-    at_boundary: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
-    """step_ms: milliseconds a step while all rows run, of each chunk; tokens: of each row."""
+def alone(engine: flexijax.Engine, prompt: list[int], rows: int, new: int) -> list[list[int]]:
+    """The tokens of each row, without a server."""
     sampling = flexijax.Sampling(ignore_eos=True)
-    watched = Watched(engine, at_boundary)
     streams = [engine.submit(prompt, max_new_tokens=new, sampling=sampling) for _ in range(rows)]
-    while engine.step():
-        pass
-    tokens = [list(stream.result().token_ids) for stream in streams]
-    return {"step_ms": watched.close(rows, CHUNK), "tokens": tokens}
+    return [[token.id for token in stream.tokens] for stream in streams if stream.result()]
 
 
 def busy(boundaries: Connection) -> None:
@@ -92,14 +59,14 @@ def busy(boundaries: Connection) -> None:
 
 
 @contextlib.contextmanager
-def beside(seconds: float) -> Iterator[Callable[[], object]]:
+def beside() -> Iterator[Callable[[float], object]]:
     """What has another process take so many seconds of processor time, without waiting for it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=busy, args=(theirs,))
     process.start()
     theirs.close()
-    yield lambda: ours.send(seconds)
+    yield ours.send
     ours.close()
     process.join()
 
@@ -107,7 +74,7 @@ def beside(seconds: float) -> Iterator[Callable[[], object]]:
 def client(url: str, prompt: list[int], rows: int, new: int, answers: Any) -> None:
     """Streams all rows at once; in a process of its own, so that its time is not the server's.
 
-    Answers with the tokens, and seconds of processor time for each event of every row.
+    Answers with the tokens, and seconds of processor time for an event of every row.
     """
     import asyncio
 
@@ -146,10 +113,13 @@ class Served:
         from flexijax.server.serving import Server, Transport, bind
 
         socket = bind("127.0.0.1", 0)
-        self.engine = engine
-        self.server = Server(Service(lm, engine, Settings(names=("m",))), Transport())
+        self.engine, self.service = engine, Service(lm, engine, Settings(names=("m",)))
+        self.server = Server(self.service, Transport())
         self.thread = threading.Thread(target=self.server.run, args=([socket],))
         self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+        # As flexijax serve does.
+        gc.collect()
+        gc.freeze()
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)
@@ -158,32 +128,73 @@ class Served:
         """Waits for its end."""
         self.server.end()
         self.thread.join()
+        gc.unfreeze()
 
     def cpu_s(self) -> float:
         """Processor seconds of the event loop's thread."""
         assert self.thread.ident is not None
         return time.clock_gettime(time.pthread_getcpuclockid(self.thread.ident))
 
-    def measure(self, prompt: list[int], rows: int, new: int) -> dict[str, Any]:
-        """As `alone`, and the milliseconds of the loop and of the client for each step."""
-        context, watched = multiprocessing.get_context("spawn"), Watched(self.engine, lambda: None)
-        answers, totals = context.Queue(), self.engine.totals
+    def answer(self, prompt: list[int], rows: int, new: int) -> tuple[list[list[int]], float]:
+        """The client's tokens, and its seconds for an event of every row."""
+        context = multiprocessing.get_context("spawn")
+        answers = context.Queue()
         process = context.Process(target=client, args=(self.url, prompt, rows, new, answers))
-        read = totals.prompt_tokens
         process.start()
-        # Nothing here may hold up the engine.
-        while totals.prompt_tokens < read + rows * len(prompt):
-            time.sleep(0.01)
-        began, loop = totals.new_tokens, self.cpu_s()
-        tokens, boundary_s = answers.get()
-        steps = (totals.new_tokens - began) / rows
+        found = answers.get()
         process.join()
+        return found
+
+    def measure(
+        self,
+        prompt: list[int],
+        rows: int,
+        new: int,
+        *,
+        client_s: float = 0.0,
+        near: Callable[[float], object] = lambda _: None,
+    ) -> dict[str, Any]:
+        """All turns of one decode; milliseconds of the loop for a served step; tokens.
+
+        near: called with client_s at each boundary of the chunks beside the client.
+        """
+        loop_s, steps, before = 0.0, 0, ("", 0.0)
+
+        def boundary(kind: str) -> None:
+            nonlocal loop_s, steps, before
+            last, before = before, (kind, self.cpu_s())
+            if last[0] == "served":
+                loop_s += before[1] - last[1]
+                steps += self.engine.boundary_steps
+            if kind == "beside":
+                near(client_s)
+
+        thread = self.service.thread
+        turns, deliver = Turns(self.engine, rows, boundary), thread.deliver
+        thread.deliver = lambda: None if turns.kind in HELD else deliver()
+        try:
+            tokens, client_s = self.answer(prompt, rows, new)
+        finally:
+            turns.close()
+            thread.deliver = deliver
         return {
-            "step_ms": watched.close(rows, CHUNK),
-            "loop_ms": 1e3 * (self.cpu_s() - loop) / steps,
-            "client_ms": 1e3 * boundary_s / self.engine.boundary_steps,
+            "turns": turns.found,
+            "loop_ms": 1e3 * loop_s / max(steps, 1),
+            "client_s": client_s,
             "tokens": tokens,
         }
+
+
+def row_of(runs: Sequence[dict[str, Any]], boundary_steps: int) -> dict[str, Any]:
+    """What is shown of all decodes of a policy."""
+    turns = [turn for run in runs for turn in run["turns"]]
+    row: dict[str, Any] = {"turns": len(turns)}
+    row |= {f"{kind}_ms": median(turn[kind] for turn in turns) for kind in ORDERS[0]}
+    row |= ratio(turns, "held") | ratio(turns, "beside")
+    row["loop_ms"] = median(run["loop_ms"] for run in runs)
+    row["loop_share"] = row["loop_ms"] / row["held_ms"]
+    row["client_ms"] = median(1e3 * run["client_s"] / boundary_steps for run in runs)
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -195,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompt = (lm.tokenizer.encode("The quick brown fox jumps over the lazy dog. ") * 1000)[
         : args.prompt_tokens
     ]
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
     for policy in args.policies:
         engine = flexijax.Engine(
             lm,
@@ -206,32 +217,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             prefill_first=True,
         )
         engine.compile(flexijax.Sampling(temperature=1.0))  # as the server does
-        ask = (prompt, args.rows, args.new_tokens)
-        plain, through, crowded = [], [], []
-        for turn in range(args.rounds):
-            plain.append(alone(engine, *ask))
-            served = Served(lm, engine)
-            through.append(served.measure(*ask))
-            served.close()
-            boundary_ms = through[-1]["client_ms"] * engine.boundary_steps
-            with beside(boundary_ms / 1e3) as at_boundary:
-                crowded.append(alone(engine, *ask, at_boundary))
-            found = [of[-1]["tokens"] for of in (plain, through, crowded)]
-            if not found[0] == found[1] == found[2]:
-                print("tokens differ: nothing is reported", file=sys.stderr)
-                return 1
-            steps = [median(of[-1]["step_ms"]) for of in (plain, crowded, through)]
-            print(f"{policy}, round {turn + 1}: {steps} ms", file=sys.stderr, flush=True)
-        step, near, served_step = (
-            median(ms for one in of for ms in one["step_ms"]) for of in (plain, crowded, through)
-        )
-        loop, clients = (median(one[of] for one in through) for of in ("loop_ms", "client_ms"))
-        row = {"policy": policy, "rows": args.rows, "step_ms": step, "served_step_ms": served_step}
-        row |= {"beside_step_ms": near, "loop_ms": loop, "client_ms": clients}
-        row |= {"loop_share": loop / step, "server_slower": served_step / near}
-        rows.append(row | {"client_slower": near / step})
-    print(table(rows, COLUMNS))
-    results.write(args.json, "serving_overhead", args, rows=rows)
+        expected = alone(engine, prompt, args.rows, args.new_tokens)
+        served, runs = Served(lm, engine), []
+        with contextlib.closing(served), beside() as near:
+            client_s = served.measure(prompt, args.rows, 2 * CHUNK)["client_s"]
+            for turn in range(args.rounds):
+                ask = (prompt, args.rows, args.new_tokens)
+                runs.append(served.measure(*ask, client_s=client_s, near=near))
+                if runs[-1]["tokens"] != expected:
+                    print("tokens differ: nothing is reported", file=sys.stderr)
+                    return 1
+                rows[policy] = {"policy": policy, "rows": args.rows}
+                rows[policy] |= row_of(runs, engine.boundary_steps)
+                found = [rows[policy][name] for name in ("to_held", "to_beside", "turns")]
+                print(f"{policy}, round {turn + 1}: {found}", file=sys.stderr, flush=True)
+                results.write(args.json, "serving_overhead", args, rows=list(rows.values()))
+    print(table(list(rows.values()), COLUMNS))
     return 0
 
 
@@ -241,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--policies", nargs="+", default=["full", "flexi"])
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=400)
     parser.add_argument("--max-context", type=int, help="of the engine (what they take)")
     parser.add_argument("--rounds", type=int, default=3)
     return parser

@@ -12,6 +12,7 @@ from bench import serving as bench
 from bench import serving_overhead as overhead
 from bench.harness import data
 from bench.harness.tasks import scores
+from bench.step_turns import ORDERS, Turns, ratio
 from tests.server_kit import SIMPLE, engine_of, served_model, serving
 
 PROMPTS = [[7, 20, 31, at] for at in range(6)]
@@ -92,7 +93,7 @@ def test_wrong_answers_are_faults():
     assert right.tpot_s == 0.25
 
 
-def test_only_chunks_in_which_all_rows_run_are_timed(monkeypatch):
+def test_chunks_take_turns_while_all_rows_run(monkeypatch):
     """Boundaries of 4 steps for 2 rows; the clock says how long each took, in seconds."""
 
     class Fake:
@@ -105,15 +106,60 @@ def test_only_chunks_in_which_all_rows_run_are_timed(monkeypatch):
             self.totals.new_tokens += made
             return bool(left)
 
-    # Read, one row alone, all of them, one that waits, all of them, the last one alone.
-    left = [(9, 1), (5, 4), *[(0.1, 8)] * 8, (7, 4), *[(0.2, 8)] * 5, (3, 4)]
-    clock, engine, boundaries = [0.0], Fake(), []
+    # Read, one row alone, a boundary after which all run, three chunks and what is none, two
+    # chunks that one row breaks off, the same again, the end of both.
+    whole = [(seconds, 8) for seconds in (0.1, 0.2, 0.4) for _ in range(4)]
+    left = [(9, 1), (5, 4), (3, 8), *whole, (0.7, 8), (7, 4), (3, 8), *whole[:9], (7, 4)]
+    left += [(3, 8), *whole, (0.3, 8), (3, 8)]
+    clock, engine, kinds = [0.0], Fake(), []
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    watched = overhead.Watched(engine, lambda: boundaries.append(clock[0]))
+    turns = Turns(engine, 2, kinds.append)
     while engine.step():
         pass
-    assert watched.close(rows=2, chunk=16) == pytest.approx([25.0, 25.0, 50.0])
-    assert len(boundaries) == 17 and engine.step.__self__ is engine
+    turns.close()
+    first, second, third = ORDERS[:2], ORDERS[0], ORDERS[1]
+    assert turns.found == [
+        pytest.approx(dict(zip(order, (25.0, 50.0, 100.0), strict=True))) for order in first
+    ]
+
+    def told(order):
+        return [kind for kind in order for _ in range(4)]
+
+    assert kinds == [
+        *("", ""),
+        *told(second),
+        *(third[0], third[0], ""),
+        *told(third)[:10],
+        "",
+        *told(third),
+        *(ORDERS[2][0], ORDERS[2][0], ""),
+    ]
+    assert engine.step.__self__ is engine
+
+
+def test_the_interval_of_a_median():
+    """Of 64 ratios: 8 away from the middle, where a binomial of 64 has 1.96 deviations."""
+    turns = [{"served": 100 + at, "held": 100.0, "beside": 200.0} for at in range(64)]
+    np.random.default_rng(0).shuffle(turns)
+    expected = {"to_held": 1.315, "to_held_from": 1.23, "to_held_to": 1.40}
+    assert ratio(turns, "held") == pytest.approx(expected)
+    assert ratio(turns[:1], "beside")["to_beside_from"] == turns[0]["served"] / 200
+
+
+def test_a_client_gets_all_that_was_held_back():
+    lm = served_model()
+    engine = engine_of(lm, cache=SIMPLE)
+    new = 12 + 3 * overhead.CHUNK
+    expected = overhead.alone(engine, PROMPTS[0], 2, new)
+    assert len(expected) == 2 and len(expected[0]) == new
+    near = []
+    with contextlib.closing(overhead.Served(lm, engine)) as served:
+        found = served.measure(PROMPTS[0], 2, new, client_s=1.5, near=near.append)
+    assert found["tokens"] == expected
+    assert near == [1.5] * (overhead.CHUNK // engine.boundary_steps)
+    [turn] = found["turns"]
+    assert sorted(turn) == ["beside", "held", "served"] and min(turn.values()) > 0
+    assert 0 < found["loop_ms"] and 0 < found["client_s"]
 
 
 def test_a_needle_is_in_its_haystack_once(tmp_path):

@@ -98,7 +98,7 @@ class EngineThread:
                 while left and not self._stopping:
                     self._answer_calls()
                     left = self.engine.step()
-                    self._deliver()
+                    self.deliver()
         except BaseException as error:  # whatever it was, nobody may wait for this thread
             self.error = error
             self._fail_all(error)
@@ -113,7 +113,7 @@ class EngineThread:
             except Exception as error:
                 future.set_exception(error)
 
-    def _deliver(self) -> None:
+    def deliver(self) -> None:
         """Hands on what has come since the last time; one call of the loop for all of it."""
         while self._new:
             self._following.append(self._new.popleft())
