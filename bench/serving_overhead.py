@@ -120,6 +120,7 @@ class Served:
         # As flexijax serve does.
         gc.collect()
         gc.freeze()
+        gc.collect()
         self.thread.start()
         while not self.server.started:
             time.sleep(0.01)

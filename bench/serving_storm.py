@@ -30,7 +30,7 @@ from bench.storm_wire import Asked, Wire, content_of
 from bench.timing import table
 
 COLUMNS = (
-    *("when", "rss_mb", "peak_mb", "files", "threads", "idle_share", "answers", "faults"),
+    *("when", "rss_mb", "peak_mb", "files", "threads", "idle_share", "answers", "texts", "faults"),
     "slowest_health_s",
 )
 # What rounds after the first may add to the memory; of a core, what a server may take that has
@@ -105,6 +105,7 @@ async def storm(
     await asyncio.gather(*tasks, return_exceptions=True)
     return {
         "answers": sum(crowd.seen.values()),
+        "texts": sum(count for name, count in crowd.seen.items() if ": 200" in name),
         "faults": len(crowd.faults),
         "slowest_health_s": slowest,
         "peak_mb": peak,

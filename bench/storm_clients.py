@@ -36,7 +36,7 @@ class Client:
                 found = await answered(wire, asked)
                 if found != "200":
                     break
-        return await self._rested(found)
+        return await self._rested(found, wire.wait_s)
 
     async def stream(self) -> str:
         """A stream that is read as it comes."""
@@ -44,7 +44,7 @@ class Client:
             asked = self.draw.choice(self.asked)
             await wire.send(asked.raw(stream=True))
             found = await answered(wire, asked)
-        return await self._rested(found)
+        return await self._rested(found, wire.wait_s)
 
     async def stalled(self) -> str:
         """A stream whose reader stops reading after the first event, and goes on much later."""
@@ -53,7 +53,7 @@ class Client:
             logprobs = True if "messages" in asked.body else 0
             await wire.send(asked.raw(stream=True, logprobs=logprobs))
             found = await answered(wire, asked, pause=self._while())
-        return await self._rested(found)
+        return await self._rested(found, wire.wait_s)
 
     async def unread(self) -> str:
         """An answer of megabytes, more than the system keeps, of which nothing is read."""
@@ -83,7 +83,7 @@ class Client:
             if self.draw.random() < 0.3:
                 return "left"
             await wire.send(whole[cut:])
-            return await self._rested(await answered(wire, asked))
+            return await self._rested(await answered(wire, asked), wire.wait_s)
 
     async def malformed(self) -> str:
         """Something that is no request that this server knows."""
@@ -140,17 +140,18 @@ class Client:
             status, headers, body = await wire.whole()
         if status < 400:
             raise Fault(f"{raw[:300]!r} was answered with {status}")
-        return await self._rested(told(status, headers, body))
+        return await self._rested(told(status, headers, body), wire.wait_s)
 
-    async def _rested(self, found: str) -> str:
-        """After a pause: nobody asks again at once, and later where there was no room."""
-        least = min(4.0, self.stall_s) if " 429 " in f" {found} " else 0.5
-        await asyncio.sleep(self.draw.uniform(least, 2 * least))
+    async def _rested(self, found: str, wait_s: float = 0.0) -> str:
+        """After a pause, as long as the server said or somewhat less: nobody asks again at once."""
+        await asyncio.sleep(self.draw.uniform(0.5, 1) * min(max(wait_s, 1), self._left()))
         return found
 
     def _while(self) -> float:
-        left = max(self.until - time.monotonic(), 0.1)
-        return min(self.draw.uniform(0.2, 1) * self.stall_s, left)
+        return min(self.draw.uniform(0.2, 1) * self.stall_s, self._left())
+
+    def _left(self) -> float:
+        return max(self.until - time.monotonic(), 0.1)
 
 
 # Of a hundred connections, how many are of each kind.

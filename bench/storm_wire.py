@@ -45,10 +45,11 @@ def post(path: str, content: bytes, kind: str = "application/json") -> bytes:
 
 
 class Wire:
-    """One connection of HTTP/1.1."""
+    """One connection of HTTP/1.1. wait_s: seconds after which the last answer said to ask again."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self.writer = reader, writer
+        self.wait_s = 0.0
 
     @classmethod
     async def open(cls, url: str) -> Wire:
@@ -79,7 +80,10 @@ class Wire:
         """Status and headers of the next answer."""
         lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         pairs = (line.partition(":") for line in lines[1:] if line)
-        return int(lines[0].split()[1]), {name.lower(): text.strip() for name, _, text in pairs}
+        headers = {name.lower(): text.strip() for name, _, text in pairs}
+        wait = headers.get("retry-after", "")
+        self.wait_s = float(wait) if wait.isdigit() else 0.0
+        return int(lines[0].split()[1]), headers
 
     async def parts(self, headers: dict[str, str]) -> AsyncIterator[bytes]:
         """The body as it comes."""

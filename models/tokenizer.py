@@ -22,6 +22,8 @@ from flexijax.models.text_stream import TextStream, text_stream
 
 _JINJA = "chat_template.jinja"
 _MORE_TEMPLATES = "additional_chat_templates"
+# Letters of a text from which on other threads may run while it is encoded.
+_LONG = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +71,18 @@ class Tokenizer:
             raise ValueError(f"text is not Unicode: {error.reason} at {error.start}") from error
         add = not isinstance(text, chat_template.ChatPrompt)
         with failing_as("text cannot be encoded"):
-            ids = self.backend.encode(text, add_special_tokens=add).ids
+            ids = self._encoded(text, add)
         if add and self.add_bos and ids[:2] == 2 * self._ends[0]:
             return ids[1:]  # the text spells it too
         return ids
+
+    def _encoded(self, text: str, add: bool) -> list[int]:
+        # One text keeps the interpreter to itself, seconds of megabytes; a batch does not. A batch
+        # has `tokenizers` warn in a process that is forked later, so short texts go alone.
+        if len(text) < _LONG:
+            return self.backend.encode(text, add_special_tokens=add).ids
+        [found] = self.backend.encode_batch_fast([text], add_special_tokens=add)
+        return found.ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens left out, broken UTF-8 as U+FFFD."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import threading
 import warnings
 
 import pytest
@@ -62,6 +63,28 @@ def test_what_is_no_unicode_is_refused():
     """Bytes of a command line that are not UTF-8 come as lone surrogates."""
     with pytest.raises(ValueError, match="text is not Unicode: surrogates not allowed at 2"):
         byte_tokenizer().encode("a \udcff")
+
+
+def test_others_run_while_a_long_text_is_encoded():
+    words = byte_tokenizer()
+    text = "the <s>é " * 60_000
+    ticks, done = [0], threading.Event()
+
+    def tick():
+        while not done.wait(0.001):
+            ticks[0] += 1
+
+    other = threading.Thread(target=tick)
+    other.start()
+    before = ticks[0]
+    ids = words.encode(text)
+    during = ticks[0] - before
+    done.set()
+    other.join()
+    assert during > 10
+    assert ids == words.backend.encode(text).ids
+    short = text[: len(text) // 60]
+    assert ids[: len(words.encode(short))] == words.encode(short)
 
 
 def test_a_chat_becomes_the_prompt_of_its_template():

@@ -181,6 +181,8 @@ def run(args: argparse.Namespace) -> int:
         # every thread, and comes so seldom that much waits for it.
         gc.collect()
         gc.freeze()
+        # Else the next one waits until a quarter as much as that has come.
+        gc.collect()
         Server(Service(lm, engine, settings), transport).run([socket])
     if args.json is not None:
         write_json(args.json, {"totals": engine.totals, "environment": environment()})

@@ -23,7 +23,7 @@ logger = logging.getLogger("flexijax.server")
 
 # From the first byte of a request to the end of its head; for responses to be written at the end. A
 # client that takes nothing of its answer for so long is gone.
-_HEAD_S, _CLOSING_S, _SEND_S = 30.0, 5, 120.0
+_HEAD_S, _CLOSING_S, _SEND_S = 30.0, 2, 120.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
