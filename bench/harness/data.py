@@ -18,7 +18,8 @@ _WORDS_A_TOKEN = 0.8
 def needles(count: int, tokens: int, *, seed: int) -> Iterator[dict[str, Any]]:
     """Documents of about so many tokens, in each a number that is asked for.
 
-    The number stands at evenly spread depths. choices: it among others that stand nowhere.
+    The number stands at evenly spread depths. begin: of a sentence that it ends. choices: it among
+    others that stand nowhere.
     """
     draw = random.Random(seed)
     for at in range(count):
@@ -31,14 +32,15 @@ def needles(count: int, tokens: int, *, seed: int) -> Iterator[dict[str, Any]]:
                 f"On day {day} {who} {draw.choice(_DEEDS)} near the {draw.choice(_PLACES)}."
             )
         depth = at / max(count - 1, 1)
-        needle = f"The secret number of {name} at the {place} is {number}."
-        lines.insert(round(depth * len(lines)), needle)
+        begin = f"The secret number of {name} at the {place} is"
+        lines.insert(round(depth * len(lines)), f"{begin} {number}.")
         question = f"What is the secret number of {name} at the {place}?"
         choices = [number, *(str(draw.randrange(10_000, 100_000)) for _ in range(3))]
         draw.shuffle(choices)
         yield {
             "input": " ".join(lines),
             "question": question,
+            "begin": begin,
             "answer": number,
             "choices": choices,
             "depth": depth,
