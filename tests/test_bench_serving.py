@@ -168,6 +168,7 @@ def test_a_needle_is_in_its_haystack_once(tmp_path):
     made = [json.loads(line) for line in path.read_text().splitlines()]
     for one in made:
         assert one["input"].count(one["answer"]) == 1
+        assert one["input"].count(f"{one['begin']} {one['answer']}.") == 1
         assert 200 < len(one["input"].split()) < 300
         assert sum(choice in one["input"] for choice in one["choices"]) == 1
         assert one["answer"] in one["choices"] and len(set(one["choices"])) == 4
