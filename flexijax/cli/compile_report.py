@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,7 +16,13 @@ from flexijax.aot.footprint import assumed_profile, shipped_profile
 from flexijax.aot.sweep import default_contexts, draw, sweep
 from flexijax.cli.cache_options import add_cache_options, cache_config
 from flexijax.cli.compile_text import as_json, sweep_table, text
-from flexijax.cli.terminal import Progress, check_writable, write_json
+from flexijax.cli.terminal import (
+    Progress,
+    check_writable,
+    command_line,
+    environment,
+    write_json,
+)
 from flexijax.models import presets
 from flexijax.profiles import lookup
 
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.quiet:
             print(text(report))
         if args.json is not None:
-            write_json(args.json, {"report": as_json(report)})
+            write_json(args.json, {**_made_by(), "report": as_json(report)})
         return 0
     contexts = sorted(set(args.sweep)) or default_contexts(config.max_context)
     points = sweep(config, contexts, **common)
@@ -111,6 +118,11 @@ def run(args: argparse.Namespace) -> int:
         if not args.quiet:
             print(f"\n{text(reports[-1])}")
     if args.json is not None:
-        content = {"counted": [dataclasses.asdict(point) for point in points]}
+        content = {**_made_by(), "counted": [dataclasses.asdict(point) for point in points]}
         write_json(args.json, {**content, "compiled": [as_json(report) for report in reports]})
     return 0
+
+
+def _made_by() -> dict[str, Any]:
+    """What a file of counts needs to be made again."""
+    return {"command": command_line("flexijax"), "environment": environment()}

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,11 @@ def check_writable(path: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes content as standard JSON: dataclasses as objects, NaN and infinities as null."""
     path.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
+
+
+def command_line(program: str) -> str:
+    """How this process was started, with files named without their folders."""
+    return shlex.join([*program.split(), *(one.rpartition("/")[2] for one in sys.argv[1:])])
 
 
 def environment() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -50,6 +51,19 @@ class InFlight:
             if ends and is_due(rule, steps, prompt=prompt, before=before):
                 return False
         return True
+
+
+def take_part(
+    program: Program, running: Iterable[Sequence], rows: Collection[int] | None
+) -> tuple[list[Sequence], list[Sequence]]:
+    """The requests of these rows that go on, and those of them whose chunk ends with that.
+
+    rows: None for all. Counts the coming steps of each.
+    """
+    found = [of for of in running if of.active and (rows is None or of.row in rows)]
+    for sequence in found:
+        sequence.chunk_steps = (sequence.chunk_steps + program.steps) % program.chunk_steps
+    return found, [of for of in found if not of.chunk_steps]
 
 
 def banks_of(program: Program, rows: set[int]) -> list[int]:

@@ -23,7 +23,7 @@ from flexijax.engine.execute import (
     run_refit,
 )
 from flexijax.engine.first_token import FirstToken, first_token
-from flexijax.engine.in_flight import InFlight, banks_of, rows_of
+from flexijax.engine.in_flight import InFlight, banks_of, rows_of, take_part
 from flexijax.engine.inventory import decode_calls
 from flexijax.engine.prefiller import Prefiller, PrefillResult
 from flexijax.engine.program import Program, Progress, Runner
@@ -209,17 +209,12 @@ class ModelRunner:
         """
         started, before = self._clock(), self.in_flight[-1] if self.in_flight else None
         assert self.cache is not None, "nothing has been admitted"
-        took_part = [
-            of for of in self.running.values() if of.active and (rows is None or of.row in rows)
-        ]
+        took_part, due = take_part(self.program, self.running.values(), rows)
         banks = banks_of(self.program, {of.row for of in took_part})
         numbers, ends = rows_of(self.program, banks), np.zeros_like(self._batch.active)
         self._batch.active[:] = False
-        for sequence in took_part:
-            self._batch.active[sequence.row] = True
-            sequence.chunk_steps += self.program.steps
-            if sequence.chunk_steps == self.program.chunk_steps:
-                ends[sequence.row], sequence.chunk_steps = True, 0
+        self._batch.active[[of.row for of in took_part]] = True
+        ends[[of.row for of in due]] = True
         if before is None:
             batch = platform.put(jax.tree.map(lambda leaf: leaf[numbers], self._batch))
         else:

@@ -14,7 +14,7 @@ from flexijax.config import CacheConfig
 from flexijax.engine.byte_counts import byte_count, in_words
 from flexijax.engine.mesh import over_mesh, sharing_host, weight_bytes
 from flexijax.engine.plan import find_profile, make_layout, token_bytes
-from flexijax.engine.pool_sizes import TierBytes, pool_sizes
+from flexijax.engine.pool_sizes import PoolSizes, TierBytes, pool_sizes
 from flexijax.engine.program import Program
 from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
@@ -36,6 +36,38 @@ def make_engine_program(
 
     Raises ValueError with the arithmetic where not even one request fits the budgets, or the
     machine has less than them.
+    """
+    made, sizes = sized_program(
+        lm,
+        cache,
+        max_context=max_context,
+        max_requests=max_requests,
+        usual_context=usual_context,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        boundary_steps=boundary_steps,
+        mesh=mesh,
+    )
+    device = sizes.device_bytes + weight_bytes(lm, made)
+    _check_there_is(device, sizes.host_bytes, sharing_host(made))
+    return made
+
+
+def sized_program(
+    lm: LanguageModel,
+    cache: CacheConfig,
+    *,
+    max_context: int,
+    max_requests: int,
+    usual_context: int | None,
+    device_bytes: int | str | None,
+    host_bytes: int | str | None,
+    boundary_steps: int,
+    mesh: Mesh | None = None,
+) -> tuple[Program, PoolSizes]:
+    """The same for whatever machine has the budgets, and what its cache takes of them.
+
+    lm: its weights may be shapes. Raises ValueError where not even one request fits the budgets.
     """
     profile = find_profile(lm, cache) if cache.find_policy().needs_profile else None
     make_whole = functools.partial(
@@ -82,10 +114,7 @@ def make_engine_program(
         usual_context=usual_context,
         page_size=cache.page_size,
     )
-    made = make(batch=sizes.rows, blocks=min(sizes.blocks, sizes.rows * pages))
-    device_bytes = sizes.device_bytes + weight_bytes(lm, made)
-    _check_there_is(device_bytes, sizes.host_bytes, sharing_host(made))
-    return made
+    return make(batch=sizes.rows, blocks=min(sizes.blocks, sizes.rows * pages)), sizes
 
 
 def tier_bytes(

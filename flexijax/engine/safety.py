@@ -33,8 +33,11 @@ class BlockLedger:
         for request in waiting:
             times.update(request.cached)
         # Blocks that have or may get several holders, who are kept by block; others are counted.
-        wanted = {block for request in waiting for block in request.cached}
-        shared = wanted.union(block for block, held in times.items() if held > 1)
+        shared = {block for request in waiting for block in request.cached}
+        held = [*(of.blocks for of in admitted), *(of.cached for of in waiting)]
+        # Where nobody shares, none of what may be a hundred thousand is looked at.
+        if sum(map(len, held)) > len(times):
+            shared.update(block for block, holders in times.items() if holders > 1)
         self._holders: dict[int, set[int]] = {block: set() for block in shared}
         self._alone: dict[int, int] = {}
         self._needs: dict[int, int] = {}
