@@ -81,7 +81,7 @@ def evaluate(
         if isinstance(document, Document):
             task, index = document.task, document.index
         shared = run.key_of_answer(prompt)
-        keys = {name: [*shared, *_key_of_program(programs[name])] for name in configs}
+        keys = {name: [*shared, *key_of_program(programs[name])] for name in configs}
         missing = [name for name, key in keys.items() if known.get(*key) is None]
         if missing and known.get(*shared) != NO_ANSWER:
             values = None
@@ -114,7 +114,7 @@ class _Run:
         """Everything that its logits depend on, and where its answers end."""
         lm, spec = self.lm, repr(self.full.prefill_spec())
         code = [VERSION, jax.__version__, jax.default_backend()]
-        model = [lm.name, lm.fingerprint, str(lm.dtype), _digest(lm.params)]
+        model = [lm.name, lm.fingerprint, str(lm.dtype), digest_of_weights(lm.params)]
         return [*code, *model, sorted(lm.end_ids), spec]
 
     def key_of_answer(self, prompt: Sequence[int]) -> list[Any]:
@@ -152,7 +152,7 @@ class _Run:
             progress(f"comparing on {label}", len(names), len(names))
 
 
-def _key_of_program(program: Program) -> list[Any]:
+def key_of_program(program: Program) -> list[Any]:
     """Everything of a program that numbers depend on, the list of unstable heads among it."""
     return [
         repr(program.policy),
@@ -231,7 +231,7 @@ def _check_configs(lm: LanguageModel, configs: Mapping[str, CacheConfig]) -> Non
                 )
 
 
-def _digest(params: Any) -> str:
+def digest_of_weights(params: Any) -> str:
     """Of a sample of every weight: tells models of one architecture apart, and reads little."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(params):

@@ -15,6 +15,12 @@ _DEEDS += ("sold two horses", "painted the door", "asked for directions", "read 
 _WORDS_A_TOKEN = 0.8
 
 
+def filler(draw: random.Random) -> str:
+    """A sentence that nobody will be asked about."""
+    day, who = draw.randrange(1, 31), draw.choice(_PEOPLE)
+    return f"On day {day} {who} {draw.choice(_DEEDS)} near the {draw.choice(_PLACES)}."
+
+
 def needles(count: int, tokens: int, *, seed: int) -> Iterator[dict[str, Any]]:
     """Documents of about so many tokens, in each a number that is asked for.
 
@@ -27,10 +33,7 @@ def needles(count: int, tokens: int, *, seed: int) -> Iterator[dict[str, Any]]:
         number = str(draw.randrange(10_000, 100_000))
         lines: list[str] = []
         while sum(len(line.split()) for line in lines) < tokens * _WORDS_A_TOKEN:
-            day, who = draw.randrange(1, 31), draw.choice(_PEOPLE)
-            lines.append(
-                f"On day {day} {who} {draw.choice(_DEEDS)} near the {draw.choice(_PLACES)}."
-            )
+            lines.append(filler(draw))
         depth = at / max(count - 1, 1)
         begin = f"The secret number of {name} at the {place} is"
         lines.insert(round(depth * len(lines)), f"{begin} {number}.")
