@@ -86,7 +86,7 @@ class Answers:
                 value = {"text": found.text, "tokens": len(found.token_ids)}
                 value |= {"context": len(prompt)}
                 self._known.add(*keys[name], value=value)
-        return {name: self._known.get(*key) for name, key in keys.items()}
+        return {name: self._known.get(*key) or {} for name, key in keys.items()}
 
     @functools.cached_property
     def _key_of_model(self) -> list[Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 _DRAWS = 10_000
+_NOTHING = (float("nan"), float("nan"), float("nan"))
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
@@ -93,7 +94,7 @@ def retention(
     zeros, or there is no task.
     """
     if not scores:
-        return (float("nan"),) * 3
+        return _NOTHING
     draw, ratios, drawn = np.random.default_rng(0), [], []
     for task, mine in scores.items():
         own, base = np.asarray(mine, np.float64), np.asarray(full[task], np.float64)
@@ -105,7 +106,7 @@ def retention(
             found = own[picks].mean(1) / base[picks].mean(1)
         drawn.append(np.where(base[picks].mean(1) > 0, found, np.nan))
     if not np.isfinite(ratios).all():
-        return (float("nan"),) * 3
+        return _NOTHING
     means = np.mean(drawn, axis=0)
     low, high = np.nanquantile(means, (0.025, 0.975))
     return float(np.mean(ratios)), float(low), float(high)

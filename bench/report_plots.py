@@ -8,7 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from bench.accuracy import draw as draw_accuracy
 from bench.memory import draw as draw_memory
+from bench.simulate import draw as draw_simulate
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -67,4 +69,6 @@ DRAWN: dict[str, Callable[[Rows, Path], None]] = {
     "closeness": draw_closeness,
     "kernels": draw_kernels,
     "memory": lambda rows, path: draw_memory([dict(row) for row in rows], path),
+    "accuracy": draw_accuracy,
+    "simulate": draw_simulate,
 }

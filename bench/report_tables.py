@@ -8,15 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.accuracy import COLUMNS as ACCURACY
+from bench.accuracy import TASK_COLUMNS
 from bench.compare import COLUMNS as COMPARE
 from bench.kernels import COLUMNS as KERNELS
 from bench.memory import COLUMNS as MEMORY
+from bench.simulate import CHANGED
+from bench.simulate import COLUMNS as SIMULATE
 
 # What a table shows of a bench's rows, where it is not all of them.
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "compare": COMPARE,
     "memory": MEMORY,
     "kernels": KERNELS,
+    "accuracy": ACCURACY,
+    "simulate": SIMULATE,
     "closeness": (
         *("config", "kl", "kl_low", "kl_high", "agreement", "device_mb", "summary_mb"),
         *("documents", "tokens"),
@@ -60,14 +66,22 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def tables(content: Mapping[str, Any]) -> list[Table]:
-    """All that a result has: its rows, and of a comparison the divergences and ratios."""
-    made = [_of_rows("", content["rows"], _COLUMNS.get(content["bench"]))]
-    for name, caption in (
-        ("ratios", "How many times as good as the first, or the best setting of transformers"),
-        ("closeness", "Divergence of `other` from `system`, fed one answer, nats a token"),
+    """All that a result has: its rows, and what else it found, each under a caption."""
+    caption = content.get("caption", "")
+    made = [_of_rows(caption, content["rows"], _COLUMNS.get(content["bench"]))]
+    before = f"{caption}: " if caption else ""
+    for name, caption, columns in (
+        (
+            "ratios",
+            "How many times as good as the first, or the best setting of transformers",
+            None,
+        ),
+        ("closeness", "Divergence of `other` from `system`, fed one answer, nats a token", None),
+        ("by_task", "Scores of each task, and their ratios to full attention's", TASK_COLUMNS),
+        ("sensitivity", "how many times as good, with one assumption changed", CHANGED),
     ):
         if content.get(name):
-            made.append(_of_rows(caption, content[name], None))
+            made.append(_of_rows(before + caption, content[name], columns))
     if content.get("pages"):
         pages = content["pages"]
         right = "; ".join(pages["wrong"]) or "all the same"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.timing import environment
-from flexijax.cli.terminal import write_json
+from flexijax.cli.terminal import command_line, write_json
 
 # Of a command line: where things lie on this machine, which no reader has.
 _PLACES = ("json", "lock", "plot", "records", "work")
@@ -44,7 +42,7 @@ def write(
 
 def command(bench: str) -> str:
     """How this process was started, with files named without their folders."""
-    return shlex.join(["python", "-m", f"bench.{bench}", *map(_named, sys.argv[1:])])
+    return command_line(f"python -m bench.{bench}")
 
 
 def machine(*, threads: int | None = None) -> dict[str, Any]:

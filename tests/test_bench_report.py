@@ -62,10 +62,19 @@ def results_in(folder):
             for context in (1024, 2048)
         ],
         "kernels": [{"kernel": "add_norm", "checks": "2/2", "ms": 1.0, "share": 0.5}],
+        "accuracy": [{"config": "flexi", "retention": 0.99, "low": 0.9, "high": 1.1}],
+        "simulate": [
+            {"workload": "offline", "config": "full", "new_tokens": 9, "tokens_per_s": 5.0},
+            {"workload": "online", "config": "full", "rate": 0.5, "tpot_ms": 5.0},
+        ],
     }
     ratio = {"system": "flexi", "context": 4096, "batch": 1, "decode_ms": 2.83, "prefill_s": 1.0}
     for bench, mine in rows.items():
-        extra = {"ratios": [ratio], "wrong": {"quest": "says 4"}} if bench == "compare" else {}
+        extra = {
+            "compare": {"ratios": [ratio], "wrong": {"quest": "says 4"}},
+            "accuracy": {"by_task": [{"task": "needles", "left_out": "full scores 0"}]},
+            "simulate": {"caption": "Prediction", "sensitivity": [{"assumption": "bandwidth"}]},
+        }.get(bench, {})
         command = f"python -m bench.{bench} --rounds 2"
         content = {"bench": bench, "command": command, "rows": mine, **about, **extra}
         (folder / f"a_{bench}.json").write_text(json.dumps(content))
@@ -80,13 +89,15 @@ def test_a_report_has_all_results_and_their_pictures(tmp_path, capsys):
     page.write_text(f"before\n{marks}\nafter\n")
     assert report.main([str(tmp_path), "--readme", str(page)]) == 0
     text, html = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
-    for bench in ("compare", "closeness", "memory", "kernels"):
+    for bench in ("compare", "closeness", "memory", "kernels", "accuracy", "simulate"):
         assert f"## bench.{bench}: a_{bench}" in text
         assert (tmp_path / f"a_{bench}.png").read_bytes().startswith(b"\x89PNG")
         assert f"`python -m bench.{bench} --rounds 2`" in text
-    assert html.count("data:image/png;base64,") == 4
+    assert html.count("data:image/png;base64,") == 6
     assert "a &lt;fast&gt; one" in html and "a <fast> one" not in html
     assert "Not shown, since they were wrong: {'quest': 'says 4'}" in text
+    assert "| needles | full scores 0 |" in text
+    assert "\nPrediction\n" in text and "Prediction: how many times as good" in text
     readme = page.read_text()
     assert readme.startswith("before\n") and readme.endswith("<!-- /results -->\nafter\n")
     assert "\nbetween\n" in readme and "old" not in readme
