@@ -42,7 +42,9 @@ def load(name: str | Path) -> HeadProfile:
         found = False
     if found:
         return HeadProfile.load(name)
-    near = get_close_matches(str(name)[:100], names(), cutoff=0)
+    wanted = str(name)[:100].lower()
+    near = [known for known in names() if wanted and known.startswith(wanted)][:3]
+    near = near or get_close_matches(wanted, names(), cutoff=0)
     raise ValueError(
         f"profile={shown(str(name))} is neither a file nor a shipped profile, such as "
         f"{', '.join(near)}"
