@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from bench.accuracy_tasks import Case
 from flexijax.config import CacheConfig
@@ -15,7 +12,7 @@ from flexijax.engine.continuation import read
 from flexijax.engine.plan import make_program
 from flexijax.engine.program import BOUNDARY_STEPS, Program, Progress
 from flexijax.engine.requests import make_requests
-from flexijax.evaluate import VERSION, digest_of_weights, key_of_program
+from flexijax.evaluate import key_of_model, key_of_program
 from flexijax.generate import run_requests
 from flexijax.models.language_model import LanguageModel
 from flexijax.profiles.documents import prompt_ids
@@ -44,6 +41,7 @@ class Answers:
         progress: Progress | None,
     ) -> None:
         self._lm, self._most, self._progress = lm, most_tokens, progress
+        self._key_of_model = key_of_model(lm)
         self._known = Records(records)
         self._caches = {name: with_profile(lm, of, prompts=[]) for name, of in configs.items()}
         self._programs: dict[str, Program] = {}
@@ -87,9 +85,3 @@ class Answers:
                 value |= {"context": len(prompt)}
                 self._known.add(*keys[name], value=value)
         return {name: self._known.get(*key) or {} for name, key in keys.items()}
-
-    @functools.cached_property
-    def _key_of_model(self) -> list[Any]:
-        lm = self._lm
-        model = [lm.name, lm.fingerprint, str(lm.dtype), digest_of_weights(lm.params)]
-        return [VERSION, jax.__version__, jax.default_backend(), *model, sorted(lm.end_ids)]

@@ -110,16 +110,12 @@ class _Run:
     progress: Progress | None
 
     @functools.cached_property
-    def key_of_model(self) -> list[Any]:
-        """Everything that its logits depend on, and where its answers end."""
-        lm, spec = self.lm, repr(self.full.prefill_spec())
-        code = [VERSION, jax.__version__, jax.default_backend()]
-        model = [lm.name, lm.fingerprint, str(lm.dtype), digest_of_weights(lm.params)]
-        return [*code, *model, sorted(lm.end_ids), spec]
+    def _key_of_reading(self) -> list[Any]:
+        return [*key_of_model(self.lm), repr(self.full.prefill_spec())]
 
     def key_of_answer(self, prompt: Sequence[int]) -> list[Any]:
         """Everything that full attention's answer to a prompt depends on."""
-        return [*self.key_of_model, list(prompt), self.steps, self.chunk]
+        return [*self._key_of_reading, list(prompt), self.steps, self.chunk]
 
     def measure(
         self, prompt: Sequence[int], names: Sequence[str], label: str
@@ -150,6 +146,13 @@ class _Run:
             yield name, {**values, **_costs(fed, prompt=len(prompt), steps=len(answer))}
         if progress is not None:
             progress(f"comparing on {label}", len(names), len(names))
+
+
+def key_of_model(lm: LanguageModel) -> list[Any]:
+    """Everything of a model that its logits depend on, and where its answers end."""
+    code = [VERSION, jax.__version__, jax.default_backend()]
+    model = [lm.name, lm.fingerprint, str(lm.dtype), _digest(lm.params)]
+    return [*code, *model, sorted(lm.end_ids)]
 
 
 def key_of_program(program: Program) -> list[Any]:
@@ -231,7 +234,7 @@ def _check_configs(lm: LanguageModel, configs: Mapping[str, CacheConfig]) -> Non
                 )
 
 
-def digest_of_weights(params: Any) -> str:
+def _digest(params: Any) -> str:
     """Of a sample of every weight: tells models of one architecture apart, and reads little."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(params):

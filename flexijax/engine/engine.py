@@ -19,7 +19,7 @@ from flexijax.engine.measured import Answering, EngineTotals
 from flexijax.engine.mesh import check_mesh, model_of
 from flexijax.engine.occupancy import Occupancy, occupancy
 from flexijax.engine.plan import find_profile, origin_of
-from flexijax.engine.plan_engine import make_engine_program
+from flexijax.engine.plan_engine import check_there_is, sized_program
 from flexijax.engine.program import BOUNDARY_STEPS, Progress
 from flexijax.engine.requests import check_cache, check_callable, check_int, make_requests
 from flexijax.engine.sampling import Sampling
@@ -92,7 +92,7 @@ class Engine:
             profile = find_profile(lm, cache)
             origin = origin_of(cache.profile, profile)
             cache = dataclasses.replace(cache, profile=profile)
-        program = make_engine_program(
+        program, sizes = sized_program(
             lm,
             cache,
             max_context=max_context,
@@ -103,6 +103,7 @@ class Engine:
             boundary_steps=BOUNDARY_STEPS,
             mesh=mesh,
         )
+        check_there_is(lm, program, sizes)
         answering = Answering(cache, profile, origin)
         self._core = EngineCore(
             model_of(lm, program),

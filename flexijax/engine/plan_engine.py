@@ -20,39 +20,6 @@ from flexijax.models.language_model import LanguageModel
 from flexijax.pallas_kernels import platform
 
 
-def make_engine_program(
-    lm: LanguageModel,
-    cache: CacheConfig,
-    *,
-    max_context: int,
-    max_requests: int,
-    usual_context: int | None,
-    device_bytes: int | str | None,
-    host_bytes: int | str | None,
-    boundary_steps: int,
-    mesh: Mesh | None = None,
-) -> Program:
-    """The program of an engine; arguments as of `Engine`, which see.
-
-    Raises ValueError with the arithmetic where not even one request fits the budgets, or the
-    machine has less than them.
-    """
-    made, sizes = sized_program(
-        lm,
-        cache,
-        max_context=max_context,
-        max_requests=max_requests,
-        usual_context=usual_context,
-        device_bytes=device_bytes,
-        host_bytes=host_bytes,
-        boundary_steps=boundary_steps,
-        mesh=mesh,
-    )
-    device = sizes.device_bytes + weight_bytes(lm, made)
-    _check_there_is(device, sizes.host_bytes, sharing_host(made))
-    return made
-
-
 def sized_program(
     lm: LanguageModel,
     cache: CacheConfig,
@@ -65,9 +32,10 @@ def sized_program(
     boundary_steps: int,
     mesh: Mesh | None = None,
 ) -> tuple[Program, PoolSizes]:
-    """The same for whatever machine has the budgets, and what its cache takes of them.
+    """The program of an engine, and what its cache takes of the budgets; arguments: see `Engine`.
 
-    lm: its weights may be shapes. Raises ValueError where not even one request fits the budgets.
+    Whether this machine has the budgets is not asked, see `check_there_is`. lm: its weights may be
+    shapes. Raises ValueError with the arithmetic where not even one request fits the budgets.
     """
     profile = find_profile(lm, cache) if cache.find_policy().needs_profile else None
     make_whole = functools.partial(
@@ -142,13 +110,14 @@ def _budget(name: str, given: int | str | None, otherwise: int) -> int:
     return otherwise if given is None else byte_count(name, given)
 
 
-def _check_there_is(device: int, host: int, devices: int) -> None:
-    """Raises ValueError, with the arithmetic, where this machine has less than is asked for.
+def check_there_is(lm: LanguageModel, program: Program, sizes: PoolSizes) -> None:
+    """Raises ValueError, with the arithmetic, where this machine has less than an engine takes.
 
-    devices: of this machine, of which each is to have so much.
+    sizes: of its cache on each device, as `sized_program` found them; the weights come on top.
     """
+    devices = sharing_host(program)  # of this machine, of which each is to have so much
+    device, host = sizes.device_bytes + weight_bytes(lm, program), sizes.host_bytes * devices
     free_device, free_host = available_bytes()
-    host *= devices
     if free_device == free_host:  # one memory
         device *= devices
         if device + host > 0.9 * free_device:

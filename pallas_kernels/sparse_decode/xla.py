@@ -31,10 +31,7 @@ def paged_decode(
     """See `dispatch.paged_decode`."""
     batch, heads, _ = block_ids.shape
     page, width = k_pages.shape[2:]
-    # One row a page of a head: as a pool of pages of heads, the same gather takes twice the time.
-    # In bounds once and for all: the gather would see to that element by element.
-    block = jnp.clip(block_ids, 0, len(k_pages) - 1)
-    rows = block * heads + jnp.arange(heads, dtype=block.dtype)[:, None]
+    rows = _pool_rows(block_ids, len(k_pages))
     counts = jnp.where(block_ids >= 0, token_counts, 0)
     pools = tuple(pool.reshape(-1, page * width) for pool in (k_pages, v_pages))
 
@@ -65,9 +62,8 @@ def coded_decode(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """As `paged_decode` over full pages in codes uint32[blocks, K, words]; out still rotated."""
-    heads = codes.shape[1]
-    rows = jnp.maximum(block_ids, 0) * heads + jnp.arange(heads, dtype=block_ids.dtype)[:, None]
-    words = jnp.take(codes.reshape(-1, codes.shape[2]), rows, axis=0, mode="clip")
+    rows = _pool_rows(block_ids, len(codes))
+    words = codes.reshape(-1, codes.shape[2]).at[rows].get(mode="promise_in_bounds")
     # A piece of one array, which XLA would otherwise gather once for each of its parts.
     words = lax.optimization_barrier(words)
     counts = jnp.where(block_ids >= 0, page_size, 0)
@@ -123,6 +119,17 @@ def banked_slot_decode(
     queries = jnp.split(q, len(v))
     scores = [_product("BKGH,BKHS->BKGS", *of) for of in zip(queries, k, strict=True)]
     return _attend(q, jnp.concatenate(scores), v, token_counts, page, scale)
+
+
+def _pool_rows(block_ids: jax.Array, blocks: int) -> jax.Array:
+    """Rows of a pool [blocks * K, ...] that hold the pages int32[B, K, n], -1 for any.
+
+    One row a page of a head: as a pool of pages of heads, the same gather takes twice the time. In
+    bounds once and for all: the gather would see to that element by element.
+    """
+    heads = block_ids.shape[1]
+    block = jnp.clip(block_ids, 0, blocks - 1)
+    return block * heads + jnp.arange(heads, dtype=block.dtype)[:, None]
 
 
 def _attend(
